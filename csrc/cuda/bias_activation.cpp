@@ -1,0 +1,92 @@
+#include "bias_activation.h"
+
+#include "stable/aten.h"
+#include "stable/check.h"
+#include "stable/cuda_shims.h"
+
+namespace anyflash::cuda {
+namespace {
+
+// x as rows that may lie any distance apart; `storage` keeps a copy alive where one was needed.
+struct Rows {
+  explicit Rows(const Tensor& x)
+      : storage(x.dim() == 2 && (x.stride(1) == 1 || x.size(1) <= 1) ? x : contiguous(x)),
+        columns(x.size(x.dim() - 1)),
+        rows(columns == 0 ? 0 : x.numel() / columns),
+        stride(storage.dim() == 2 ? storage.stride(0) : columns) {}
+  Tensor storage;
+  int64_t columns;
+  int64_t rows;
+  int64_t stride;
+};
+
+void launch(const Instance& instance, const BiasActivationParams& params, int32_t device) {
+  const int32_t error = anyflash_launch(&instance, &params, current_cuda_stream(device));
+  AF_CHECK(error == 0, "anyflash: ", instance.name, " failed: ", anyflash_error_string(error));
+}
+
+Tensor like_output(const Tensor& x, Activation activation) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() /= inputs_per_output(activation);
+  return empty(sizes, x, x.scalar_type());
+}
+
+}  // namespace
+
+Tensor bias_activation(const Instance& instance, const Tensor& x, const OptionalTensor& bias,
+                       Activation activation) {
+  const CudaGuard guard(x.get_device_index());
+  const Rows in(x);
+  Tensor y = like_output(x, activation);
+  if (y.numel() == 0) return y;
+  const OptionalTensor packed_bias = bias ? OptionalTensor(contiguous(*bias)) : std::nullopt;
+  BiasActivationParams params{};
+  params.x = in.storage.const_data_ptr();
+  params.bias = packed_bias ? packed_bias->const_data_ptr() : nullptr;
+  params.y = y.mutable_data_ptr();
+  params.rows = in.rows;
+  params.cols = in.columns / inputs_per_output(activation);
+  params.x_row_stride = in.stride;
+  params.y_row_stride = params.cols;
+  params.activation = activation;
+  launch(instance, params, x.get_device_index());
+  return y;
+}
+
+std::pair<Tensor, OptionalTensor> bias_activation_backward(const Instance& instance,
+                                                           const Tensor& dy, const Tensor& x,
+                                                           const OptionalTensor& bias,
+                                                           Activation activation) {
+  const CudaGuard guard(x.get_device_index());
+  const Rows in(x), grad(dy);
+  Tensor dx = empty(x.sizes(), x, x.scalar_type());
+  OptionalTensor dbias;
+  if (bias) dbias = empty({in.columns}, x, x.scalar_type());
+  if (x.numel() == 0) {
+    if (dbias) fill_(*dbias, 0.0);
+    return {dx, dbias};
+  }
+  const OptionalTensor packed_bias = bias ? OptionalTensor(contiguous(*bias)) : std::nullopt;
+  BiasActivationParams params{};
+  params.x = in.storage.const_data_ptr();
+  params.bias = packed_bias ? packed_bias->const_data_ptr() : nullptr;
+  params.dy = grad.storage.const_data_ptr();
+  params.dx = dx.mutable_data_ptr();
+  params.rows = in.rows;
+  params.cols = grad.columns;
+  params.x_row_stride = in.stride;
+  params.dy_row_stride = grad.stride;
+  params.dx_row_stride = in.columns;
+  params.activation = activation;
+  OptionalTensor workspace;
+  if (dbias) {
+    params.dbias = dbias->mutable_data_ptr();
+    const int64_t bytes = anyflash_bias_activation_workspace(params.rows, params.cols, activation);
+    workspace = empty({(bytes + 3) / 4}, x, ScalarType::Float);
+    params.workspace = workspace->mutable_data_ptr();
+  }
+  launch(instance, params, x.get_device_index());
+  return {dx, dbias};
+}
+
+}  // namespace anyflash::cuda

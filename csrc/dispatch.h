@@ -1,0 +1,56 @@
+// The decision: which route computes a problem, and why not the others. A pure function of values; no torch, no environment.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "problem.h"
+
+namespace anyflash {
+
+// A way to compute; the aten_* routes and math are those of routes.def.
+enum class Route : int32_t { none, kernel, aten_cudnn, aten_flash, aten_efficient, aten_cpu, math };
+
+const char* route_name(Route route);
+
+struct Choice {
+  Route route = Route::none;
+  const Instance* instance = nullptr;  // for Route::kernel
+};
+
+// Why a route was passed over. A route has one entry per obstacle.
+struct Reason {
+  Route route;
+  std::string text;
+};
+
+struct Decision {
+  Choice choice;
+  std::vector<Reason> reasons;  // in the order in which the routes were tried
+};
+
+struct InstanceTable {
+  const Instance* instances;
+  int32_t count;
+};
+
+InstanceTable built_instances();
+
+// The first route of the problem's chain that supports it: tens of nanoseconds, no allocation, for every call.
+//
+// Attention tries, per back end of the chain: `kernel` the instances, `sdpa` its routes in the order of routes.def, any other name the
+// route of that name. Bias-activation has a kernel or plain operators: every name but `kernel` means Route::math there.
+Choice choose(const Problem& problem, InstanceTable table = built_instances());
+
+// The same choice with the reasons against every route that comes before it (all routes of the chain if there is none).
+Decision decide(const Problem& problem, InstanceTable table = built_instances());
+
+// `anyflash: no back end of "kernel" can run this attention: kernel: this build has no attention kernel for cpu`
+std::string refusal(const Problem& problem, const Decision& decision);
+
+// "kernel,sdpa,math" -> 0x321; "auto" -> kDefaultChain. Throws std::invalid_argument: `unknown back end 'foo'; known: auto, kernel, ...`.
+Chain parse_chain(const std::string& names);
+
+std::string chain_text(Chain chain);
+
+}  // namespace anyflash

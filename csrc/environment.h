@@ -1,0 +1,16 @@
+// What the user said in the environment, read once per process.
+#pragma once
+
+#include "problem.h"
+
+namespace anyflash {
+
+struct Environment {
+  Chain chain;        // ANYFLASH_BACKEND, cut to its first name by ANYFLASH_STRICT=1
+  bool check_values;  // ANYFLASH_CHECK=1: also check what costs a device synchronisation
+};
+
+// Raises std::invalid_argument (ValueError in Python), on every call, while ANYFLASH_BACKEND names an unknown back end.
+const Environment& environment();
+
+}  // namespace anyflash

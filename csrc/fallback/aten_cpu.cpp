@@ -1,0 +1,254 @@
+// PyTorch's CPU flash attention. It knows square causal masks and explicit ones; everything else is cut into pieces (pieces.h).
+#include <limits>
+
+#include "fallback/pieces.h"
+#include "fallback/routes.h"
+#include "fallback/runs.h"
+
+namespace anyflash::aten_cpu {
+
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// Tensors of one run, (count, length, heads, head_dim) and (count, heads, length).
+struct Block {
+  Tensor out;
+  Tensor lse;
+};
+
+// fp16 GEMMs are emulated on most CPUs (a hundred times slower): computed in fp32.
+Tensor computable(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Half ? to_dtype(x, ScalarType::Float) : x;
+}
+
+Tensor rows_of(const Tensor& x, const Piece& piece) {  // dim 1
+  return piece.rows() == x.size(1) ? x : narrow(x, 1, piece.row_begin, piece.rows());
+}
+
+Tensor keys_of(const Tensor& x, const Piece& piece) {  // dim 1
+  return piece.keys() == x.size(1) ? x : narrow(x, 1, piece.key_begin, piece.keys());
+}
+
+Tensor lse_of(const Tensor& x, const Piece& piece) {  // dim 2
+  return piece.rows() == x.size(2) ? x : narrow(x, 2, piece.row_begin, piece.rows());
+}
+
+// 0 where the piece's row sees the key, else -inf: (rows, keys).
+Tensor interval_mask(const IntervalMask<int64_t>& mask, const Piece& piece, const Tensor& like) {
+  Tensor result = full({piece.rows(), piece.keys()}, -kInfinity, like, ScalarType::Float);
+  float* row_data = static_cast<float*>(result.data_ptr());
+  for (int64_t row = piece.row_begin; row < piece.row_end; ++row, row_data += piece.keys()) {
+    const int64_t begin = std::max(mask.kv_begin(row), piece.key_begin) - piece.key_begin;
+    const int64_t end = std::min(mask.kv_end(row), piece.key_end) - piece.key_begin;
+    if (begin < end) std::fill(row_data + begin, row_data + end, 0.0f);
+  }
+  return result;
+}
+
+bool same_strides(const Tensor& a, const Tensor& b) {
+  for (int64_t dim = 0; dim < a.dim(); ++dim) {
+    if (a.size(dim) > 1 && a.stride(dim) != b.stride(dim)) return false;
+  }
+  return true;
+}
+
+// One run of a problem: lengths are plain numbers here.
+class RunProblem {
+ public:
+  RunProblem(const AttentionArgs& args, const Run& run)
+      : scale_(args.softmax_scale),
+        mask_{run.q.length, run.k.length, args.window_left, args.window_right},
+        plan_(plan_pieces(mask_, args.bias.has_value())),
+        q_(computable(query_rows(args, run, args.q))) {
+    if (plan_.pieces.empty()) return;
+    k_ = computable(key_rows(args, run, args.k));
+    v_ = computable(key_rows(args, run, args.v));
+    if (args.bias) bias_ = additive(bias_block(args, run, *args.bias));
+  }
+
+  const Plan& plan() const { return plan_; }
+  bool covers_all_rows() const { return plan_.row_begin == 0 && plan_.row_end == mask_.seqlen_q; }
+
+  Block attend(const Piece& piece) const {
+    const OptionalTensor mask = explicit_mask(piece);
+    auto [out, lse] = aten<std::tuple<Tensor, Tensor>>(
+        "aten::_scaled_dot_product_flash_attention_for_cpu", "", transpose(rows_of(q_, piece), 1, 2),
+        transpose(keys_of(k_, piece), 1, 2), transpose(keys_of(v_, piece), 1, 2), 0.0, piece.mask == Piece::Mask::kCausal,
+        mask, std::optional<double>(scale_));
+    out = transpose(out, 1, 2);
+    if (bias_) clear_dead_rows(*mask, out, lse);
+    return {out, lse};
+  }
+
+  // dq, dk, dv of one piece; `out` and `lse` are those of the whole rows.
+  std::tuple<Tensor, Tensor, Tensor> differentiate(const Piece& piece, const Tensor& dout, const Tensor& out,
+                                                   const Tensor& lse) const {
+    auto [dq, dk, dv] = aten<std::tuple<Tensor, Tensor, Tensor>>(
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward", "", transpose(rows_of(dout, piece), 1, 2),
+        transpose(rows_of(q_, piece), 1, 2), transpose(keys_of(k_, piece), 1, 2), transpose(keys_of(v_, piece), 1, 2),
+        transpose(rows_of(out, piece), 1, 2), lse_of(lse, piece), 0.0, piece.mask == Piece::Mask::kCausal,
+        explicit_mask(piece), std::optional<double>(scale_));
+    return {transpose(dq, 1, 2), transpose(dk, 1, 2), transpose(dv, 1, 2)};
+  }
+
+ private:
+  // Bias as the scores take it: a float mask of a type that PyTorch accepts beside q.
+  Tensor additive(const Tensor& bias) const {
+    if (bias.scalar_type() == ScalarType::Bool) {
+      Tensor result = full(bias.sizes(), -kInfinity, bias, ScalarType::Float);
+      aten<Tensor>("aten::masked_fill_", "Tensor", result, bias, scalar(0.0));
+      return result;
+    }
+    return bias.scalar_type() == q_.scalar_type() ? bias : to_dtype(bias, ScalarType::Float);
+  }
+
+  OptionalTensor explicit_mask(const Piece& piece) const {
+    OptionalTensor mask;
+    if (piece.mask == Piece::Mask::kInterval) mask = interval_mask(mask_, piece, q_);
+    if (!bias_) return mask;
+    const Tensor bias = narrow_broadcast(narrow_broadcast(*bias_, 2, piece.row_begin, piece.rows()), 3, piece.key_begin, piece.keys());
+    return mask ? to_dtype(add(bias, *mask), bias.scalar_type()) : bias;
+  }
+
+  // PyTorch gives a row whose keys are all at -inf the log-sum-exp 0. `mask`: (batch or 1, heads or 1, rows or 1, keys or 1).
+  static void clear_dead_rows(const Tensor& mask, const Tensor& out, const Tensor& lse) {
+    const Tensor dead = aten<Tensor>("aten::eq", "Tensor", amax(mask, -1), scalar(-kInfinity));  // (batch, heads, rows)
+    aten<Tensor>("aten::masked_fill_", "Tensor", lse, dead, scalar(kInfinity));
+    aten<Tensor>("aten::masked_fill_", "Tensor", transpose(out, 1, 2), unsqueeze(dead, -1), scalar(0.0));
+  }
+
+  const double scale_;
+  const IntervalMask<int64_t> mask_;
+  const Plan plan_;
+  Tensor q_, k_, v_;
+  OptionalTensor bias_;
+};
+
+// The result of two pieces of the same rows.
+Block merge(const Block& a, const Block& b) {
+  const ScalarType dtype = accumulator_type(a.out);
+  const Tensor lse = aten<Tensor>("aten::logaddexp", "", a.lse, b.lse);
+  const Tensor weight = unsqueeze(transpose(aten<Tensor>("aten::sigmoid", "", sub(b.lse, a.lse)), 1, 2), -1);
+  return {aten<Tensor>("aten::lerp", "Tensor", to_dtype(a.out, dtype), to_dtype(b.out, dtype), weight), lse};
+}
+
+// `x` (dense) with the strides of empty_like(like) and like's dtype, as the fake kernels promise. A copy only where they differ.
+Tensor as_promised(const Tensor& x, const Tensor& like) {
+  const bool same_type = x.scalar_type() == like.scalar_type();
+  if (same_type && same_strides(x, like)) return x;
+  const Tensor result = empty_like(like);
+  if (same_type && same_strides(x, result)) return x;
+  copy_(result, x);
+  return result;
+}
+
+bool is_single_block(const AttentionArgs& args, const std::vector<Run>& runs) {
+  return runs.size() == 1 && !args.packed() && runs[0].count == args.q.size(0);
+}
+
+void store(const Block& block, const Tensor& out, const Tensor& lse) {
+  copy_(out, block.out);
+  copy_(lse, block.lse);
+}
+
+// The whole problem in one call: what it returns is the result.
+bool is_single_call(const AttentionArgs& args, const std::vector<Run>& runs, const RunProblem& first) {
+  return runs.size() == 1 && !args.packed() && runs[0].count == args.q.size(0) && first.plan().pieces.size() == 1 &&
+         first.covers_all_rows();
+}
+
+void forward_run(const AttentionArgs& args, const Run& run, const RunProblem& problem, const Tensor& out,
+                 const Tensor& lse) {
+  const std::vector<Piece>& pieces = problem.plan().pieces;
+  const Tensor run_out = query_rows(args, run, out);
+  const Tensor run_lse = lse_rows(args, run, lse);
+  if (!problem.covers_all_rows()) {
+    fill_(run_out, 0);
+    fill_(run_lse, kInfinity);
+  }
+  for (size_t n = 0; n < pieces.size(); ++n) {
+    const Piece& piece = pieces[n];
+    Block block = problem.attend(piece);
+    if (n + 1 < pieces.size() && pieces[n + 1].merges) block = merge(block, problem.attend(pieces[++n]));
+    copy_(rows_of(run_out, piece), block.out);
+    copy_(lse_of(run_lse, piece), block.lse);
+  }
+}
+
+// Adds to the rows [begin, begin + rows of x) of dim 1.
+void accumulate(const Tensor& sum, int64_t begin, const Tensor& x) {
+  const Tensor part = narrow(sum, 1, begin, x.size(1));
+  copy_(part, add(part, x));
+}
+
+// dq, dk and dv are zero on entry.
+void backward_run(const AttentionArgs& args, const BackwardArgs& grad, const Run& run, const RunProblem& problem, const Gradients& result) {
+  const std::vector<Piece>& pieces = problem.plan().pieces;
+  const Tensor dout = computable(query_rows(args, run, grad.dout));
+  const Tensor out = computable(query_rows(args, run, grad.out));
+  const Tensor lse = lse_rows(args, run, grad.lse);
+  const Tensor run_dq = query_rows(args, run, result.dq);
+  const Tensor run_dk = key_rows(args, run, result.dk);
+  const Tensor run_dv = key_rows(args, run, result.dv);
+  if (pieces.size() == 1) {
+    const auto [dq, dk, dv] = problem.differentiate(pieces[0], dout, out, lse);
+    copy_(rows_of(run_dq, pieces[0]), dq);
+    copy_(keys_of(run_dk, pieces[0]), dk);
+    copy_(keys_of(run_dv, pieces[0]), dv);
+    return;
+  }
+  const ScalarType dtype = accumulator_type(args.q);
+  const Tensor sum_dq = full(run_dq.sizes(), 0, args.q, dtype);
+  const Tensor sum_dk = full(run_dk.sizes(), 0, args.q, dtype);
+  const Tensor sum_dv = full(run_dv.sizes(), 0, args.q, dtype);
+  for (const Piece& piece : pieces) {
+    const auto [dq, dk, dv] = problem.differentiate(piece, dout, out, lse);
+    accumulate(sum_dq, piece.row_begin, dq);
+    accumulate(sum_dk, piece.key_begin, dk);
+    accumulate(sum_dv, piece.key_begin, dv);
+  }
+  copy_(run_dq, sum_dq);
+  copy_(run_dk, sum_dk);
+  copy_(run_dv, sum_dv);
+}
+
+Tensor zeros_like(const Tensor& x) {
+  const Tensor result = empty_like(x);
+  fill_(result, 0);
+  return result;
+}
+
+}  // namespace
+
+ForwardResult forward(const AttentionArgs& args) {
+  const std::vector<Run> runs = split_runs(args);
+  const std::optional<RunProblem> first = first_problem(args, runs);
+  if (first && is_single_call(args, runs, *first)) {
+    const Block block = first->attend(first->plan().pieces[0]);
+    return {as_promised(block.out, args.q), contiguous(block.lse)};
+  }
+  const Tensor out = new_out(args);
+  const Tensor lse = new_lse(args);
+  clear_unowned_rows(args, out, lse);
+  for (size_t n = 0; n < runs.size(); ++n) {
+    forward_run(args, runs[n], n == 0 ? *first : RunProblem(args, runs[n]), out, lse);
+  }
+  return {out, lse};
+}
+
+Gradients backward(const AttentionArgs& args, const BackwardArgs& grad) {
+  const std::vector<Run> runs = split_runs(args);
+  const std::optional<RunProblem> first = first_problem(args, runs);
+  if (first && is_single_call(args, runs, *first) && first->plan().pieces[0].keys() == args.k.size(1)) {
+    const auto [dq, dk, dv] = first->differentiate(first->plan().pieces[0], computable(grad.dout), computable(grad.out), grad.lse);
+    return {as_promised(dq, args.q), as_promised(dk, args.k), as_promised(dv, args.v), std::nullopt, std::nullopt};
+  }
+  Gradients result{zeros_like(args.q), zeros_like(args.k), zeros_like(args.v), std::nullopt, std::nullopt};
+  for (const Run& run : runs) {
+    if (run.k.length > 0) backward_run(args, grad, run, RunProblem(args, run), result);
+  }
+  return result;
+}
+
+}  // namespace anyflash::aten_cpu

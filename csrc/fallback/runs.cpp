@@ -1,0 +1,138 @@
+#include "fallback/runs.h"
+
+#include <algorithm>
+
+namespace anyflash {
+
+namespace {
+
+// An int32 tensor on the CPU, read in place.
+class HostInts {
+ public:
+  explicit HostInts(const OptionalTensor& x)
+      : data_(x ? static_cast<const int32_t*>(x->data_ptr()) : nullptr), stride_(x ? x->stride(0) : 0) {}
+  explicit operator bool() const { return data_ != nullptr; }
+  int64_t operator[](int64_t index) const { return data_[index * stride_]; }
+
+ private:
+  const int32_t* data_;
+  int64_t stride_;
+};
+
+// The span of `count + 1` sequences, if the next one continues it.
+bool continues(const Span& span, int64_t count, const Span& next, bool packed) {
+  if (next.length != span.length) return false;
+  if (!packed) return next.begin == span.begin;
+  return count == 1 || next.begin == span.begin + count * span.step;
+}
+
+Tensor packed_rows(const Span& span, int64_t count, const Tensor& x) {
+  const int64_t row = x.stride(0);
+  return view(x, {count, span.length, x.size(1), x.size(2)}, {span.step * row, row, x.stride(1), x.stride(2)},
+              span.begin * row);
+}
+
+Tensor dense_rows(const Span& span, const Run& run, const Tensor& x) {
+  if (run.count == x.size(0) && span.length == x.size(1)) return x;
+  return narrow(narrow(x, 0, run.sequence, run.count), 1, span.begin, span.length);
+}
+
+Tensor gather_pages(const AttentionArgs& args, const Run& run, const Tensor& x) {
+  const int64_t page = x.size(1);
+  const int64_t pages = (run.k.begin + run.k.length + page - 1) / page;
+  const Tensor table = narrow(select(*args.block_table, 0, run.sequence), 0, 0, pages);
+  const Tensor gathered = aten<Tensor>("aten::index_select", "", x, 0, table);  // (pages, page, heads_k, n), contiguous
+  const Sizes sizes = gathered.sizes();
+  const int64_t row = sizes[2] * sizes[3];
+  return view(gathered, {1, run.k.length, sizes[2], sizes[3]}, {pages * page * row, row, sizes[3], 1},
+              run.k.begin * row);
+}
+
+}  // namespace
+
+std::vector<Run> split_runs(const AttentionArgs& args) {
+  const int64_t batch = args.batch();
+  const HostInts starts_q(args.cu_seqlens_q), starts_k(args.cu_seqlens_k), used(args.seqused_k),
+      leftpad(args.leftpad_k);
+  const bool packed_k = args.packed() && !args.paged();
+  if (!args.packed() && !starts_k && !used && !leftpad && !args.paged()) {
+    if (batch == 0 || args.max_seqlen_q == 0) return {};
+    return {{0, batch, {0, 0, args.max_seqlen_q}, {0, 0, args.max_seqlen_k}}};
+  }
+  std::vector<Run> runs;
+  for (int64_t n = 0; n < batch; ++n) {
+    Run next{n, 1, {0, 0, args.max_seqlen_q}, {0, 0, args.max_seqlen_k}};
+    if (starts_q) next.q = {starts_q[n], 0, starts_q[n + 1] - starts_q[n]};
+    if (starts_k) next.k.length = starts_k[n + 1] - starts_k[n];
+    if (packed_k) next.k.begin = starts_k[n];
+    if (used) next.k.length = std::min(next.k.length, used[n]);
+    if (leftpad) {
+      next.k.begin += leftpad[n];
+      next.k.length -= leftpad[n];
+    }
+    next.k.length = std::max<int64_t>(next.k.length, 0);
+    if (next.q.length <= 0) continue;
+    Run* last = runs.empty() ? nullptr : &runs.back();
+    const bool joins = last != nullptr && !args.paged() && last->sequence + last->count == n &&
+                       continues(last->q, last->count, next.q, args.packed()) &&
+                       continues(last->k, last->count, next.k, packed_k);
+    if (!joins) {
+      runs.push_back(next);
+      continue;
+    }
+    if (last->count == 1) {
+      last->q.step = next.q.begin - last->q.begin;
+      last->k.step = next.k.begin - last->k.begin;
+    }
+    ++last->count;
+  }
+  return runs;
+}
+
+Tensor query_rows(const AttentionArgs& args, const Run& run, const Tensor& x) {
+  return args.packed() ? packed_rows(run.q, run.count, x) : dense_rows(run.q, run, x);
+}
+
+Tensor key_rows(const AttentionArgs& args, const Run& run, const Tensor& x) {
+  if (args.paged()) return gather_pages(args, run, x);
+  return args.packed() ? packed_rows(run.k, run.count, x) : dense_rows(run.k, run, x);
+}
+
+Tensor lse_rows(const AttentionArgs& args, const Run& run, const Tensor& lse) {
+  if (!args.packed()) return run.count == lse.size(0) ? lse : narrow(lse, 0, run.sequence, run.count);
+  const int64_t row = lse.stride(1);
+  return view(lse, {run.count, lse.size(0), run.q.length}, {run.q.step * row, lse.stride(0), row},
+              run.q.begin * row);
+}
+
+Tensor narrow_broadcast(const Tensor& x, int64_t dim, int64_t begin, int64_t length) {
+  return x.size(dim) == 1 ? x : narrow(x, dim, begin, length);
+}
+
+Tensor bias_block(const AttentionArgs& args, const Run& run, const Tensor& bias) {
+  Tensor block = bias;
+  while (block.dim() < 4) block = unsqueeze(block, 0);
+  if (run.count < args.batch()) block = narrow_broadcast(block, 0, run.sequence, run.count);
+  block = narrow_broadcast(block, 2, 0, run.q.length);
+  return narrow_broadcast(block, 3, 0, run.k.length);
+}
+
+Tensor new_out(const AttentionArgs& args) {
+  if (args.head_dim_v() == args.head_dim()) return empty_like(args.q);
+  const Sizes q = args.q.sizes();
+  std::vector<int64_t> sizes(q.begin(), q.end());
+  sizes.back() = args.head_dim_v();
+  return empty(sizes, args.q, args.q.scalar_type());
+}
+
+Tensor new_lse(const AttentionArgs& args) {
+  const ScalarType dtype = accumulator_type(args.q);
+  if (args.packed()) return empty({args.heads(), args.q.size(0)}, args.q, dtype);
+  return empty({args.q.size(0), args.heads(), args.q.size(1)}, args.q, dtype);
+}
+
+ScalarType accumulator_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+}  // namespace anyflash

@@ -1,0 +1,44 @@
+// A CPU problem as dense batches: lengths are read on the host, and neighbouring sequences of equal lengths are one batch.
+#pragma once
+
+#include <vector>
+
+#include "attention.h"
+#include "stable/aten.h"
+
+namespace anyflash {
+
+// Rows of consecutive sequences: the n-th sequence begins at storage row begin + n * step (dense storage: row `begin` of batch entry n).
+struct Span {
+  int64_t begin, step, length;
+};
+
+struct Run {
+  int64_t sequence, count;  // sequences [sequence, sequence + count)
+  Span q;
+  Span k;  // after leftpad_k and seqused_k; paged: always one sequence
+};
+
+// Every sequence with at least one query, in order.
+std::vector<Run> split_runs(const AttentionArgs& args);
+
+// The run's part of a tensor laid out like q: (count, length, heads, n).
+Tensor query_rows(const AttentionArgs& args, const Run& run, const Tensor& x);
+// The run's part of a tensor laid out like k: (count, length, heads_k, n); paged: gathered from its pages.
+Tensor key_rows(const AttentionArgs& args, const Run& run, const Tensor& x);
+// The run's part of a log-sum-exp: (count, heads, length).
+Tensor lse_rows(const AttentionArgs& args, const Run& run, const Tensor& lse);
+// The run's part of args.bias, dimensions that broadcast left at 1: (count or 1, heads or 1, length_q or 1, length_k or 1).
+Tensor bias_block(const AttentionArgs& args, const Run& run, const Tensor& bias);
+
+// `x` (batch or 1, heads or 1, rows or 1, keys or 1) from `begin` on along `dim`; a dimension that broadcasts stays as it is.
+Tensor narrow_broadcast(const Tensor& x, int64_t dim, int64_t begin, int64_t length);
+
+// What the operators return: out (q's strides where head_dim_v is head_dim) and lse, uninitialised.
+Tensor new_out(const AttentionArgs& args);
+Tensor new_lse(const AttentionArgs& args);
+
+// The type that sums are kept in: fp64 for fp64, else fp32.
+ScalarType accumulator_type(const Tensor& x);
+
+}  // namespace anyflash

@@ -1,0 +1,134 @@
+#include "notice.h"
+
+#include <array>
+#include <atomic>
+#include <cstdio>
+#include <mutex>
+#include <set>
+
+#include "stable/check.h"
+
+namespace anyflash {
+namespace {
+
+std::atomic<void (*)(const char*)> notice_sink{nullptr};
+
+BackEnd back_end_of(Route route) {
+  switch (route) {
+    case Route::kernel: return BackEnd::kernel;
+    case Route::math: return BackEnd::math;
+    case Route::aten_cudnn: return BackEnd::aten_cudnn;
+    default: return BackEnd::sdpa;
+  }
+}
+
+const char* route_phrase(Route route) {
+  switch (route) {
+    case Route::kernel: return "anyflash's kernel (kernel)";
+    case Route::aten_cudnn: return "cuDNN's attention in PyTorch (aten_cudnn)";
+    case Route::aten_flash: return "PyTorch's flash attention (aten_flash)";
+    case Route::aten_efficient: return "PyTorch's memory-efficient attention (aten_efficient)";
+    case Route::aten_cpu: return "PyTorch's CPU attention (aten_cpu)";
+    default: return "plain PyTorch operators (math)";
+  }
+}
+
+bool runs_on(BackEnd back_end, Route route, Family family) {
+  if (family == Family::bias_activation) {
+    return (back_end == BackEnd::kernel) == (route == Route::kernel);
+  }
+  return back_end == back_end_of(route) ||
+         std::string(route_name(route)) == kBackEndNames[static_cast<int32_t>(back_end)];
+}
+
+// Fallbacks already told, by a number that stands for one. A collision costs a look into the set of texts, nothing else.
+class Told {
+ public:
+  bool contains(uint64_t number) const {
+    for (int i = 0; i < kProbes; ++i) {
+      if (slot(number, i).load(std::memory_order_relaxed) == number) return true;
+    }
+    return false;
+  }
+
+  void insert(uint64_t number) {
+    for (int i = 0; i < kProbes; ++i) {
+      uint64_t empty = 0;
+      if (slot(number, i).compare_exchange_strong(empty, number)) return;
+    }
+    slot(number, 0).store(number, std::memory_order_relaxed);
+  }
+
+ private:
+  static constexpr int kProbes = 4;
+  static constexpr uint64_t kSlots = 1024;
+  std::atomic<uint64_t>& slot(uint64_t number, int i) { return slots_[(number + i) % kSlots]; }
+  const std::atomic<uint64_t>& slot(uint64_t number, int i) const {
+    return slots_[(number + i) % kSlots];
+  }
+  std::array<std::atomic<uint64_t>, kSlots> slots_{};
+};
+
+Told told;
+
+uint64_t number_of(const Problem& problem, Route route) {
+  uint64_t number = 1469598103934665603u;
+  const auto mix = [&number](uint64_t value) {
+    number = (number ^ value) * 1099511628211u;
+    number ^= number >> 29;
+  };
+  mix(static_cast<uint64_t>(problem.family) << 8 | static_cast<uint64_t>(problem.direction) << 4 |
+      static_cast<uint64_t>(problem.device));
+  mix(static_cast<uint64_t>(problem.sm) << 32 | static_cast<uint64_t>(problem.dtype) << 8 |
+      static_cast<uint64_t>(route));
+  mix(static_cast<uint64_t>(problem.head_dim) << 32 | static_cast<uint64_t>(problem.head_dim_v));
+  mix(problem.features);
+  mix(static_cast<uint64_t>(problem.chain));
+  return number == 0 ? 1 : number;
+}
+
+void tell_once(const std::string& notice) {
+  static std::mutex mutex;
+  static std::set<std::string> told_texts;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (!told_texts.insert(notice).second) return;
+  }
+  // Outside of the lock: a sink in Python waits for the interpreter.
+  if (auto* sink = notice_sink.load()) {
+    sink(notice.c_str());
+  } else {
+    std::fprintf(stderr, "%s\n", notice.c_str());
+  }
+}
+
+}  // namespace
+
+void note_fallback(const Problem& problem, const Choice& choice) {
+  if (runs_on(first_back_end(problem.chain), choice.route, problem.family)) return;
+  const uint64_t number = number_of(problem, choice.route);
+  if (told.contains(number)) return;
+  tell_once(notice_text(problem, decide(problem)));
+  told.insert(number);
+}
+
+std::string notice_text(const Problem& problem, const Decision& decision) {
+  const bool attention = problem.family == Family::attention;
+  const Route route = decision.choice.route;
+  std::string why;
+  for (const Reason& reason : decision.reasons) {
+    why += text(why.empty() ? "" : "; ", route_name(reason.route), ": ", reason.text);
+  }
+  const auto back_end = static_cast<int32_t>(attention ? back_end_of(route) : BackEnd::math);
+  return text("anyflash: ", attention ? "attention" : "bias_activation", " runs on ",
+              route_phrase(route), ", because ", why, ". To choose it yourself: ANYFLASH_BACKEND=",
+              kBackEndNames[back_end], ". To make it an error: ANYFLASH_STRICT=1. ",
+              "The whole decision: python -m anyflash explain. This is said once.");
+}
+
+}  // namespace anyflash
+
+// Where notices go instead of stderr; null for stderr again.
+extern "C" ANYFLASH_EXPORT void anyflash_set_notice_sink(void (*sink)(const char*)) {
+  anyflash::notice_sink.store(sink);
+}

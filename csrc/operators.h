@@ -1,0 +1,98 @@
+// The operators of schemas.def as C++ functions, one per schema and in its argument order. ops.cpp registers them.
+#pragma once
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "attention.h"
+
+namespace anyflash {
+
+std::tuple<Tensor, Tensor> attention_forward(
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cu_seqlens_q,
+    const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+    const OptionalTensor& seqused_k, const OptionalTensor& leftpad_k,
+    const OptionalTensor& block_table, const OptionalTensor& alibi_slopes,
+    const OptionalTensor& bias, const OptionalTensor& sinks, const OptionalTensor& rng_state,
+    double dropout_p, double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
+    double softcap, int64_t backend);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& lse, const OptionalTensor& dlse, const OptionalTensor& cu_seqlens_q,
+    const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+    const OptionalTensor& seqused_k, const OptionalTensor& leftpad_k,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& bias, const OptionalTensor& sinks,
+    const OptionalTensor& rng_state, double dropout_p, double softmax_scale, bool causal,
+    int64_t window_left, int64_t window_right, double softcap, bool deterministic,
+    bool bias_requires_grad, bool sinks_requires_grad, int64_t backend);
+
+std::tuple<Tensor, Tensor> attention_kvcache_(
+    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k,
+    const OptionalTensor& v, const OptionalTensor& rotary_cos, const OptionalTensor& rotary_sin,
+    const OptionalTensor& cache_seqlens, const OptionalTensor& cache_batch_idx,
+    const OptionalTensor& cache_leftpad, const OptionalTensor& block_table,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, double softmax_scale,
+    bool causal, int64_t window_left, int64_t window_right, double softcap,
+    bool rotary_interleaved, int64_t backend);
+
+Tensor bias_activation(const Tensor& x, const OptionalTensor& bias, int64_t activation,
+                       int64_t backend);
+std::tuple<Tensor, Tensor> bias_activation_backward(const Tensor& dy, const Tensor& x,
+                                                    const OptionalTensor& bias, int64_t activation,
+                                                    int64_t backend);
+
+std::tuple<Tensor, Tensor> fused_mlp_forward(const Tensor& x, const Tensor& weight1,
+                                             const OptionalTensor& bias1, const Tensor& weight2,
+                                             const OptionalTensor& bias2, int64_t activation,
+                                             bool save_hidden, int64_t backend);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_mlp_backward(
+    const Tensor& dout, const Tensor& x, const Tensor& weight1, const OptionalTensor& bias1,
+    const Tensor& weight2, const Tensor& hidden, bool bias2_requires_grad, int64_t activation,
+    int64_t backend);
+
+Tensor flash_attn_func(const Tensor& q, const Tensor& k, const Tensor& v, double dropout_p,
+                       std::optional<double> softmax_scale, bool causal,
+                       const std::vector<int64_t>& window_size, double softcap,
+                       const OptionalTensor& alibi_slopes, bool deterministic);
+Tensor flash_attn_kvpacked_func(const Tensor& q, const Tensor& kv, double dropout_p,
+                                std::optional<double> softmax_scale, bool causal,
+                                const std::vector<int64_t>& window_size, double softcap,
+                                const OptionalTensor& alibi_slopes, bool deterministic);
+Tensor flash_attn_qkvpacked_func(const Tensor& qkv, double dropout_p,
+                                 std::optional<double> softmax_scale, bool causal,
+                                 const std::vector<int64_t>& window_size, double softcap,
+                                 const OptionalTensor& alibi_slopes, bool deterministic);
+Tensor flash_attn_varlen_func(const Tensor& q, const Tensor& k, const Tensor& v,
+                              const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                              int64_t max_seqlen_q, int64_t max_seqlen_k, double dropout_p,
+                              std::optional<double> softmax_scale, bool causal,
+                              const std::vector<int64_t>& window_size, double softcap,
+                              const OptionalTensor& alibi_slopes, bool deterministic,
+                              const OptionalTensor& block_table);
+Tensor flash_attn_varlen_kvpacked_func(const Tensor& q, const Tensor& kv,
+                                       const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                       int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                       double dropout_p, std::optional<double> softmax_scale,
+                                       bool causal, const std::vector<int64_t>& window_size,
+                                       double softcap, const OptionalTensor& alibi_slopes,
+                                       bool deterministic);
+Tensor flash_attn_varlen_qkvpacked_func(const Tensor& qkv, const Tensor& cu_seqlens,
+                                        int64_t max_seqlen, double dropout_p,
+                                        std::optional<double> softmax_scale, bool causal,
+                                        const std::vector<int64_t>& window_size, double softcap,
+                                        const OptionalTensor& alibi_slopes, bool deterministic);
+Tensor flash_attn_with_kvcache(
+    const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k,
+    const OptionalTensor& v, const OptionalTensor& rotary_cos, const OptionalTensor& rotary_sin,
+    const OptionalTensor& cache_seqlens, const OptionalTensor& cache_batch_idx,
+    const OptionalTensor& cache_leftpad, const OptionalTensor& block_table,
+    std::optional<double> softmax_scale, bool causal, const std::vector<int64_t>& window_size,
+    double softcap, bool rotary_interleaved, const OptionalTensor& alibi_slopes,
+    int64_t num_splits);
+Tensor fused_mlp(const Tensor& x, const Tensor& weight1, const OptionalTensor& bias1,
+                 const Tensor& weight2, const OptionalTensor& bias2, const std::string& activation,
+                 bool recompute);
+
+}  // namespace anyflash

@@ -1,0 +1,64 @@
+// What the decision is made of: plain numbers, no tensor, no torch.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/launch.h"
+
+namespace anyflash {
+
+enum class Device : int32_t { cpu, cuda };
+
+// The digits of a chain. `sdpa` stands for all routes of routes.def that belong to it, an aten_* name for that route alone.
+enum class BackEnd : int32_t { unset, kernel, sdpa, math, aten_cudnn, aten_flash, aten_efficient, aten_cpu };
+
+constexpr const char* kBackEndNames[] = {"unset", "kernel", "sdpa", "math", "aten_cudnn", "aten_flash", "aten_efficient", "aten_cpu"};
+constexpr int32_t kNumBackEnds = 8;
+
+// An ordered choice of back ends, one hexadecimal digit each, first choice in the lowest; 0 = unset.
+using Chain = int64_t;
+
+constexpr Chain kDefaultChain = 0x321;  // kernel, sdpa, math
+
+constexpr BackEnd first_back_end(Chain chain) { return static_cast<BackEnd>(chain & 0xF); }
+constexpr Chain rest_of(Chain chain) { return chain >> 4; }
+constexpr Chain strict(Chain chain) { return chain & 0xF; }
+
+// Feature::causal is a bit, Features a set of them.
+using Features = uint32_t;
+
+namespace feature_number {
+enum : uint32_t {
+#define FEATURE(name, phrase) name,
+#define ROUTE(...)
+#include "routes.def"
+#undef ROUTE
+#undef FEATURE
+  count
+};
+}  // namespace feature_number
+
+namespace Feature {
+#define FEATURE(name, phrase) constexpr Features name = 1u << feature_number::name;
+#define ROUTE(...)
+#include "routes.def"
+#undef ROUTE
+#undef FEATURE
+}  // namespace Feature
+
+// One call, without its lengths: dynamic shapes never change the decision.
+struct Problem {
+  Family family = Family::attention;
+  Direction direction = Direction::forward;
+  Device device = Device::cpu;
+  int32_t sm = 0;  // compute capability, major * 10 + minor; 0 on the CPU
+  Dtype dtype = Dtype::fp32;
+  int32_t head_dim = 0;  // 0 for families without heads
+  int32_t head_dim_v = 0;
+  Features features = 0;
+  int32_t torch_version = 0;  // 213 = 2.13
+  Chain chain = kDefaultChain;
+  bool explicit_chain = false;  // the user named the chain: by argument, context manager or environment
+};
+
+}  // namespace anyflash

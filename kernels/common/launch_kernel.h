@@ -1,0 +1,32 @@
+// The one way from a family's launcher to the GPU. Kernels take one struct by value.
+#pragma once
+
+#include "kernels/portable.h"
+
+namespace anyflash {
+
+struct Grid {
+  uint32_t x;
+  uint32_t y;
+  uint32_t threads;
+};
+
+#if defined(__CUDACC__)
+
+int32_t launch_on_device(const void* kernel, Grid grid, void** arguments, void* stream);  // launch.cpp
+
+template <typename Params>
+int32_t launch_kernel(void (*kernel)(Params), Grid grid, Params params, void* stream) {
+  void* arguments[] = {&params};
+  return launch_on_device(reinterpret_cast<const void*>(kernel), grid, arguments, stream);
+}
+
+#else
+
+// tests/cpp/simt.h runs the kernel on the CPU.
+template <typename Params>
+int32_t launch_kernel(void (*kernel)(Params), Grid grid, Params params, void* stream);
+
+#endif
+
+}  // namespace anyflash

@@ -1,0 +1,61 @@
+// The kernel library as its users see it: a table of compiled kernels and one way to launch them. C linkage, no torch, no CUDA types.
+#pragma once
+
+#include "kernels/params.h"
+#include "kernels/portable.h"
+
+#define ANYFLASH_EXPORT __attribute__((visibility("default")))
+
+namespace anyflash {
+
+enum class Family : int32_t { attention, bias_activation };
+enum class Direction : int32_t { forward, backward };
+enum class Dtype : int32_t { fp16 = 1, bf16 = 2, fp32 = 4, fp64 = 8 };  // one bit each: routes list several
+
+// One line of instances.def.
+struct Instance {
+  const char* name;  // family_direction_dtype[_headdim]_arch, unique
+  Family family;
+  const char* arch;
+  int32_t min_sm;  // runs on min_sm <= compute capability <= max_sm
+  int32_t max_sm;
+  Direction direction;
+  Dtype dtype;
+  int32_t head_dim;        // 0: the family has none
+  const char* checked_on;  // the GPU that ran its tests, "none" until then
+  int32_t (*run)(const void* params, void* stream);
+};
+
+// Beside CUDA's own codes, which are positive. 0 is success.
+constexpr int32_t kErrorInvalidParams = -1;
+constexpr int32_t kErrorNoCuda = -2;
+
+}  // namespace anyflash
+
+extern "C" {
+
+// The compiled kernels; none in a build without CUDA.
+ANYFLASH_EXPORT const anyflash::Instance* anyflash_instances(int32_t* count);
+
+// The instance of that name, or null.
+ANYFLASH_EXPORT const anyflash::Instance* anyflash_find_instance(const char* name);
+
+// Queues the kernel on `stream` (a CUstream) of the current device. `params` is the family's struct of params.h.
+ANYFLASH_EXPORT int32_t anyflash_launch(const anyflash::Instance* instance, const void* params, void* stream);
+
+// Bytes of workspace for a backward that returns dbias.
+ANYFLASH_EXPORT int64_t anyflash_bias_activation_workspace(int64_t rows, int64_t cols, anyflash::Activation activation);
+
+// Compute capability of a device as major * 10 + minor, or a negative number if it cannot be told.
+ANYFLASH_EXPORT int32_t anyflash_device_sm(int32_t device);
+
+// What a returned code means; never null.
+ANYFLASH_EXPORT const char* anyflash_error_string(int32_t code);
+
+// CUDA version of the compiler, e.g. 13000; 0 in a build without CUDA.
+ANYFLASH_EXPORT int32_t anyflash_build_cuda_version(void);
+
+// Architectures with code in this library, e.g. "75;80;90a"; empty in a build without CUDA.
+ANYFLASH_EXPORT const char* anyflash_build_archs(void);
+
+}  // extern "C"

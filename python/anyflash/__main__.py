@@ -1,0 +1,93 @@
+"""`python -m anyflash doctor | info | explain | demo`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from . import _machine, doctor
+from .explain import add_arguments as add_explain_arguments
+from .explain import main as explain_main
+
+
+def _info(options: argparse.Namespace) -> int:
+    """What this installation was built with and holds."""
+    import anyflash
+
+    from . import _loader
+
+    native = _machine.native_state()
+    facts = {
+        "version": anyflash.__version__, "operators": _loader.provider, "files": _machine.library_files(),
+        "build": native["build"], "instances": native["instances"], "native": native["error"] or "available",
+    }  # fmt: skip
+    if options.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    print(
+        f"anyflash {facts['version']}, {'compiled' if facts['operators'] == 'binary' else 'Python'} operators"
+    )
+    for name, file in facts["files"].items():
+        print(
+            f"  {name:26s} {str(file['bytes'] // 1024) + ' KiB' if file['present'] else 'not built'}"
+        )
+    if native["error"]:
+        print(f"  introspection module       not available: {native['error']}")
+    for name, value in facts["build"].items():
+        print(
+            f"  {name:26s} {', '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
+        )
+    print(f"{len(facts['instances'])} compiled kernels")
+    for instance in facts["instances"]:
+        print("  " + "  ".join(f"{key} {value}" for key, value in instance.items()))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from . import demo  # imports transformers and matplotlib
+
+    return demo.main(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m anyflash", description="flash_attn that always imports and always runs"
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser(
+        "doctor", help="what is installed, what will run, what to do about problems"
+    )
+    command.add_argument("--json", action="store_true", help="machine-readable output")
+    command.add_argument(
+        "--no-probe", action="store_true", help="do not try to import other flash_attn copies"
+    )
+    command.set_defaults(run=doctor.main)
+
+    command = commands.add_parser("info", help="what was built: version, architectures, kernels")
+    command.add_argument("--json", action="store_true", help="machine-readable output")
+    command.set_defaults(run=_info)
+
+    command = commands.add_parser(
+        "explain", help="which back end runs a shape, and why no other does"
+    )
+    add_explain_arguments(command)
+    command.set_defaults(run=explain_main)
+
+    command = commands.add_parser(
+        "demo", help="a sentence-embedding model and a small language model through flash_attn"
+    )
+    command.add_argument("--out", default="out/demo", help="folder for demo.json and demo.png")
+    command.add_argument("--short", action="store_true", help="a few sentences and steps only")
+    command.set_defaults(run=_demo)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    return options.run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

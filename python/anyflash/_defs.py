@@ -1,0 +1,78 @@
+"""Reads the lists that C++ and Python share: schemas.def, routes.def and instances.def."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import re
+from typing import NamedTuple
+
+_PACKAGE = pathlib.Path(__file__).resolve().parent
+_ENTRY = re.compile(r"^(\w+)\((.*)\)\s*(?://.*)?$")
+_FIELD = re.compile(r'\s*("(?:[^"\\]|\\.)*"|[^,"]*)\s*(?:,|$)')
+
+
+class Entry(NamedTuple):
+    """One line of a list: ``MACRO(field, "field", ...)``, quotes removed."""
+
+    macro: str
+    fields: tuple[str, ...]
+
+
+def path_of(name: str) -> pathlib.Path:
+    """Where the list lies: inside an installed package, or in the source tree beside it.
+
+    Raises:
+        FileNotFoundError: neither place has it.
+    """
+    source = _PACKAGE.parents[1]
+    candidates = (
+        _PACKAGE / "defs" / f"{name}.def",
+        source / "csrc" / f"{name}.def",
+        source / "kernels" / f"{name}.def",
+    )
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"{name}.def is not in the package: expected {candidates[0]}")
+
+
+def _fields(text: str) -> tuple[str, ...]:
+    fields = []
+    position = 0
+    while position < len(text):
+        match = _FIELD.match(text, position)
+        if match is None:
+            raise ValueError(f"cannot read the fields of: {text}")
+        field = match.group(1).strip()
+        fields.append(re.sub(r"\\(.)", r"\1", field[1:-1]) if field.startswith('"') else field)
+        position = match.end()
+    return tuple(fields)
+
+
+@functools.lru_cache(maxsize=None)
+def entries(name: str) -> tuple[Entry, ...]:
+    """The entries of ``schemas``, ``routes`` or ``instances``, in the order of the file."""
+    found = []
+    for line in path_of(name).read_text(encoding="utf-8").splitlines():
+        match = _ENTRY.match(line)
+        if match is not None:
+            found.append(Entry(match.group(1), _fields(match.group(2))))
+    return tuple(found)
+
+
+class Operator(NamedTuple):
+    """One line of schemas.def."""
+
+    group: str  # "leaf" or "public"
+    name: str
+    schema: str
+
+
+def operators() -> tuple[Operator, ...]:
+    """Every operator of the library."""
+    return tuple(
+        Operator(entry.fields[0], entry.fields[1].partition("(")[0], entry.fields[1])
+        for entry in entries("schemas")
+        if entry.macro == "OPERATOR"
+    )

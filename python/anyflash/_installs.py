@@ -1,0 +1,125 @@
+"""Every copy of `flash_attn` that this Python could import, which one wins, and whether the others work.
+
+Read-only and torch-free. Other copies are probed in a fresh interpreter each, so that a broken one breaks only its probe.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+DROPIN = Path(__file__).resolve().parent / "dropin"
+
+_PROBE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+try:
+    import flash_attn
+    from flash_attn import flash_attn_func
+except BaseException as error:
+    print(f"{type(error).__name__}: {error}")
+    sys.exit(1)
+print(getattr(flash_attn, "__version__", "unknown"))
+"""
+
+
+def survey(probe: bool = True) -> dict[str, Any]:
+    """Looks along `sys.path` for `flash_attn`.
+
+    Args:
+        probe: Also try to import the copies that are not ours (one interpreter start each).
+
+    Returns:
+        winner: Folder that `import flash_attn` uses, or None; ours: whether that is the drop-in;
+        metadata_version: what `importlib.metadata` says; copies: list of {folder, ours, compiled, distribution, works, error};
+        hook: state of the start-up hook.
+    """
+    winner = _winner()
+    copies = [_describe(folder, probe) for folder in _folders()]
+    return {
+        "winner": winner,
+        "ours": winner is not None and Path(winner).resolve().parent == DROPIN,
+        "metadata_version": _metadata_version(),
+        "copies": copies,
+        "hook": hook_state(),
+    }
+
+
+def _winner() -> str | None:
+    # PathFinder and not find_spec: flash_attn may already be imported, or replaced in sys.modules by someone's stub.
+    spec = importlib.machinery.PathFinder.find_spec("flash_attn")
+    return str(Path(spec.origin).parent) if spec is not None and spec.origin else None
+
+
+def _folders() -> list[Path]:
+    """Folders on sys.path, ours included, that hold a package `flash_attn`; each once, in import order."""
+    parents = list(dict.fromkeys([*(Path(entry or os.getcwd()) for entry in sys.path), DROPIN]))
+    folders = [
+        parent / "flash_attn"
+        for parent in parents
+        if (parent / "flash_attn" / "__init__.py").is_file()
+    ]
+    return list({folder.resolve(): folder for folder in folders}.values())
+
+
+def _describe(folder: Path, probe: bool) -> dict[str, Any]:
+    parent = folder.parent
+    ours = parent.resolve() == DROPIN
+    compiled = sorted(
+        p.name for p in parent.glob("flash_attn_2_cuda*") if p.suffix in (".so", ".pyd")
+    )
+    distributions = sorted(p.name for p in parent.glob("flash_attn-*.dist-info"))
+    copy: dict[str, Any] = {
+        "folder": str(folder), "ours": ours, "compiled": compiled,
+        "distribution": distributions[0][: -len(".dist-info")] if distributions else None,
+        "works": None, "error": None,
+    }  # fmt: skip
+    if probe and not ours:
+        copy["works"], copy["error"] = _probe(parent)
+    return copy
+
+
+def _probe(parent: Path) -> tuple[bool, str | None]:
+    environment = {**os.environ, "ANYFLASH_DROPIN": "0"}
+    command = [sys.executable, "-c", _PROBE, str(parent)]
+    try:
+        run = subprocess.run(
+            command, capture_output=True, text=True, timeout=120, env=environment, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return False, str(error)
+    if run.returncode == 0:
+        return True, None
+    lines = (run.stdout.strip() or run.stderr.strip()).splitlines()
+    return False, lines[-1] if lines else f"the interpreter ended with code {run.returncode}"
+
+
+def _metadata_version() -> str | None:
+    try:
+        return importlib.metadata.version("flash_attn")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def hook_state() -> dict[str, Any]:
+    """State of the start-up hook: installed (anyflash.pth found), setting (ANYFLASH_DROPIN), on_path, path_index."""
+    site_folders = [Path(entry) for entry in sys.path if entry]
+    pth = [
+        str(folder / "anyflash.pth")
+        for folder in site_folders
+        if (folder / "anyflash.pth").is_file()
+    ]
+    index = next(
+        (i for i, entry in enumerate(sys.path) if entry and Path(entry).resolve() == DROPIN), None
+    )
+    return {
+        "installed": pth[0] if pth else None,
+        "setting": os.environ.get("ANYFLASH_DROPIN"),
+        "on_path": index is not None,
+        "path_index": index,
+    }

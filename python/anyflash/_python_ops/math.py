@@ -1,0 +1,350 @@
+"""Attention composed from plain operators, in chunks of queries: everything, on every device, in every dtype.
+
+Scores exist for one chunk at a time, so memory grows with the sequence length and not with its square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from . import philox
+from .parts import INFINITY, Part, ViewPart, covers_everything, parts_of
+from .problem import AttentionArgs, BackwardArgs, Gradients
+
+_BLOCK_BYTES = 64 << 20  # of one block of scores
+
+
+class Block(NamedTuple):
+    """The scores that exist at one time: some sequences, all heads, some rows, some columns."""
+
+    sequences: range
+    rows: range
+    columns: range
+
+
+def _blocks(args: AttentionArgs, part: Part) -> Iterator[Block]:
+    """Blocks of at most _BLOCK_BYTES where possible, chunks starting at multiples of 16 rows."""
+    if part.seqlen_q == 0 or part.batch == 0:
+        return
+    size = 8 if args.compute_dtype == torch.float64 else 4
+    rows = max(_BLOCK_BYTES // (size * max(args.heads * part.seqlen_k, 1)), philox.TILE)
+    batch = min(max(rows // philox.TILE, 1), part.batch)
+    chunk = max(rows // batch // philox.TILE * philox.TILE, philox.TILE)
+    for b in range(0, part.batch, batch):
+        sequences = range(b, min(b + batch, part.batch))
+        for i in range(0, part.seqlen_q, chunk):
+            chunk_rows = range(i, min(i + chunk, part.seqlen_q))
+            yield Block(sequences, chunk_rows, _columns(args, part, chunk_rows))
+
+
+def _columns(args: AttentionArgs, part: Part, rows: range) -> range:
+    """The keys that any of the rows sees; all where the lengths are on the device."""
+    begin, end = 0, part.seqlen_k
+    if part.len_q is None and part.len_k is None:
+        shift = part.seqlen_k - part.seqlen_q
+        if args.window_left >= 0:
+            begin = max(begin, rows[0] + shift - args.window_left)
+        if args.window_right >= 0:
+            end = min(end, rows[-1] + shift + args.window_right + 1)
+    return range(begin, max(begin, end))
+
+
+def _flat_heads(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(batch, seqlen, heads, dim) -> (batch * heads, seqlen, dim)."""
+    return x.transpose(1, 2).to(dtype).reshape(-1, x.shape[1], x.shape[3])
+
+
+def _grouped(x: Tensor, heads_k: int, dtype: torch.dtype) -> Tensor:
+    """Rows of all query heads of one key head together: (batch, rows, heads, dim) -> (batch * heads_k, group * rows, dim)."""
+    batch, rows, heads, dim = x.shape
+    return x.transpose(1, 2).to(dtype).reshape(batch * heads_k, heads // heads_k * rows, dim)
+
+
+class Scorer:
+    """Scores of the blocks of one part."""
+
+    def __init__(self, args: AttentionArgs, part: Part) -> None:
+        self.args = args
+        self.part = part
+        self.dtype = args.compute_dtype
+        self.keys = _flat_heads(part.k, self.dtype)
+        self.values = _flat_heads(part.v, self.dtype)
+        self.device = part.q.device
+
+    def of_block(self, storage: Tensor, block: Block) -> Tensor:
+        """Of keys or values, what a block needs: (sequences * heads_k, columns, dim)."""
+        first, last = (block.sequences[0], block.sequences[-1] + 1)
+        heads_k = self.args.heads_k
+        return storage[first * heads_k : last * heads_k, block.columns.start : block.columns.stop]
+
+    def queries(self, x: Tensor, block: Block) -> Tensor:
+        """Of a tensor of q's or out's shape, a block's rows grouped by key head, in the dtype of computation."""
+        b, rows = block.sequences, block.rows
+        chunk = x[b.start : b.stop, rows.start : rows.stop]
+        return _grouped(chunk, self.args.heads_k, self.dtype)
+
+    def ungrouped(self, x: Tensor, block: Block) -> Tensor:
+        """(sequences * heads_k, group * rows, dim) -> (sequences, rows, heads, dim)."""
+        shape = (len(block.sequences), self.args.heads, len(block.rows), x.shape[-1])
+        return x.view(shape).transpose(1, 2)
+
+    def by_head(self, x: Tensor, block: Block) -> Tensor:
+        """The same for scores: (sequences, heads, rows, columns)."""
+        return x.view(len(block.sequences), self.args.heads, len(block.rows), len(block.columns))
+
+    def _positions(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Each row's aligned position i + shift, (sequences or 1, 1, rows, 1), and the columns (1, 1, 1, columns)."""
+        part = self.part
+        rows = torch.arange(block.rows.start, block.rows.stop, device=self.device)
+        columns = torch.arange(block.columns.start, block.columns.stop, device=self.device)
+        rows = rows.view(1, 1, -1, 1)
+        shift: Tensor | int = part.seqlen_k - part.seqlen_q
+        if part.len_q is not None or part.len_k is not None:
+            len_q = part.seqlen_q if part.len_q is None else part.len_q
+            len_k = part.seqlen_k if part.len_k is None else part.len_k
+            shift = len_k - len_q
+            shift = shift[block.sequences.start : block.sequences.stop].view(-1, 1, 1, 1)
+        return rows + shift, columns.view(1, 1, 1, -1)
+
+    def visible(self, block: Block) -> Optional[Tensor]:
+        """Where the interval mask and the lengths let a row see a column; None: everywhere."""
+        args, part = self.args, self.part
+        if part.len_q is None and part.len_k is None:
+            shift = part.seqlen_k - part.seqlen_q
+            cut_left = (
+                args.window_left >= 0
+                and block.rows[-1] + shift - args.window_left > block.columns.start
+            )
+            cut_right = (
+                args.window_right >= 0
+                and block.rows[0] + shift + args.window_right + 1 < block.columns.stop
+            )
+        else:
+            cut_left, cut_right = args.window_left >= 0, args.window_right >= 0
+        conditions = []
+        if cut_left or cut_right:
+            position, columns = self._positions(block)
+            conditions += [columns >= position - args.window_left] if cut_left else []
+            conditions += [columns <= position + args.window_right] if cut_right else []
+        sequences = slice(block.sequences.start, block.sequences.stop)
+        if part.len_k is not None:
+            columns = torch.arange(block.columns.start, block.columns.stop, device=self.device)
+            conditions.append(columns < part.len_k[sequences].view(-1, 1, 1, 1))
+        if part.len_q is not None:
+            rows = torch.arange(block.rows.start, block.rows.stop, device=self.device)
+            conditions.append(rows.view(-1, 1) < part.len_q[sequences].view(-1, 1, 1, 1))
+        if not conditions:
+            return None
+        mask = conditions[0]
+        for condition in conditions[1:]:
+            mask = mask & condition
+        return mask
+
+    def bias(self, bias: Tensor, block: Block) -> Tensor:
+        """The view of a four-dimensional bias, or of its gradient, that belongs to a block."""
+        for dim, part in ((0, block.sequences), (2, block.rows), (3, block.columns)):
+            if bias.shape[dim] > 1:
+                bias = bias.narrow(dim, part.start, len(part))
+        return bias
+
+    def scores(self, block: Block) -> tuple[Tensor, Optional[Tensor]]:
+        """Scores (sequences, heads, rows, columns), -inf where hidden, and tanh of the softcap if there is one."""
+        args, part = self.args, self.part
+        queries = self.queries(part.q, block).mul_(args.softmax_scale)
+        s = self.by_head(queries @ self.of_block(self.keys, block).transpose(1, 2), block)
+        tanh = None
+        if args.softcap > 0.0:
+            tanh = s.div_(args.softcap).tanh_()
+            s = tanh * args.softcap
+        if part.alibi_slopes is not None:
+            slopes = part.alibi_slopes.to(self.dtype)
+            if slopes.shape[0] > 1:
+                slopes = slopes[block.sequences.start : block.sequences.stop]
+            position, columns = self._positions(block)
+            distance = columns if args.purely_causal else (position - columns).abs().neg()
+            s.add_(slopes[:, :, None, None] * distance)
+        if part.bias is not None:
+            bias = self.bias(part.bias, block)
+            if bias.dtype == torch.bool:
+                s.masked_fill_(~bias, -INFINITY)
+            else:
+                s.add_(bias)
+        visible = self.visible(block)
+        if visible is not None:
+            s.masked_fill_(~visible, -INFINITY)
+        return s, tanh
+
+    def dropout(self, block: Block) -> Optional[Tensor]:
+        """What dropout multiplies a block's probabilities with; None without dropout."""
+        args = self.args
+        if args.dropout_p == 0.0 or args.rng_state is None:
+            return None
+        first = self.part.first_sequence
+        kept = philox.keep_mask(
+            args.rng_state,
+            args.dropout_p,
+            range(first + block.sequences.start, first + block.sequences.stop),
+            args.heads,
+            block.rows,
+            block.columns,
+        )
+        return kept.to(self.dtype).mul_(1.0 / (1.0 - args.dropout_p))
+
+
+def _part_forward(args: AttentionArgs, part: Part, out: Tensor, lse: Tensor) -> None:
+    """Fills out (batch, seqlen_q, heads, head_dim_v) and lse (batch, heads, seqlen_q)."""
+    scorer = Scorer(args, part)
+    sinks = None if args.sinks is None else args.sinks.to(scorer.dtype)[:, None]
+    for block in _blocks(args, part):
+        b, rows = block.sequences, block.rows
+        block_out = out[b.start : b.stop, rows.start : rows.stop]
+        block_lse = lse[b.start : b.stop, :, rows.start : rows.stop]
+        if len(block.columns) == 0:
+            block_out.zero_()
+            block_lse.fill_(INFINITY)
+            continue
+        s, _ = scorer.scores(block)
+        row_lse = torch.logsumexp(s, dim=-1)
+        hidden = row_lse == -INFINITY
+        if sinks is not None:
+            row_lse = torch.logaddexp(row_lse, sinks)
+        row_lse.masked_fill_(hidden, INFINITY)
+        p = s.sub_(row_lse.unsqueeze(-1)).exp_()
+        dropout = scorer.dropout(block)
+        if dropout is not None:
+            p.mul_(dropout)
+        values = scorer.of_block(scorer.values, block)
+        flat = p.view(values.shape[0], -1, len(block.columns))
+        block_out.copy_(scorer.ungrouped(flat @ values, block))
+        block_lse.copy_(row_lse)
+
+
+def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    """out and lse of schemas.def."""
+    out, lse = empty_results(args)
+    if not covers_everything(args):
+        out.zero_()
+        lse.fill_(INFINITY)
+    for part in parts_of(args):
+        if isinstance(part, ViewPart):
+            _part_forward(args, part, part.rows(out), part.stats(lse))
+        else:
+            padded_out = out.new_empty((*part.q.shape[:3], args.head_dim_v))
+            padded_lse = lse.new_empty((part.batch, args.heads, part.seqlen_q))
+            _part_forward(args, part, padded_out, padded_lse)
+            part.put_rows(out, padded_out)
+            part.put_stats(lse, padded_lse)
+    return out, lse
+
+
+def empty_results(args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    """Uninitialised out and lse with the strides that callers and fakes expect."""
+    q = args.q
+    if args.head_dim_v == args.head_dim:
+        out = torch.empty_like(q)
+    else:
+        out = q.new_empty((*q.shape[:-1], args.head_dim_v))
+    shape = (args.heads, q.shape[0]) if args.packed else (q.shape[0], args.heads, q.shape[1])
+    return out, q.new_empty(shape, dtype=args.compute_dtype)
+
+
+def _reduce_to(x: Tensor, target: Tensor) -> Tensor:
+    """Sums the dimensions in which target has size 1."""
+    dims = [d for d in range(x.dim()) if target.shape[d] == 1 and x.shape[d] != 1]
+    return x.sum(dims, keepdim=True) if dims else x
+
+
+class _PartGradients(NamedTuple):
+    """Gradients of one part, in the dtype of computation; dq is written as it comes."""
+
+    dq: Tensor  # (batch, seqlen_q, heads, head_dim)
+    dk: Tensor  # (batch * heads_k, seqlen_k, head_dim)
+    dv: Tensor  # (batch * heads_k, seqlen_k, head_dim_v)
+    dbias: Optional[Tensor]  # of part.bias' shape
+
+
+def _part_backward(
+    args: AttentionArgs, part: Part, grad: BackwardArgs, delta: Tensor, target: _PartGradients
+) -> None:
+    """Adds the gradients of a part. delta (batch, heads, seqlen_q): rowsum(dout * out) - dlse."""
+    scorer = Scorer(args, part)
+    lse, dout = part.stats(grad.lse), part.rows(grad.dout)
+    for block in _blocks(args, part):
+        b, rows = block.sequences, block.rows
+        dq = target.dq[b.start : b.stop, rows.start : rows.stop]
+        if len(block.columns) == 0:
+            dq.zero_()
+            continue
+        s, tanh = scorer.scores(block)
+        p = s.sub_(lse[b.start : b.stop, :, rows.start : rows.stop, None]).exp_()
+        flat = (-1, len(block.rows) * (args.heads // args.heads_k), len(block.columns))
+        block_dout = scorer.queries(dout, block)
+        dp = block_dout @ scorer.of_block(scorer.values, block).transpose(1, 2)
+        dp = scorer.by_head(dp, block)
+        dropout = scorer.dropout(block)
+        if dropout is not None:
+            dp.mul_(dropout)
+            dropped = dropout.mul_(p)
+        else:
+            dropped = p
+        scorer.of_block(target.dv, block).add_(dropped.view(flat).transpose(1, 2) @ block_dout)
+        row_delta = delta[b.start : b.stop, :, rows.start : rows.stop, None]
+        ds = dp.sub_(row_delta).mul_(p)
+        if target.dbias is not None:
+            block_dbias = scorer.bias(target.dbias, block)
+            block_dbias.add_(_reduce_to(ds, block_dbias))
+        if tanh is not None:
+            ds.mul_(tanh.square_().neg_().add_(1.0))
+        ds = ds.mul_(args.softmax_scale).view(flat)
+        dq.copy_(scorer.ungrouped(ds @ scorer.of_block(scorer.keys, block), block))
+        block_q = scorer.queries(part.q, block)
+        scorer.of_block(target.dk, block).add_(ds.transpose(1, 2) @ block_q)
+
+
+def _sinks_gradient(args: AttentionArgs, lse: Tensor, delta: Tensor) -> Tensor:
+    """(heads,): each row that sees a key gives exp(sink - lse) * -delta; lse is +inf for the others."""
+    sinks = args.sinks.to(lse.dtype)[:, None]  # type: ignore[union-attr]
+    return -(torch.exp(sinks - lse) * delta).sum(dim=(0, 2))
+
+
+def backward(args: AttentionArgs, grad: BackwardArgs) -> Gradients:
+    """Gradients of schemas.def, from the out and lse that are given."""
+    dtype = args.compute_dtype
+    dq, dk, dv = (torch.empty_like(x) for x in (args.q, args.k, args.v))
+    if not covers_everything(args):
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
+    dbias = dsinks = None
+    if grad.bias_requires_grad and args.bias is not None:
+        dbias = torch.zeros_like(args.bias, dtype=dtype)
+    if grad.sinks_requires_grad and args.sinks is not None:
+        dsinks = torch.zeros_like(args.sinks, dtype=dtype)
+    for part in parts_of(args):
+        delta = (part.rows(grad.dout).to(dtype) * part.rows(grad.out)).sum(-1).transpose(1, 2)
+        if grad.dlse is not None:
+            delta = delta - part.stats(grad.dlse)
+        if dsinks is not None:
+            dsinks += _sinks_gradient(args, part.stats(grad.lse), delta)
+        in_place = isinstance(part, ViewPart)
+        heads = part.batch * args.heads_k
+        target = _PartGradients(
+            part.rows(dq) if in_place else torch.zeros_like(part.q),
+            delta.new_zeros((heads, part.seqlen_k, args.head_dim)),
+            delta.new_zeros((heads, part.seqlen_k, args.head_dim_v)),
+            _bias_view(dbias, part),
+        )
+        _part_backward(args, part, grad, delta, target)
+        if not in_place:
+            part.put_rows(dq, target.dq)
+        for gradient, value in ((dk, target.dk), (dv, target.dv)):
+            by_head = value.view(part.batch, args.heads_k, part.seqlen_k, value.shape[-1])
+            part.put_keys(gradient, by_head.transpose(1, 2))
+    if dbias is not None:
+        dbias = torch.empty_like(args.bias).copy_(dbias)  # type: ignore[arg-type]
+    if dsinks is not None:
+        dsinks = dsinks.to(args.sinks.dtype)  # type: ignore[union-attr]
+    return Gradients(dq, dk, dv, dbias, dsinks)

@@ -1,0 +1,447 @@
+"""Refuses what cannot be computed, with the checks and the texts of csrc/validate.cpp.
+
+Every function raises RuntimeError with a message that names the argument, what came and what was expected; where the original
+library has a text for the case, the message begins with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from .problem import DTYPE_NAMES, AttentionArgs, BackwardArgs
+
+MAX_HEAD_DIM = 512
+
+
+def check(condition: bool, *parts: object) -> None:
+    """Raises RuntimeError with the parts joined, unless the condition holds."""
+    if not condition:
+        text = (f"{part:g}" if isinstance(part, float) else str(part) for part in parts)
+        raise RuntimeError("".join(text))
+
+
+def shape_text(tensor: Tensor) -> str:
+    """``(2, 77, 8, 64)``."""
+    return str(tuple(tensor.shape))
+
+
+def dtype_text(tensor: Tensor) -> str:
+    """``fp16``, ``int32``, ..."""
+    return DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).replace("torch.", ""))
+
+
+def device_text(tensor: Tensor) -> str:
+    """``cpu``, ``cuda:0``."""
+    return str(tensor.device)
+
+
+@functools.lru_cache(maxsize=None)
+def _check_everything() -> bool:
+    return backends.is_set("ANYFLASH_CHECK")
+
+
+def values_are_checked(q: Tensor) -> bool:
+    """True where the values of index tensors on q's device are to be read."""
+    return q.device.type == "cpu" or _check_everything()
+
+
+def check_same_device(reference: Tensor, reference_name: str, tensor: Tensor, name: str) -> None:
+    """Both tensors lie on one device."""
+    if tensor.device != reference.device:
+        kind = "CUDA" if reference.device.type == "cuda" else "cpu"
+        check(
+            False,
+            f"{name} must be on {kind}: expected {device_text(reference)} like {reference_name}, ",
+            f"got {device_text(tensor)}",
+        )
+
+
+def check_last_dim_contiguous(tensor: Tensor, name: str) -> None:
+    """The last dimension has stride 1."""
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        check(
+            False,
+            f"Input tensor must have contiguous last dimension, got {name} with stride ",
+            tensor.stride(-1),
+        )
+
+
+def check_index_vector(tensor: Tensor, name: str, q: Tensor, size: int, size_text: str) -> None:
+    """One int32 per entry: cu_seqlens, seqused, leftpad."""
+    check(tensor.dtype == torch.int32, name, " must have dtype int32, got ", dtype_text(tensor))
+    check_same_device(q, "q", tensor, name)
+    check(
+        tensor.is_contiguous(),
+        f"{name} must be contiguous, got shape {shape_text(tensor)} with stride ",
+        tensor.stride(-1) if tensor.dim() > 0 else 0,
+    )
+    check(
+        tensor.shape == (size,),
+        f"{name} must have shape {size_text}: expected ({size},), got {shape_text(tensor)}",
+    )
+
+
+def check_block_table(table: Tensor, q: Tensor, batch: int) -> None:
+    """int32, one row per sequence."""
+    check(
+        table.dtype == torch.int32,
+        f"block_table must have dtype torch.int32, got {dtype_text(table)}",
+    )
+    check_same_device(q, "q", table, "block_table")
+    check(
+        table.dim() == 2 and table.shape[0] == batch,
+        "block_table must have shape (batch_size, max_num_blocks_per_seq): expected ",
+        f"({batch}, max_blocks), got {shape_text(table)}",
+    )
+    check(
+        table.stride(1) == 1 or table.shape[1] <= 1,
+        "block_table must have contiguous last dimension, got stride ",
+        table.stride(1),
+    )
+
+
+def check_block_table_row(
+    row: list[int], sequence: int, used: int, page_size: int, num_blocks: int
+) -> None:
+    """Every page that the first ``used`` rows of a sequence lie on is a page of the cache."""
+    for index, page in enumerate(row[: -(-max(used, 0) // page_size)]):
+        check(
+            0 <= page < num_blocks,
+            f"block_table: expected pages 0 to {num_blocks - 1}, got {page} as page {index} ",
+            f"of sequence {sequence}",
+        )
+
+
+def check_alibi_slopes(slopes: Tensor, q: Tensor, batch: int, heads: int) -> None:
+    """fp32, (heads,) or (batch, heads)."""
+    check(
+        slopes.dtype == torch.float32,
+        f"ALiBi slopes must have dtype fp32, got alibi_slopes of {dtype_text(slopes)}",
+    )
+    check_same_device(q, "q", slopes, "alibi_slopes")
+    check(
+        slopes.shape == (heads,) or slopes.shape == (batch, heads),
+        f"alibi_slopes: expected (heads,) or (batch, heads) = ({batch}, {heads}), got ",
+        shape_text(slopes),
+    )
+    check(
+        slopes.stride(-1) == 1 or heads <= 1,
+        "ALiBi slopes tensor must have contiguous last dimension, got alibi_slopes with stride ",
+        slopes.stride(-1),
+    )
+
+
+def check_sinks(sinks: Tensor, q: Tensor, heads: int) -> None:
+    """Floating, (heads,)."""
+    check(
+        sinks.dtype in DTYPE_NAMES, f"sinks: expected a floating dtype, got {dtype_text(sinks)}"
+    )
+    check_same_device(q, "q", sinks, "sinks")
+    check(
+        sinks.shape == (heads,),
+        f"sinks: expected (heads,) = ({heads},), got {shape_text(sinks)}",
+    )
+
+
+def check_head_dim(name: str, head_dim: int, direction: str) -> None:
+    """1 to 512."""
+    check(
+        head_dim <= MAX_HEAD_DIM,
+        f"FlashAttention {direction} only supports head dimension at most 256 ",
+        f"(anyflash: {MAX_HEAD_DIM}), got {name} with head_dim {head_dim}",
+    )
+    check(head_dim > 0, f"{name}: expected a head_dim of 1 to {MAX_HEAD_DIM}, got {head_dim}")
+
+
+def check_window_and_scale(softmax_scale: float, softcap: float) -> None:
+    """Finite numbers."""
+    check(
+        math.isfinite(softmax_scale),
+        "softmax_scale: expected a finite number, got ",
+        softmax_scale,
+    )
+    check(
+        math.isfinite(softcap) and softcap >= 0.0,
+        "softcap: expected a finite number of 0 or more, got ",
+        softcap,
+    )
+
+
+def _check_query(args: AttentionArgs) -> None:
+    if args.packed:
+        check(
+            args.q.dim() == 3,
+            f"q: expected (total_q, heads, head_dim) with cu_seqlens_q, got {shape_text(args.q)}",
+        )
+    else:
+        check(
+            args.q.dim() == 4,
+            f"q: expected (batch, seqlen_q, heads, head_dim), got {shape_text(args.q)}",
+        )
+    check(
+        args.q.dtype in DTYPE_NAMES,
+        "FlashAttention only support fp16 and bf16 data type (anyflash: fp32 and fp64 too), got ",
+        f"q of {dtype_text(args.q)}",
+    )
+
+
+def _check_keys(args: AttentionArgs) -> None:
+    q, k, v = args.q, args.k, args.v
+    for tensor, name, word in ((k, "k", "key"), (v, "v", "value")):
+        check(
+            tensor.dtype == q.dtype,
+            f"query and {word} must have the same dtype, got q of {dtype_text(q)} ",
+            f"and {name} of {dtype_text(tensor)}",
+        )
+    check_same_device(q, "q", k, "k")
+    check_same_device(q, "q", v, "v")
+
+    packed_keys = args.packed and not args.paged
+    if packed_keys:
+        rank, names, leading = 3, "(total_k, num_heads_k, head_size)", "(total_k"
+    elif args.paged:
+        names = "(num_blocks, page_block_size, num_heads_k, head_size)"
+        rank, leading = 4, "(num_blocks, page"
+    else:
+        rank, names = 4, "(batch_size, seqlen_k, num_heads_k, head_size)"
+        leading = "(batch, seqlen_k"
+    head_dim = q.shape[-1]
+    same_batch = packed_keys or args.paged or (k.dim() > 0 and k.shape[0] == q.shape[0])
+    check(
+        k.dim() == rank and k.shape[-1] == head_dim and same_batch,
+        f"k must have shape {names}; k: expected {leading}, heads_k, {head_dim}), got ",
+        f"{shape_text(k)} with q {shape_text(q)}",
+    )
+    check(
+        v.dim() == rank and v.shape[:-1] == k.shape[:-1],
+        f"v must have shape {names}; v: expected k's shape {shape_text(k)} ",
+        f"up to the last dimension, got {shape_text(v)}",
+    )
+    for tensor, name in ((q, "q"), (k, "k"), (v, "v")):
+        check_last_dim_contiguous(tensor, name)
+    heads, heads_k = args.heads, args.heads_k
+    check(
+        heads % heads_k == 0 if heads_k > 0 else heads == 0,
+        "Number of heads in key/value must divide number of heads in query, got ",
+        f"{heads_k} heads in k and {heads} in q",
+    )
+
+
+def _check_sequences(args: AttentionArgs) -> None:
+    cu_q, cu_k, q = args.cu_seqlens_q, args.cu_seqlens_k, args.q
+    check(cu_q is not None or cu_k is None, "cu_seqlens_q: missing, cu_seqlens_k is given")
+    if cu_q is not None:
+        check(
+            cu_q.dim() > 0 and args.batch >= 0,
+            f"cu_seqlens_q must have shape (batch_size + 1), got {shape_text(cu_q)}",
+        )
+    batch = args.batch
+    if cu_q is not None:
+        check_index_vector(cu_q, "cu_seqlens_q", q, batch + 1, "(batch_size + 1)")
+        check(
+            args.max_seqlen_q >= 0, "max_seqlen_q: expected 0 or more, got ", args.max_seqlen_q
+        )
+        if not args.paged:
+            check(cu_k is not None, "cu_seqlens_k: missing, cu_seqlens_q is given")
+            check(
+                args.max_seqlen_k >= 0, "max_seqlen_k: expected 0 or more, got ", args.max_seqlen_k
+            )
+    if cu_k is not None:
+        check_index_vector(cu_k, "cu_seqlens_k", q, batch + 1, "(batch_size + 1)")
+    if args.seqused_k is not None:
+        check_index_vector(args.seqused_k, "seqused_k", q, batch, "(batch_size)")
+    if args.leftpad_k is not None:
+        check(
+            not args.paged,
+            "We don't support Paged KV and leftpad_k running at the same time yet",
+        )
+        check_index_vector(args.leftpad_k, "leftpad_k", q, batch, "(batch_size)")
+    if args.block_table is not None:
+        check_block_table(args.block_table, q, batch)
+
+
+def _check_bias(args: AttentionArgs, bias: Tensor) -> None:
+    check(
+        bias.dtype in DTYPE_NAMES or bias.dtype == torch.bool,
+        f"bias: expected a floating or bool dtype, got {dtype_text(bias)}",
+    )
+    check_same_device(args.q, "q", bias, "bias")
+    full = (args.batch, args.heads, args.max_seqlen_q, args.max_seqlen_k)
+    sizes = tuple(bias.shape)
+    fits = len(sizes) <= 4 and all(
+        size in (1, want) for size, want in zip(reversed(sizes), reversed(full))
+    )
+    check(
+        fits,
+        "bias: expected a shape that broadcasts to (batch, heads, seqlen_q, seqlen_k) = ",
+        f"{full}, got {sizes}",
+    )
+
+
+def _check_dropout(args: AttentionArgs) -> None:
+    check(
+        0.0 <= args.dropout_p < 1.0,
+        "dropout_p: expected 0 <= dropout_p < 1, got ",
+        args.dropout_p,
+    )
+    if args.dropout_p == 0.0:
+        return
+    check(
+        args.softcap == 0.0,
+        "Softcapping does not support dropout for now, got softcap ",
+        args.softcap,
+        " and dropout_p ",
+        args.dropout_p,
+    )
+    rng = args.rng_state
+    if rng is None:
+        check(False, "rng_state: missing, dropout_p is ", args.dropout_p)
+        return
+    check(
+        rng.dtype == torch.int64 and rng.shape == (2,) and rng.is_contiguous(),
+        "rng_state: expected a contiguous int64 tensor of shape (2,), got ",
+        f"{dtype_text(rng)} {shape_text(rng)}",
+    )
+    check_same_device(args.q, "q", rng, "rng_state")
+
+
+def _check_cumulative(
+    cu: list[int], name: str, rows: Optional[tuple[int, str]], longest: int, longest_name: str
+) -> None:
+    check(cu[0] == 0, name, ": expected to start at 0, got ", cu[0])
+    for i, (begin, end) in enumerate(zip(cu, cu[1:])):
+        check(
+            end >= begin,
+            f"{name}: must not decrease, got {begin} and then {end} at index {i + 1}",
+        )
+        check(
+            end - begin <= longest,
+            f"{longest_name}: expected at least {end - begin}, the length of sequence {i} ",
+            f"in {name}, got {longest}",
+        )
+    if rows is not None:
+        check(cu[-1] <= rows[0], f"{name}: ends at {cu[-1]}, but {rows[1]} has {rows[0]} rows")
+
+
+def _check_values(args: AttentionArgs) -> None:
+    if args.cu_seqlens_q is not None:
+        _check_cumulative(
+            args.cu_seqlens_q.tolist(),
+            "cu_seqlens_q",
+            (args.q.shape[0], "q"),
+            args.max_seqlen_q,
+            "max_seqlen_q",
+        )
+    cu_k = None
+    if args.cu_seqlens_k is not None:
+        cu_k = args.cu_seqlens_k.tolist()
+        _check_cumulative(
+            cu_k,
+            "cu_seqlens_k",
+            None if args.paged else (args.k.shape[0], "k"),
+            args.max_seqlen_k,
+            "block_table: capacity" if args.paged else "max_seqlen_k",
+        )
+    used = args.seqused_k.tolist() if args.seqused_k is not None else None
+    leftpad = args.leftpad_k.tolist() if args.leftpad_k is not None else None
+    table = args.block_table.tolist() if args.block_table is not None else None
+    if used is None and leftpad is None and table is None:
+        return
+    for b in range(args.batch):
+        length = args.max_seqlen_k if cu_k is None else cu_k[b + 1] - cu_k[b]
+        stored = args.max_seqlen_k if args.paged else length
+        if used is not None:
+            length = used[b]
+            check(
+                0 <= length <= stored,
+                f"seqused_k: expected 0 to {stored}, the keys of sequence {b}, got {length}",
+            )
+        if leftpad is not None:
+            check(
+                leftpad[b] >= 0,
+                f"leftpad_k: expected 0 or more, got {leftpad[b]} for sequence {b}",
+            )
+        if table is not None:
+            check_block_table_row(table[b], b, length, args.k.shape[1], args.k.shape[0])
+
+
+def validate_forward(args: AttentionArgs, direction: str = "forward") -> None:
+    """Shapes, dtypes, devices and options; values of index tensors where reading them is free."""
+    _check_query(args)
+    _check_keys(args)
+    check_head_dim("q", args.head_dim, direction)
+    check_head_dim("v", args.head_dim_v, direction)
+    _check_sequences(args)
+    check_window_and_scale(args.softmax_scale, args.softcap)
+    _check_dropout(args)
+    if args.alibi_slopes is not None:
+        check_alibi_slopes(args.alibi_slopes, args.q, args.batch, args.heads)
+    if args.bias is not None:
+        _check_bias(args, args.bias)
+    if args.sinks is not None:
+        check_sinks(args.sinks, args.q, args.heads)
+    has_values = args.packed or args.paged or args.seqused_k is not None
+    if (has_values or args.leftpad_k is not None) and values_are_checked(args.q):
+        _check_values(args)
+
+
+def validate_backward(args: AttentionArgs, grad: BackwardArgs) -> None:
+    """The forward's checks, and the shapes of what the backward has beside them."""
+    validate_forward(args, "backward")
+    q = args.q
+    for tensor, name in ((grad.out, "out"), (grad.dout, "dout")):
+        check(
+            tensor.dtype == q.dtype,
+            f"query and {name} must have the same dtype, got q of {dtype_text(q)} ",
+            f"and {name} of {dtype_text(tensor)}",
+        )
+    for tensor, name in ((grad.dout, "dout"), (grad.out, "out"), (grad.lse, "lse")):
+        check_same_device(q, "q", tensor, name)
+
+    out_shape = (*q.shape[:-1], args.head_dim_v)
+    if args.packed:
+        out_names = "(total_q, num_heads, head_size)"
+        lse_shape, lse_names = (args.heads, q.shape[0]), "(heads, total_q)"
+    else:
+        out_names = "(batch_size, seqlen_q, num_heads, head_size)"
+        lse_shape = (q.shape[0], args.heads, q.shape[1])
+        lse_names = "(batch, heads, seqlen_q)"
+    check(
+        grad.out.shape == out_shape,
+        f"out must have shape {out_names}; out: expected q's shape {shape_text(q)} ",
+        f"with last dimension {args.head_dim_v}, got {shape_text(grad.out)}",
+    )
+    check(
+        grad.dout.shape == out_shape,
+        f"dout must have shape {out_names}; dout: expected {shape_text(grad.out)}, ",
+        f"got {shape_text(grad.dout)}",
+    )
+    check(
+        grad.lse.dtype == args.compute_dtype,
+        f"lse: expected {DTYPE_NAMES[args.compute_dtype]} for q of {dtype_text(q)}, ",
+        f"got {dtype_text(grad.lse)}",
+    )
+    check(
+        grad.lse.shape == lse_shape,
+        f"lse: expected {lse_names} for q {shape_text(q)}, got {shape_text(grad.lse)}",
+    )
+    if grad.dlse is not None:
+        check(
+            grad.dlse.shape == lse_shape,
+            f"dlse: expected {shape_text(grad.lse)}, got {shape_text(grad.dlse)}",
+        )
+        check_same_device(q, "q", grad.dlse, "dlse")
+    check(
+        not grad.bias_requires_grad or args.bias is not None,
+        "bias_requires_grad: no bias is given",
+    )
+    check(
+        not grad.sinks_requires_grad or args.sinks is not None,
+        "sinks_requires_grad: no sinks are given",
+    )

@@ -1,0 +1,153 @@
+"""Which back end computes a call: names, chains, and the context manager that chooses.
+
+A chain is an ordered choice, ``"kernel,sdpa,math"``. The order of precedence is the ``backend=`` argument of a call, then
+``with anyflash.backend(...)``, then ``ANYFLASH_BACKEND``, then the default chain.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import os
+from typing import Any, Optional
+
+#: Digit of each back end in a chain code, as in csrc/problem.h.
+CODES: dict[str, int] = {
+    "kernel": 1,
+    "sdpa": 2,
+    "math": 3,
+    "aten_cudnn": 4,
+    "aten_flash": 5,
+    "aten_efficient": 6,
+    "aten_cpu": 7,
+}
+NAMES: dict[int, str] = {code: name for name, code in CODES.items()}
+DEFAULT_CHAIN = ("kernel", "sdpa", "math")
+DEFAULT_CODE = 0x321
+_MAX_NAMES = 15  # digits of a positive int64
+
+_chosen: contextvars.ContextVar[int] = contextvars.ContextVar("anyflash_backend", default=0)
+
+
+def parse_chain(spec: str) -> tuple[str, ...]:
+    """The names in a comma list; ``auto`` stands for the default chain, empty for no choice.
+
+    Raises:
+        ValueError: a name that no back end has.
+    """
+    names: list[str] = []
+    for name in (part.strip() for part in spec.split(",")):
+        if name == "auto":
+            names += DEFAULT_CHAIN
+        elif name in CODES:
+            names.append(name)
+        elif name:
+            known = ", ".join(("auto", *CODES))
+            raise ValueError(f"unknown back end '{name}'; known: {known}")
+    if len(names) > _MAX_NAMES:
+        raise ValueError(f"back ends: at most {_MAX_NAMES} names, got '{spec}'")
+    return tuple(names)
+
+
+def code_of(names: tuple[str, ...]) -> int:
+    """The chain as one number: a hexadecimal digit per name, first choice lowest."""
+    return sum(CODES[name] << (4 * place) for place, name in enumerate(names))
+
+
+def chain_names(code: int) -> tuple[str, ...]:
+    """The names in a chain code.
+
+    Raises:
+        ValueError: a digit that no back end has.
+    """
+    names = []
+    rest = code
+    while rest != 0:
+        if code < 0 or rest & 0xF not in NAMES:
+            raise ValueError(
+                f"backend: expected a chain of back ends 1 to {len(CODES)} in hexadecimal digits, "
+                f"got {code}"
+            )
+        names.append(NAMES[rest & 0xF])
+        rest >>= 4
+    return tuple(names)
+
+
+def is_set(variable: str) -> bool:
+    """True for an environment variable that is neither empty nor 0."""
+    return os.environ.get(variable, "") not in ("", "0")
+
+
+def environment_chain() -> tuple[str, ...]:
+    """The chain of ANYFLASH_BACKEND, or the default one; ANYFLASH_STRICT=1 keeps its first name.
+
+    Raises:
+        ValueError: ANYFLASH_BACKEND names an unknown back end.
+    """
+    try:
+        names = parse_chain(os.environ.get("ANYFLASH_BACKEND", "")) or DEFAULT_CHAIN
+    except ValueError as error:
+        raise ValueError(f"ANYFLASH_BACKEND: {error}") from None
+    return names[:1] if is_set("ANYFLASH_STRICT") else names
+
+
+def chain_code(spec: Optional[str] = None, strict: Optional[bool] = None) -> int:
+    """The number that operators take as ``backend``.
+
+    Args:
+        spec: comma list of back ends; None: nothing chosen here, so the environment decides.
+        strict: only the first name counts, and a call it cannot run is an error. None: what
+            ANYFLASH_STRICT says.
+
+    Returns:
+        The chain code; 0 where nothing is chosen.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: ``spec`` is not a string.
+    """
+    if spec is None:
+        return code_of(environment_chain()[:1]) if strict else 0
+    if not isinstance(spec, str):
+        raise TypeError(f"backend: expected a string such as 'sdpa,math', got {type(spec).__name__}")
+    names = parse_chain(spec)
+    if is_set("ANYFLASH_STRICT") if strict is None else strict:
+        names = names[:1]
+    return code_of(names)
+
+
+def current_code() -> int:
+    """The chain code chosen by the innermost ``with anyflash.backend(...)``; 0 outside."""
+    return _chosen.get()
+
+
+# torch.compile evaluates the function while it traces and keeps the result: the choice is that of the first call.
+current_code._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def resolve(spec: Optional[str]) -> int:
+    """The chain code for a call's ``backend`` argument."""
+    return current_code() if spec is None else chain_code(spec)
+
+
+class backend:  # noqa: N801  (used as a function: ``with anyflash.backend("sdpa"):``)
+    """Chooses the back ends for the calls inside a ``with`` block, per thread and per task.
+
+    Args:
+        spec: comma list of ``kernel``, ``sdpa``, ``math``, ``aten_cudnn``, ``aten_flash``,
+            ``aten_efficient``, ``aten_cpu``, or ``auto``.
+        strict: a call that the first name cannot run is an error.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+
+    def __init__(self, spec: Optional[str] = None, *, strict: Optional[bool] = None) -> None:
+        self.code = chain_code(spec, strict)
+        self._tokens: list[contextvars.Token[int]] = []
+
+    def __enter__(self) -> backend:
+        self._tokens.append(_chosen.set(self.code))
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        _chosen.reset(self._tokens.pop())

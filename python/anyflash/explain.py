@@ -1,0 +1,343 @@
+"""Why a shape runs where it runs: `anyflash.explain(...)` and `python -m anyflash explain ...`.
+
+A shape is given in words ("bf16 causal head_dim 128 on sm_90 training") or as keywords; both become the `Problem`
+that the operators themselves hand to `decide`. The answer and every reason in it are `decide`'s own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import TYPE_CHECKING, Any, Iterable
+
+import torch
+
+from . import backends
+
+if TYPE_CHECKING:
+    import argparse
+
+ROUTE_TITLES = {
+    "kernel": "anyflash's own kernel",
+    "aten_cudnn": "cuDNN's attention, called through PyTorch",
+    "aten_flash": "PyTorch's flash attention (CUDA)",
+    "aten_efficient": "PyTorch's memory-efficient attention (CUDA)",
+    "aten_cpu": "PyTorch's flash attention (CPU)",
+    "math": "plain PyTorch operations, a block of rows at a time",
+}
+
+_DTYPES = {
+    "fp16": ("fp16", "float16", "half", "f16"),
+    "bf16": ("bf16", "bfloat16"),
+    "fp32": ("fp32", "float32", "f32", "single"),
+    "fp64": ("fp64", "float64", "f64", "double"),
+}
+
+# GPU names people use, with the compute capability that decides (NVIDIA's list of CUDA GPUs).
+_GPUS = {
+    "p100": 60, "v100": 70, "t4": 75, "rtx2080": 75, "2080ti": 75, "a100": 80, "a30": 80, "a10": 86, "a10g": 86,
+    "a40": 86, "a6000": 86, "rtx3090": 86, "3090": 86, "l4": 89, "l40": 89, "l40s": 89, "rtx4090": 89, "4090": 89,
+    "h100": 90, "h200": 90, "gh200": 90, "b100": 100, "b200": 100, "gb200": 100, "rtx5090": 120, "5090": 120,
+    "gb10": 121,
+}  # fmt: skip
+
+_FEATURE_WORDS = {
+    "packed": ("packed", "varlen", "unpadded", "cu_seqlens"),
+    "paged": ("paged", "block_table"),
+    "seqused_k": ("seqused_k", "seqused", "kvcache", "decode", "decoding"),
+    "leftpad_k": ("leftpad_k", "leftpad"),
+    "causal": ("causal",),
+    "window": ("window", "sliding", "sliding_window", "local"),
+    "softcap": ("softcap",),
+    "alibi": ("alibi", "alibi_slopes"),
+    "bias": ("bias", "attn_bias", "attn_mask", "mask", "boolean_mask"),
+    "bias_grad": ("bias_grad", "bias_gradient"),
+    "sinks": ("sinks", "sink"),
+    "dropout": ("dropout",),
+    "gqa": ("gqa", "mqa", "grouped_query"),
+    "unequal_head_dims": (),
+    "lse_grad": ("lse_grad",),
+    "deterministic": ("deterministic",),
+}
+
+_BACKWARD_ONLY = ("bias_grad", "lse_grad", "deterministic")
+
+_FILLER = set(
+    "on a an the with and for of in at to my gpu's attention using use run cache kv layout plus full no".split()
+)
+
+
+@dataclasses.dataclass
+class Explanation:
+    """What runs for one shape.
+
+    Attributes:
+        problems: One `Problem` dict per direction, as handed to `decide`.
+        decisions: One `{"route", "reasons"}` per direction, as `decide` returned it.
+        assumed: What the question left open and how it was filled in.
+    """
+
+    problems: list[dict[str, Any]]
+    decisions: list[dict[str, Any]]
+    assumed: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def route(self) -> str:
+        """The route of the forward pass; "none" when nothing can run it."""
+        return self.decisions[0]["route"]
+
+    @property
+    def runs(self) -> bool:
+        """Whether every direction asked for has a route."""
+        return all(decision["route"] != "none" for decision in self.decisions)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "runs": self.runs}
+
+    def __str__(self) -> str:
+        lines = [describe_problem(self.problems[-1])]
+        if self.assumed:
+            lines.append(f"(not said, so assumed: {', '.join(self.assumed)})")
+        for problem, decision in zip(self.problems, self.decisions):
+            route = decision["route"]
+            title = "nothing in this chain can run it"
+            if route != "none":
+                title = f"{route}: {ROUTE_TITLES[route]}"
+            lines += ["", f"{problem['direction']:9s} {title}"]
+            lines += [f"{'':9s} not {name}: {reason}" for name, reason in decision["reasons"]]
+        return "\n".join(lines)
+
+
+def describe_problem(problem: dict[str, Any]) -> str:
+    """One line for a `Problem`: what is asked, where, and which back ends are tried in which order."""
+    where = (
+        "on the CPU"
+        if problem["device"] == "cpu"
+        else f"on a GPU of compute capability sm_{problem['sm']}"
+    )
+    if problem["op"] == "bias_activation":
+        what = f"bias + activation, {problem['dtype']}"
+    else:
+        dims = str(problem["head_dim"])
+        if problem["head_dim_v"] != problem["head_dim"]:
+            dims += f"/{problem['head_dim_v']}"
+        what = ", ".join([f"attention, {problem['dtype']}, head_dim {dims}", *problem["features"]])
+    major, minor = divmod(problem["torch_version"], 100)
+    return (
+        f"{what}, {where}, torch {major}.{minor}; back ends in order: {', '.join(problem['chain'])}"
+    )
+
+
+def parse_words(words: str) -> dict[str, Any]:
+    """Reads a shape in words.
+
+    Args:
+        words: Such as "bf16 causal head_dim 192/128 on sm_90 training" or "fp16 packed T4 inference".
+
+    Returns:
+        Keywords for `explain`, only what the words say.
+
+    Raises:
+        ValueError: A word is not understood; the message lists the vocabulary.
+    """
+    text = re.sub(r"[=:,;]", " ", words.lower())
+    text = re.sub(r"head[ _-]?dim(?:ension)?s?", "head_dim", text)
+    text = re.sub(r"\b(non|not)[ -]causal\b|\bbidirectional\b", " ", text)
+    facts: dict[str, Any] = {}
+
+    def take(pattern: str) -> re.Match[str] | None:
+        nonlocal text
+        match = re.search(pattern, text)
+        if match:
+            text = f"{text[: match.start()]} {text[match.end() :]}"
+        return match
+
+    if match := take(
+        r"\bbackend ((?:kernel|sdpa|math|aten_\w+|auto)(?:[ ]+(?:kernel|sdpa|math|aten_\w+))*)"
+    ):
+        facts["backend"] = ",".join(match[1].split())
+    if match := take(r"\bhead_dim_v ?(\d+)"):
+        facts["head_dim_v"] = int(match[1])
+    if match := take(r"\b(?:head_dim|hd|dim|d) ?(\d+)(?: ?/ ?(\d+))?"):
+        facts["head_dim"] = int(match[1])
+        if match[2]:
+            facts["head_dim_v"] = int(match[2])
+    if match := take(r"\b(?:sm_?|cc |compute capability )(\d+)(?:\.(\d))?[af]?\b"):
+        facts.update(device="cuda", sm=int(match[1] + (match[2] or "")))
+    if match := take(r"\btorch ?(\d+)\.(\d+)\S*"):
+        facts["torch_version"] = int(match[1]) * 100 + int(match[2])
+    _read_single_words(text, facts)
+    return facts
+
+
+def _read_single_words(text: str, facts: dict[str, Any]) -> None:
+    """Adds what single words mean to facts; raises ValueError for one that means nothing."""
+    dtypes = {alias: name for name, aliases in _DTYPES.items() for alias in aliases}
+    features = {alias: name for name, aliases in _FEATURE_WORDS.items() for alias in aliases}
+    for word in re.findall(r"[\w+.]+", text):
+        if word in dtypes:
+            facts["dtype"] = dtypes[word]
+        elif word in features:
+            facts.setdefault("features", []).append(features[word])
+        elif word in _GPUS:
+            facts.update(device="cuda", sm=_GPUS[word])
+        elif word in ("cpu", "cuda", "gpu"):
+            facts["device"] = "cpu" if word == "cpu" else "cuda"
+        elif word in ("training", "train", "backward", "gradient", "gradients", "grad"):
+            facts["training"] = True
+        elif word in ("inference", "forward", "eval", "serving"):
+            facts["training"] = False
+        elif word in ("mlp", "bias_activation", "gelu", "relu", "silu", "swiglu"):
+            facts["op"] = "bias_activation"
+        elif word not in _FILLER and not word.isdigit():
+            import difflib
+
+            known = [*dtypes, *features, *_GPUS, "cpu", "cuda", "training", "inference", "mlp"]
+            close = difflib.get_close_matches(word, known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f'explain: "{word}" is not understood.{hint} Words it knows: {", ".join(sorted(set(known)))}; '
+                "and head_dim N, head_dim N/M, sm_NN, torch N.N, backend NAME"
+            )
+
+
+def explain(words: str = "", **facts: Any) -> Explanation:
+    """Tells which back end runs a shape, and why no other does.
+
+    Args:
+        words: The shape in words; may be empty. Keywords win over words.
+        **facts: op ("attention", "bias_activation"), device ("cpu", "cuda"), sm (90), dtype ("bf16" or torch.bfloat16),
+            head_dim, head_dim_v, features (names of `routes.def`), training (bool: also the backward), torch_version
+            (213 means 2.13), backend (a chain such as "kernel,sdpa").
+
+    Returns:
+        An `Explanation`; print it, or read `.route`, `.decisions`.
+
+    Raises:
+        ValueError: Words, keywords, features or back ends that do not exist.
+    """
+    from . import decide  # the package imports this module
+
+    said = {
+        **(parse_words(words) if words else {}),
+        **{k: v for k, v in facts.items() if v is not None},
+    }
+    problem, training, assumed = _complete(said)
+    forward = [name for name in problem["features"] if name not in _BACKWARD_ONLY]
+    problems = [{**problem, "direction": "forward", "features": forward}]
+    if training:
+        problems.append({**problem, "direction": "backward"})
+    return Explanation(problems, [decide(dict(p)) for p in problems], assumed)
+
+
+def _complete(said: dict[str, Any]) -> tuple[dict[str, Any], bool, list[str]]:
+    """Fills in what was left open: returns (problem without direction, training, what was assumed)."""
+    known = "op device sm dtype head_dim head_dim_v features training torch_version backend".split()
+    if unknown := sorted(set(said) - set(known)):
+        raise ValueError(
+            f"explain: unknown keyword {', '.join(unknown)}; expected {', '.join(known)}"
+        )
+    assumed: list[str] = []
+
+    def get(name: str, default: Any, show: str | None = None) -> Any:
+        if name not in said:
+            assumed.append(show or f"{name} {default}")
+        return said.get(name, default)
+
+    gpu = torch.cuda.is_available()
+    device = str(get("device", "cuda" if "sm" in said or gpu else "cpu"))
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f'explain: device must be "cpu" or "cuda", got "{device}"')
+    sm = 0
+    if device == "cuda":
+        here = torch.cuda.get_device_capability() if gpu else (8, 0)
+        sm = int(
+            get(
+                "sm",
+                here[0] * 10 + here[1],
+                None if gpu else f"compute capability sm_{here[0]}{here[1]}",
+            )
+        )
+    op = said.get("op", "attention")
+    dtype = _dtype_name(get("dtype", "bf16" if sm >= 80 else "fp16" if sm else "fp32"))
+    head_dim = int(get("head_dim", 64)) if op == "attention" else 0
+    head_dim_v = int(said.get("head_dim_v", head_dim))
+    features = _feature_names(said.get("features", ()))
+    if head_dim_v != head_dim and "unequal_head_dims" not in features:
+        features.append("unequal_head_dims")
+    chain, explicit = _chain(said.get("backend"))
+    problem = {
+        "op": op, "device": device, "sm": sm, "dtype": dtype, "head_dim": head_dim, "head_dim_v": head_dim_v,
+        "features": features, "torch_version": int(said.get("torch_version", torch_version())),
+        "chain": chain, "explicit": explicit,
+    }  # fmt: skip
+    return problem, bool(get("training", False, "inference (no gradients)")), assumed
+
+
+def _dtype_name(dtype: Any) -> str:
+    text = str(dtype).replace("torch.", "")
+    for name, aliases in _DTYPES.items():
+        if text in aliases:
+            return name
+    raise ValueError(f"explain: dtype must be one of {', '.join(_DTYPES)}, got {text}")
+
+
+def _chain(backend: str | None) -> tuple[list[str], bool]:
+    """The back ends that a call made here would try, and whether the user chose them."""
+    code = backends.resolve(backend) or backends.code_of(backends.environment_chain())
+    return list(backends.chain_names(code)), code != backends.DEFAULT_CODE
+
+
+def _feature_names(features: Iterable[str]) -> list[str]:
+    names = [features] if isinstance(features, str) else list(dict.fromkeys(features))
+    if unknown := [name for name in names if name not in _FEATURE_WORDS]:
+        raise ValueError(
+            f"explain: unknown feature {', '.join(unknown)}; expected {', '.join(_FEATURE_WORDS)}"
+        )
+    return [name for name in _FEATURE_WORDS if name in names]
+
+
+def torch_version() -> int:
+    """The running torch as the number `Problem` uses: 213 for 2.13."""
+    major, minor = re.match(r"(\d+)\.(\d+)", torch.__version__).groups()
+    return int(major) * 100 + int(minor)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `python -m anyflash explain`."""
+    parser.add_argument(
+        "words", nargs="*", help="the shape in words: bf16 causal head_dim 128 on sm_90 training"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--sm", type=int, help="compute capability without the dot: 75, 80, 90")
+    parser.add_argument("--dtype", help="fp16, bf16, fp32 or fp64")
+    parser.add_argument("--head-dim", type=int)
+    parser.add_argument("--head-dim-v", type=int)
+    parser.add_argument(
+        "--feature", action="append", dest="features", help="once per feature: causal, window, ..."
+    )
+    parser.add_argument(
+        "--training", action="store_true", default=None, help="explain the backward too"
+    )
+    parser.add_argument(
+        "--backend", help="back ends in order, as in ANYFLASH_BACKEND: kernel,sdpa,math"
+    )
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Prints the explanation; 0 when the shape runs, 1 when nothing can run it, 2 when the question is not understood."""
+    flags = {
+        name: value for name, value in vars(options).items() if name in _FLAGS and value is not None
+    }
+    try:
+        explanation = explain(" ".join(options.words), **flags)
+    except ValueError as error:
+        print(error)
+        return 2
+    print(json.dumps(explanation.as_dict(), indent=2) if options.json else explanation)
+    return 0 if explanation.runs else 1
+
+
+_FLAGS = ("device", "sm", "dtype", "head_dim", "head_dim_v", "features", "training", "backend")

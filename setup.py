@@ -1,0 +1,154 @@
+"""Only what pyproject.toml cannot say: the CMake build, the start-up files, and the metadata of the drop-in."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+from setuptools import Distribution, Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = pathlib.Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT / "tools"))
+
+from build_plan import no_binary_reason, setting, wants_cuda  # noqa: E402
+from cuda_pins import package_root  # noqa: E402
+
+DIST_INFO = "anyflash/dropin/flash_attn-2.8.3.dist-info"
+DEFS = ("csrc/schemas.def", "csrc/routes.def", "kernels/instances.def")
+
+
+class BuildFailed(Exception):
+    """A CMake step failed; the text holds the end of its output."""
+
+
+def run(*command: str) -> None:
+    """Runs a command, shows its output and keeps the end of it for the reason of a failure."""
+    lines: list[str] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout or ():
+            sys.stdout.write(line)
+            lines.append(line.rstrip())
+    if process.returncode:
+        telling = [line for line in lines if "rror" in line] or lines
+        raise BuildFailed(f"{os.path.basename(command[0])}: " + " | ".join(telling[:3])[:600])
+
+
+def cmake(cuda: bool, prefix: pathlib.Path) -> None:
+    """Configures, builds and installs the libraries into a folder that holds (or will hold) the package."""
+    import pybind11
+
+    build = ROOT / "build" / f"py{sys.version_info[0]}{sys.version_info[1]}"
+    options = {
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "CMAKE_INSTALL_PREFIX": str(prefix),
+        "ANYFLASH_CUDA": ("ON" if setting("ANYFLASH_CUDA") else "AUTO") if cuda else "OFF",
+        "ANYFLASH_PIP_CUDA_ROOT": package_root() or "",
+    }
+    if "ANYFLASH_CUDA_ARCHS" in os.environ:
+        options["ANYFLASH_CUDA_ARCHS"] = os.environ["ANYFLASH_CUDA_ARCHS"]
+    fresh = ["--fresh"] if (build / "CMakeCache.txt").exists() else []  # an isolated build's paths are gone by now
+    generator = ["-GNinja"] if shutil.which("ninja") else []
+    defines = [f"-D{name}={value}" for name, value in options.items()]
+    run("cmake", *fresh, *generator, "-S", str(ROOT), "-B", str(build), *defines)
+    run("cmake", "--build", str(build), "--parallel", os.environ.get("MAX_JOBS", str(os.cpu_count() or 1)))
+    run("cmake", "--install", str(build), "--strip")
+
+
+def build_binary(prefix: pathlib.Path) -> dict[str, Any]:
+    """Builds as much as this machine allows: with CUDA, else without, else nothing.
+
+    Returns:
+        The facts for ``anyflash/_build.json``: ``binary``, ``cuda``, and ``reasons`` for what is missing.
+
+    Raises:
+        BuildFailed: ANYFLASH_BUILD=1 or ANYFLASH_CUDA=1 asked for what could not be built.
+    """
+    reasons = [] if wants_cuda() else ["cuda: switched off, or no CUDA compiler exists for this machine"]
+    for cuda in (True, False) if wants_cuda() else (False,):
+        try:
+            cmake(cuda, prefix)
+        except (BuildFailed, OSError) as error:
+            if setting("ANYFLASH_BUILD") or (cuda and setting("ANYFLASH_CUDA")):
+                raise
+            reasons.append(f"{'cuda' if cuda else 'binary'}: the build failed: {error}")
+        else:
+            return {"binary": True, "cuda": cuda, "reasons": reasons}
+    return {"binary": False, "cuda": False, "reasons": reasons}
+
+
+def write_facts(package: pathlib.Path, facts: dict[str, Any]) -> None:
+    """Leaves word for ``python -m anyflash doctor`` and says aloud what is missing."""
+    facts["python"] = ".".join(map(str, sys.version_info[:2]))
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "_build.json").write_text(json.dumps(facts, indent=1) + "\n")
+    if facts["reasons"]:
+        kind = "without CUDA kernels" if facts["binary"] else "as pure Python, without the compiled operators"
+        print(f"\n*** anyflash is being installed {kind}:", *facts["reasons"], "", sep="\n***   ", file=sys.stderr)
+
+
+class CMakeBuild(build_ext):
+    """Drives CMake; there is nothing for setuptools to compile."""
+
+    def run(self) -> None:
+        prefix = ROOT / "python" if self.editable_mode or self.inplace else pathlib.Path(self.build_lib).resolve()
+        write_facts(prefix / "anyflash", build_binary(prefix))
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+
+class BuildPy(build_py):
+    """Adds to built wheels: the lists that C++ and Python share, and RECORD for the drop-in's metadata.
+
+    RECORD never enters the source tree: outside a virtual environment `pip uninstall flash-attn` deletes what it lists.
+    """
+
+    def run(self) -> None:
+        if self.editable_mode:
+            super().run()
+            if NO_BINARY:
+                write_facts(ROOT / "python/anyflash", PURE_PYTHON)
+            return
+        shutil.rmtree(self.build_lib, ignore_errors=True)  # nothing of a former build may enter this wheel
+        super().run()
+        library = pathlib.Path(self.build_lib)
+        if NO_BINARY:
+            write_facts(library / "anyflash", PURE_PYTHON)
+        defs = library / "anyflash/defs"
+        defs.mkdir(parents=True, exist_ok=True)
+        for name in DEFS:
+            shutil.copy(ROOT / name, defs)
+        self._write_record(library / "anyflash/dropin", library / DIST_INFO / "RECORD")
+
+    @staticmethod
+    def _write_record(dropin: pathlib.Path, record: pathlib.Path) -> None:
+        files = {path for path in dropin.rglob("*") if path.is_file() and path.suffix != ".pyc"} | {record}
+        record.write_text("".join(f"{path.relative_to(dropin).as_posix()},,\n" for path in sorted(files)))
+
+
+class Dist(Distribution):
+    def has_data(self) -> bool:
+        """Editable installs take the start-up files only if this method exists."""
+        return self.has_data_files()
+
+
+NO_BINARY = no_binary_reason()
+PURE_PYTHON: dict[str, Any] = {"binary": False, "cuda": False, "reasons": [f"binary: {NO_BINARY}"]}
+if NO_BINARY and setting("ANYFLASH_BUILD"):
+    raise SystemExit(f"anyflash: ANYFLASH_BUILD=1 asks for the binary, but {NO_BINARY}")
+
+setup(
+    distclass=Dist,
+    ext_modules=[] if NO_BINARY else [Extension("anyflash._native", [])],
+    cmdclass={"build_py": BuildPy, "build_ext": CMakeBuild},
+    # <name>.data/data/../purelib is the root of site-packages, where Python looks for start-up files
+    data_files=[("../purelib", ["startup/anyflash.pth", "startup/anyflash.start"])],
+)

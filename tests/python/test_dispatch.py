@@ -1,0 +1,250 @@
+"""The decision: the same from C++ and Python, right for every GPU generation, and in words a user understands."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+import torch
+from support import REPOSITORY, run_python, torch_version
+
+import anyflash
+from anyflash import backends
+from anyflash._python_ops import dispatch
+
+pytestmark = pytest.mark.providers
+
+FEATURES = (
+    "packed paged seqused_k leftpad_k causal window softcap alibi bias bias_grad sinks dropout gqa "
+    "unequal_head_dims lse_grad deterministic"
+).split()
+NAMES = "kernel sdpa math aten_cudnn aten_flash aten_efficient aten_cpu".split()
+
+
+def _random_problem(draw: random.Random) -> dict:
+    device = draw.choice(["cpu", "cuda", "cuda"])
+    head_dim = draw.choice([1, 8, 59, 60, 64, 80, 96, 128, 130, 192, 256, 264, 300, 512])
+    chain = draw.choice([["kernel", "sdpa", "math"], draw.sample(NAMES, draw.randint(1, 4))])
+    return {
+        "op": "attention" if device == "cuda" or draw.random() < 0.9 else "bias_activation",
+        "device": device,
+        "sm": draw.choice([50, 61, 70, 75, 80, 86, 89, 90, 100, 103, 120]) if device == "cuda" else 0,
+        "direction": draw.choice(["forward", "backward"]),
+        "dtype": draw.choice(["fp16", "bf16", "fp32", "fp64"]),
+        "head_dim": head_dim,
+        "head_dim_v": head_dim if draw.random() < 0.7 else draw.choice([16, 60, 257, 512]),
+        "features": draw.sample(FEATURES, draw.choice([0, 0, 1, 1, 2, 3, 5])),
+        "torch_version": draw.choice([200, 203, 204, 205, 208, 209, 210, 213, 215]),
+        "chain": chain,
+        "explicit": draw.random() < 0.5,
+    }
+
+
+def _plain(decision: dict) -> tuple:
+    return decision["route"], [tuple(reason) for reason in decision["reasons"]]
+
+
+def test_cpp_and_python_decide_alike(provider):
+    if provider != "binary":
+        pytest.skip("there is no C++ decision without the binary")
+    from anyflash import _native
+
+    draw = random.Random(0)
+    routes = set()
+    for _ in range(4000):
+        problem = _random_problem(draw)
+        python, cpp = dispatch.decide(problem), _native.decide(problem)
+        assert _plain(cpp) == _plain(python), problem
+        routes.add(cpp["route"])
+    assert routes == {"none", "math", "aten_cpu", "aten_flash", "aten_efficient", "aten_cudnn"}
+
+
+def test_cpp_and_python_have_the_same_routes(provider):
+    if provider != "binary":
+        pytest.skip("there is no C++ table without the binary")
+    from anyflash import _native
+
+    assert [row["name"] for row in _native.routes()] == [row.name for row in dispatch.routes()]
+
+
+@pytest.mark.parametrize("key", ["op", "device", "direction", "dtype"])
+def test_unknown_values_in_a_problem(key):
+    problem = _random_problem(random.Random(1))
+    with pytest.raises(ValueError, match="banana"):
+        anyflash.decide({**problem, key: "banana"})
+
+
+def _decide(device="cuda", sm=80, features=(), chain=None, **changes):
+    problem = {
+        "op": "attention",
+        "device": device,
+        "sm": sm if device == "cuda" else 0,
+        "direction": "forward",
+        "dtype": "fp16",
+        "head_dim": 64,
+        "head_dim_v": 64,
+        "features": list(features),
+        "torch_version": 211,
+        "chain": chain.split(",") if chain else ["kernel", "sdpa", "math"],
+        "explicit": chain is not None,
+        **changes,
+    }
+    decision = anyflash.decide(problem)
+    return decision["route"], [f"{route}: {text}" for route, text in decision["reasons"]]
+
+
+# What users of each machine get, written down by hand.
+EXPECTED_ROUTES = [
+    (dict(device="cpu"), "aten_cpu"),
+    (dict(device="cpu", dtype="fp64"), "aten_cpu"),
+    (dict(device="cpu", features=["softcap"]), "math"),
+    (dict(device="cpu", features=["alibi", "causal"]), "math"),
+    (dict(device="cpu", features=["dropout"]), "math"),
+    (dict(device="cpu", features=["packed", "causal", "gqa", "window"]), "aten_cpu"),
+    (dict(device="cpu", features=["paged", "seqused_k"]), "aten_cpu"),
+    (dict(device="cpu", torch_version=200), "math"),
+    (dict(sm=70), "aten_efficient"),
+    (dict(sm=75), "aten_efficient"),
+    (dict(sm=75, dtype="bf16"), "math"),
+    (dict(sm=75, features=["packed", "causal"]), "aten_efficient"),
+    (dict(sm=75, features=["window"]), "math"),
+    (dict(sm=80), "aten_flash"),
+    (dict(sm=90, dtype="bf16", features=["packed", "causal", "gqa"]), "aten_flash"),
+    (dict(sm=90, dtype="fp32"), "aten_efficient"),
+    (dict(sm=90, dtype="fp64"), "math"),
+    (dict(sm=90, head_dim=60, head_dim_v=60), "math"),
+    (dict(sm=90, head_dim=264, head_dim_v=264), "aten_efficient"),
+    (dict(sm=90, features=["alibi"]), "aten_flash"),
+    (dict(sm=90, features=["alibi"], direction="backward"), "math"),
+    (dict(sm=90, features=["bias"]), "aten_efficient"),
+    (dict(sm=90, features=["bias", "bias_grad"], direction="backward"), "math"),
+    (dict(sm=90, features=["deterministic"], direction="backward"), "math"),
+    (dict(sm=90, chain="aten_cudnn"), "aten_cudnn"),
+    (dict(sm=80, chain="aten_cudnn"), "none"),
+    (dict(sm=90, chain="kernel"), "none"),
+    (dict(sm=90, chain="math"), "math"),
+    (dict(sm=90, chain="math,sdpa"), "math"),
+]
+
+
+@pytest.mark.parametrize(("problem", "route"), EXPECTED_ROUTES, ids=lambda x: str(x))
+def test_expected_routes(problem, route):
+    assert _decide(**problem)[0] == route
+
+
+# What is said against each choice, word for word.
+EXPECTED_REASONS = [
+    (dict(device="cpu"), "kernel: this build has no attention kernel for cpu"),
+    (dict(sm=90), "kernel: this build has no attention kernel for sm_90"),
+    (dict(sm=75), "aten_flash: needs sm_80 or newer, this GPU is sm_75"),
+    (dict(sm=90, dtype="fp32"), "aten_flash: needs fp16 or bf16, got fp32"),
+    (dict(sm=90, dtype="fp64"), "aten_efficient: needs fp16, bf16 or fp32, got fp64"),
+    (dict(sm=90, head_dim=264), "aten_flash: head_dim 264 is above 256"),
+    (dict(sm=90, head_dim=60), "aten_flash: head_dim 60 is not a multiple of 8"),
+    (dict(sm=90, head_dim_v=60), "aten_flash: head_dim_v 60 is not a multiple of 8"),
+    (dict(device="cpu", features=["softcap"]), "aten_cpu: does not support softcap"),
+    (dict(sm=75, dtype="bf16"), "aten_efficient: bf16 needs sm_80"),
+    (dict(sm=90, torch_version=204), "aten_flash: needs torch 2.5, this is 2.4"),
+    (dict(device="cpu", chain="aten_flash"), "aten_flash: runs on cuda only"),
+    (dict(sm=90, chain="aten_cpu"), "aten_cpu: runs on cpu only"),
+]
+
+
+@pytest.mark.parametrize(("problem", "reason"), EXPECTED_REASONS, ids=lambda x: str(x))
+def test_expected_reasons(problem, reason):
+    assert reason in _decide(**problem)[1]
+
+
+def test_default_chain_never_ends_without_a_route():
+    """math supports everything up to head_dim 512, for every GPU and every torch."""
+    draw = random.Random(2)
+    for _ in range(1000):
+        problem = {**_random_problem(draw), "chain": ["kernel", "sdpa", "math"], "explicit": False}
+        backward = problem["direction"] == "backward"
+        forward_only, backward_only = {"paged"}, {"bias_grad", "lse_grad", "deterministic"}
+        impossible = forward_only if backward else backward_only
+        problem["features"] = [f for f in problem["features"] if f not in impossible]
+        assert anyflash.decide(problem)["route"] != "none", problem
+
+
+def test_lengths_are_no_part_of_a_decision():
+    """Dynamic shapes never change it, so a compiled graph holds for all lengths."""
+    text = (REPOSITORY / "csrc" / "problem.h").read_text()
+    body = re.search(r"struct Problem \{(.*?)\n\};", text, re.DOTALL).group(1)
+    code = re.sub(r"//.*", "", body)
+    assert not re.search(r"seqlen|batch|total", code)
+
+
+def test_refusal_names_every_choice_and_reason(device):
+    q = torch.zeros(1, 4, 1, 8, device=device)
+    with pytest.raises(RuntimeError) as refused:
+        anyflash.attention(q, q, q, softcap=1.0, backend="kernel,aten_cpu,aten_cudnn")
+    message = str(refused.value)
+    assert message.startswith(
+        'anyflash: no back end of "kernel,aten_cpu,aten_cudnn" can run this attention: kernel: '
+    )
+    assert "; aten_cpu: " in message and "; aten_cudnn: " in message
+
+
+def test_chain_codes():
+    code = backends.chain_code
+    assert code("kernel,sdpa,math") == code("auto") == 0x321
+    assert code("math") == 3
+    assert code(" aten_cpu , math ") == 0x37
+    assert code("sdpa,math", True) == 2
+    assert code(None) == 0
+    with pytest.raises(ValueError, match="unknown back end 'cutlass'; known: auto, kernel, sdpa"):
+        code("sdpa,cutlass")
+
+
+ENVIRONMENT = """
+import torch, anyflash
+q = torch.zeros(1, 4, 1, 8)
+try:
+    print(anyflash.attention(q, q, q{options}).shape)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "expected"),
+    [
+        ({"ANYFLASH_BACKEND": "aten_flash"}, "", "RuntimeError anyflash: no back end of \"aten_flash\""),
+        ({"ANYFLASH_BACKEND": "aten_flash,math"}, "", "torch.Size"),
+        ({"ANYFLASH_BACKEND": "aten_flash,math", "ANYFLASH_STRICT": "1"}, "", "RuntimeError"),
+        ({"ANYFLASH_STRICT": "1"}, "", "RuntimeError anyflash: no back end of \"kernel\""),
+        ({"ANYFLASH_STRICT": "0"}, "", "torch.Size"),
+        ({"ANYFLASH_STRICT": "1"}, ", backend='math'", "torch.Size"),
+        ({"ANYFLASH_BACKEND": "aten_flash"}, ", backend='sdpa'", "torch.Size"),
+        ({"ANYFLASH_BACKEND": "nonsense"}, "", "ValueError ANYFLASH_BACKEND: unknown back end 'nonsense'"),
+        ({"ANYFLASH_BACKEND": ""}, "", "torch.Size"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_environment(environment, options, expected, provider):
+    printed = run_python(
+        ENVIRONMENT.format(options=options), ANYFLASH_PROVIDER=provider, **environment
+    )
+    assert printed.startswith(expected), printed
+
+
+def test_context_manager_wins_over_environment_and_argument_over_it(provider):
+    code = """
+import torch, anyflash
+q = torch.zeros(1, 4, 1, 8)
+with anyflash.backend("math"):
+    anyflash.attention(q, q, q)
+    try:
+        anyflash.attention(q, q, q, backend="aten_cudnn")
+    except RuntimeError as error:
+        print(error)
+"""
+    printed = run_python(code, ANYFLASH_PROVIDER=provider, ANYFLASH_BACKEND="aten_flash")
+    assert printed.startswith('anyflash: no back end of "aten_cudnn"')
+
+
+def test_running_torch_is_what_the_decision_sees():
+    assert torch_version() >= 200
+    assert _decide(device="cpu", torch_version=torch_version())[0] in ("aten_cpu", "math")

@@ -1,0 +1,321 @@
+"""What users install: wheels and source packages in fresh virtual environments, beside a broken flash-attn, and gone again.
+
+One wheel is built per session, from an sdist, as a release is. Nothing is downloaded: torch and the build tools are the ones of
+the environment that runs the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SITE_PACKAGES = Path(sysconfig.get_paths()["purelib"])
+NOT_SOURCE = shutil.ignore_patterns(".*", "build", "out", "*.so", "__pycache__", "*.egg-info", "_build.json")
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the binary is built on Linux")
+
+SMOKE = """
+import json, sys, torch, flash_attn, flash_attn_2_cuda, importlib.metadata as metadata
+from anyflash import _loader
+q = torch.randn(1, 5, 2, 16, requires_grad=True)
+out = flash_attn.flash_attn_func(q, q, q, causal=True)
+out.sum().backward()
+assert out.shape == q.shape and q.grad.isfinite().all()
+print(json.dumps({"file": flash_attn.__file__, "version": metadata.version("flash-attn"), "provider": _loader.provider}))
+"""
+
+
+def call(*command, check=True, cwd=None, **environment) -> subprocess.CompletedProcess:
+    """Runs a command without the settings of this session; with its output in the error when it fails."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ANYFLASH_", "PYTHON", "VIRTUAL_ENV"))}
+    done = subprocess.run(
+        list(map(str, command)), text=True, capture_output=True, cwd=cwd, env={**inherited, **environment}
+    )
+    if check and done.returncode:
+        pytest.fail(f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+    return done
+
+
+class Environment:
+    """A virtual environment that sees this one's packages, but neither its anyflash nor its start-up files."""
+
+    def __init__(self, folder: Path, libraries: Path):
+        call(sys.executable, "-m", "venv", "--without-pip", folder)
+        self.python = folder / "bin/python"
+        self.site = Path(
+            call(self.python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").stdout.strip()
+        )
+        (self.site / "zz_libraries.pth").write_text(f"{libraries}\n")
+        self.empty = self.files()
+
+    def files(self) -> set[str]:
+        return {p.relative_to(self.site).as_posix() for p in self.site.rglob("*") if "__pycache__" not in p.parts}
+
+    def pip(self, *arguments, check=True, **environment) -> subprocess.CompletedProcess:
+        quiet = ("--disable-pip-version-check", "--no-input")
+        return call(sys.executable, "-m", "pip", "--python", self.python, *quiet, *arguments, check=check, **environment)
+
+    def install(self, *arguments, **environment) -> None:
+        self.pip("install", "--no-index", "--no-deps", "--no-build-isolation", *arguments, **environment)
+
+    def run(self, code: str, *options, check=True, **environment) -> subprocess.CompletedProcess:
+        return call(self.python, *options, "-c", code, check=check, cwd=self.site.parent, **environment)
+
+    def smoke(self, **environment) -> dict[str, str]:
+        return json.loads(self.run(SMOKE, **environment).stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory) -> Path:
+    """This environment's packages without everything that is ours."""
+    folder = tmp_path_factory.mktemp("libraries")
+    for entry in SITE_PACKAGES.iterdir():
+        ours = entry.name.startswith(("anyflash", "_anyflash", "__editable__", "flash_attn"))
+        if not ours and entry.suffix not in (".pth", ".start"):
+            (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+@pytest.fixture
+def environment(tmp_path, libraries) -> Environment:
+    return Environment(tmp_path / "venv", libraries)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> Path:
+    """A copy of the source tree, as a checkout has it."""
+    folder = tmp_path_factory.mktemp("source") / "anyflash"
+    shutil.copytree(REPOSITORY, folder, ignore=NOT_SOURCE)
+    for generated in ("cmake", "include"):
+        shutil.rmtree(folder / "python/anyflash" / generated, ignore_errors=True)
+    return folder
+
+
+def build(folder: Path, out: Path, *options: str, **environment: str) -> Path:
+    """Builds packages with the tools of this environment; returns the wheel."""
+    call(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, *options, folder, **environment)
+    return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def wheel(source, tmp_path_factory) -> Path:
+    """The wheel with the binary, built from the sdist beside it. One GPU architecture is enough to see that CUDA is in."""
+    return build(source, tmp_path_factory.mktemp("wheel"), ANYFLASH_BUILD="1", ANYFLASH_CUDA_ARCHS="75")
+
+
+@pytest.fixture(scope="session")
+def pure_wheel(source, tmp_path_factory) -> Path:
+    """The wheel of a machine without a compiler."""
+    tools = tmp_path_factory.mktemp("no_compiler")
+    return build(source, tmp_path_factory.mktemp("pure"), "--wheel", PATH=str(tools), CXX="")
+
+
+@pytest.fixture(scope="session")
+def broken_upstream(tmp_path_factory) -> Path:
+    """A wheel named flash_attn 2.7.4 whose import fails, as the real one's does beside another torch."""
+    folder = tmp_path_factory.mktemp("broken")
+    (folder / "flash_attn").mkdir()
+    (folder / "flash_attn/__init__.py").write_text("import flash_attn_2_cuda\n")
+    (folder / "flash_attn_2_cuda.py").write_text("raise ImportError('undefined symbol: _ZN3c104cuda9SetDeviceEab')\n")
+    (folder / "pyproject.toml").write_text(
+        '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
+        '[project]\nname = "flash_attn"\nversion = "2.7.4"\n'
+        '[tool.setuptools]\npackages = ["flash_attn"]\npy-modules = ["flash_attn_2_cuda"]\n'
+    )
+    return build(folder, folder / "dist", "--wheel")
+
+
+def content(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def facts(wheel: Path) -> dict:
+    with zipfile.ZipFile(wheel) as archive:
+        return json.loads(archive.read("anyflash/_build.json"))
+
+
+@LINUX
+def test_the_wheel_holds_what_it_should_and_no_more(wheel):
+    names = content(wheel)
+    tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+    assert re.fullmatch(rf"anyflash-[\d.]+-{tag}-{tag}-linux_\w+\.whl", wheel.name)
+    binaries = {n for n in names if ".so" in n}
+    assert binaries == {
+        "anyflash/libanyflash_kernels.so",
+        "anyflash/libanyflash_ops.so",
+        "anyflash/_native" + sysconfig.get_config_var("EXT_SUFFIX"),
+    }
+    for name in ("schemas", "routes", "instances"):
+        assert f"anyflash/defs/{name}.def" in names
+    for name in ("anyflash.pth", "anyflash.start"):
+        assert any(re.fullmatch(rf"anyflash-[\d.]+\.data/purelib/{name}", n) for n in names)
+    assert {"anyflash/cmake/anyflashConfig.cmake", "anyflash/include/anyflash/kernels/launch.h"} <= names
+    top = {n.split("/")[0] for n in names}
+    assert {t for t in top if not t.startswith("anyflash-")} == {"anyflash", "_anyflash_dropin.py"}
+    assert not [n for n in names if n.endswith(".pyc") or "egg-info" in n or n.startswith("anyflash/dropin/anyflash")]
+    assert wheel.stat().st_size <= 5e6
+    assert facts(wheel)["binary"]
+
+
+@LINUX
+def test_every_python_file_of_the_tree_is_in_the_wheel(wheel, source):
+    package = source / "python"
+    files = {p.relative_to(package).as_posix() for p in package.rglob("*.py")}
+    assert files <= content(wheel)
+
+
+@LINUX
+def test_the_record_of_the_drop_in_lists_its_files_and_is_only_in_the_wheel(wheel, source):
+    names = content(wheel)
+    record = next(n for n in names if n.startswith("anyflash/dropin/") and n.endswith("/RECORD"))
+    with zipfile.ZipFile(wheel) as archive:
+        listed = {line.split(",")[0] for line in archive.read(record).decode().splitlines()}
+    assert listed == {n[len("anyflash/dropin/") :] for n in names if n.startswith("anyflash/dropin/")}
+    assert not list(source.rglob("RECORD"))
+
+
+@LINUX
+def test_install_use_and_uninstall(environment, wheel):
+    environment.install(wheel)
+    found = environment.smoke()
+    assert found["file"] == str(environment.site / "anyflash/dropin/flash_attn/__init__.py")
+    assert found["version"] == "2.8.3"
+    assert found["provider"] == "binary"
+    installed = {p["name"].replace("_", "-"): p["version"] for p in json.loads(environment.pip("list", "--format=json").stdout)}
+    assert installed["flash-attn"] == "2.8.3" and "anyflash" in installed
+    environment.pip("uninstall", "-y", "anyflash")
+    assert environment.files() == environment.empty
+
+
+@LINUX
+def test_a_requirement_on_flash_attn_is_satisfied(environment, wheel, tmp_path):
+    client = tmp_path / "client"
+    client.mkdir()
+    (client / "pyproject.toml").write_text(
+        '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
+        '[project]\nname = "client"\nversion = "1"\ndependencies = ["flash-attn>=2.5"]\n[tool.setuptools]\npy-modules = []\n'
+    )
+    environment.install(wheel)
+    environment.pip("install", "--no-index", "--no-build-isolation", client)
+    assert "client requires" not in environment.pip("check", check=False).stdout
+
+
+@LINUX
+@pytest.mark.parametrize("order", ["upstream first", "upstream second"])
+def test_a_broken_flash_attn(environment, wheel, broken_upstream, order):
+    """Installed before us it loses the import; installed after us, on purpose, it replaces the drop-in alone."""
+    environment.install(*([broken_upstream] if order == "upstream first" else [wheel]))
+    environment.install(*([wheel] if order == "upstream first" else [broken_upstream]))
+    if order == "upstream first":
+        assert environment.smoke()["version"] == "2.8.3"
+        for mode in ("0", "off", "append"):
+            failed = environment.run(SMOKE, check=False, ANYFLASH_DROPIN=mode)
+            assert "undefined symbol" in failed.stderr
+            version = "import importlib.metadata as m; print(m.version('flash-attn'))"
+            assert environment.run(version, ANYFLASH_DROPIN=mode).stdout.strip() == "2.7.4"
+    else:
+        assert "undefined symbol" in environment.run("import flash_attn", check=False).stderr
+        environment.run("import anyflash")
+        environment.install("--force-reinstall", wheel)
+        assert environment.smoke()["version"] == "2.8.3"
+
+
+@LINUX
+def test_uninstalling_flash_attn_takes_the_drop_in_alone(environment, wheel):
+    environment.install(wheel)
+    environment.pip("uninstall", "-y", "flash-attn")
+    assert not [f for f in environment.files() if "flash_attn" in f]
+    environment.run("import anyflash")
+    environment.pip("uninstall", "-y", "anyflash")
+    assert environment.files() == environment.empty
+
+
+def test_a_checkout_on_pythonpath_wins(environment, pure_wheel, tmp_path):
+    (tmp_path / "mine/flash_attn").mkdir(parents=True)
+    (tmp_path / "mine/flash_attn/__init__.py").write_text("mine = True\n")
+    environment.install(pure_wheel)
+    environment.run("import flash_attn; assert flash_attn.mine", PYTHONPATH=str(tmp_path / "mine"))
+
+
+def test_without_a_compiler_the_install_is_pure_python_and_says_why(environment, pure_wheel):
+    assert pure_wheel.name.endswith("-py3-none-any.whl")
+    assert facts(pure_wheel) == {**facts(pure_wheel), "binary": False, "cuda": False}
+    assert "no C++ compiler" in facts(pure_wheel)["reasons"][0]
+    environment.install(pure_wheel)
+    assert environment.smoke()["provider"] == "python"
+    report = call(environment.python, "-m", "anyflash", "doctor", check=False, cwd=environment.site.parent)
+    assert "compiler" in report.stdout
+
+
+@LINUX
+def test_a_failing_compiler_steps_down_to_pure_python(source, tmp_path):
+    wheel = build(source, tmp_path, "--wheel", CXX="/bin/false")
+    assert not facts(wheel)["binary"]
+    assert [r.split(":")[0] for r in facts(wheel)["reasons"]] == ["cuda", "binary"]
+    assert not [n for n in content(wheel) if n.endswith(".so")]
+
+
+@LINUX
+@pytest.mark.parametrize("settings", [{"CXX": "/bin/false"}, {"CXX": "", "PATH": "/nowhere"}], ids=["failing", "missing"])
+def test_a_binary_that_was_asked_for_and_cannot_be_built_is_an_error(source, tmp_path, settings):
+    command = (sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path, source)
+    assert call(*command, check=False, ANYFLASH_BUILD="1", **settings).returncode
+
+
+def test_editable_install(environment, source, tmp_path):
+    """The start-up files come along, and nothing that pip could follow to delete sources."""
+    tree = tmp_path / "tree"
+    shutil.copytree(source, tree, ignore=NOT_SOURCE)
+    environment.install("--editable", tree, ANYFLASH_BUILD="0")
+    assert {"anyflash.pth", "anyflash.start"} <= environment.files()
+    assert environment.smoke()["file"] == str(tree / "python/anyflash/dropin/flash_attn/__init__.py")
+    assert not list(tree.rglob("dropin/**/RECORD"))
+    environment.pip("uninstall", "-y", "flash-attn", check=False)
+    environment.pip("uninstall", "-y", "anyflash")
+    assert (tree / "python/anyflash/dropin/flash_attn/__init__.py").is_file()
+    assert environment.files() == environment.empty
+
+
+def test_uv(environment, pure_wheel):
+    uv = (sys.executable, "-m", "uv", "--offline", "pip")
+    call(*uv, "install", "--python", environment.python, "--no-deps", pure_wheel)
+    assert environment.smoke()["version"] == "2.8.3"
+    call(*uv, "uninstall", "--python", environment.python, "anyflash")
+    assert environment.files() == environment.empty
+
+
+def test_the_second_wheel_serves_folders_without_start_up_files(source, environment, pure_wheel, tmp_path):
+    """`pip install --target` and uv's resolver need a distribution that is really called flash-attn."""
+    second = build(source / "packaging/flash-attn", tmp_path / "dist", "--wheel")
+    assert second.name == "flash_attn-2.8.3-py3-none-any.whl"
+    assert not list((source / "python/anyflash/dropin").glob("*.egg-info"))
+    folder = tmp_path / "target"
+    environment.install("--target", folder, pure_wheel, second)
+    found = environment.smoke(PYTHONPATH=str(folder))
+    assert found["file"] == str(folder / "flash_attn/__init__.py")
+    dropin = {n.split("dropin/")[1] for n in content(pure_wheel) if "dropin/flash_attn" in n and n.endswith(".py")}
+    assert dropin == {n for n in content(second) if n.endswith(".py")}
+
+
+def test_the_start_up_hook_costs_less_than_a_millisecond(environment, pure_wheel):
+    environment.install(pure_wheel)
+    line = (environment.site / "anyflash.pth").read_text()
+    code = (
+        f"import os, sys, time; sys.path.append({str(environment.site)!r}); start = time.perf_counter(); exec({line!r}); "
+        "print(time.perf_counter() - start, [p for p in sys.path if p.endswith('dropin')], 'torch' in sys.modules)"
+    )
+    runs = [environment.run(code, "-S").stdout.split() for _ in range(7)]
+    assert min(float(run[0]) for run in runs) < 1e-3
+    assert all("dropin" in run[1] and run[2] == "False" for run in runs)
+    start = (environment.site / "anyflash.start").read_text().strip().split(":")
+    environment.run(f"import importlib; importlib.import_module({start[0]!r}).{start[1]}()")

@@ -1,0 +1,49 @@
+"""setuptools' build backend, which also asks for what this machine lacks: cmake, ninja, and CUDA's compiler where there is no
+nvcc. Never torch: its headers are all the build needs (torch_headers.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+
+import torch_headers
+from build_plan import no_binary_reason, wants_cuda
+from cuda_pins import PINS, has_nvcc
+from setuptools import build_meta
+from setuptools.build_meta import *  # noqa: F403
+
+OLDEST_CMAKE = (3, 24)
+
+
+def _version(tool: str) -> tuple[int, ...]:
+    try:
+        text = subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ()
+    found = re.search(r"(\d+)\.(\d+)", text)
+    return tuple(map(int, found.groups())) if found else ()
+
+
+def _missing_tools() -> list[str]:
+    if no_binary_reason():
+        return []
+    missing = []
+    if _version("cmake") < OLDEST_CMAKE:
+        missing.append("cmake>=3.24")
+    if not _version("ninja"):
+        missing.append("ninja")
+    if wants_cuda() and not has_nvcc():
+        missing += PINS
+    if torch_headers.find() is None and importlib.util.find_spec("pip") is None:
+        missing.append("pip")  # fetches torch's headers
+    return missing
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    return build_meta.get_requires_for_build_wheel(config_settings) + _missing_tools()
+
+
+def get_requires_for_build_editable(config_settings=None):
+    return build_meta.get_requires_for_build_editable(config_settings) + _missing_tools()
