@@ -17,15 +17,15 @@ struct AttentionArgs {
   Tensor q;  // (batch, seqlen_q, heads, head_dim) or (total_q, heads, head_dim) with cu_seqlens_q
   Tensor k;  // (batch, seqlen_k, heads_k, head_dim), (total_k, heads_k, head_dim) or, paged, (num_blocks, page_size, heads_k, head_dim)
   Tensor v;  // k's shape with head_dim_v
-  OptionalTensor cu_seqlens_q;  // (batch + 1) int32
-  OptionalTensor cu_seqlens_k;  // (batch + 1) int32
-  OptionalTensor seqused_k;     // (batch) int32
-  OptionalTensor leftpad_k;     // (batch) int32
-  OptionalTensor block_table;   // (batch, max_blocks) int32
-  OptionalTensor alibi_slopes;  // (heads) or (batch, heads) fp32
-  OptionalTensor bias;          // broadcastable to (batch, heads, max_seqlen_q, max_seqlen_k), float or bool
-  OptionalTensor sinks;         // (heads)
-  OptionalTensor rng_state;     // (2) int64: seed, offset
+  OptionalTensor cu_seqlens_q{};  // (batch + 1) int32
+  OptionalTensor cu_seqlens_k{};  // (batch + 1) int32
+  OptionalTensor seqused_k{};     // (batch) int32
+  OptionalTensor leftpad_k{};     // (batch) int32
+  OptionalTensor block_table{};   // (batch, max_blocks) int32
+  OptionalTensor alibi_slopes{};  // (heads) or (batch, heads) fp32
+  OptionalTensor bias{};          // broadcastable to (batch, heads, max_seqlen_q, max_seqlen_k), float or bool
+  OptionalTensor sinks{};         // (heads)
+  OptionalTensor rng_state{};     // (2) int64: seed, offset
   int64_t max_seqlen_q = 0;     // dense: q.size(1)
   int64_t max_seqlen_k = 0;     // dense: k.size(1); paged: capacity
   double dropout_p = 0.0;

@@ -140,7 +140,8 @@ const Instance* find_kernel(const Problem& problem, InstanceTable table, Obstacl
     obstacle([&] {
       const std::string kernel = std::string("this build has no ") + family_name(problem.family) + " kernel for ";
       if (!for_this_gpu) return kernel + device_name(problem);
-      return kernel + dtype_name(problem.dtype) + (problem.head_dim ? " with head_dim " + std::to_string(problem.head_dim) : "");
+      return kernel + (problem.direction == Direction::backward ? "the backward in " : "") + dtype_name(problem.dtype) +
+             (problem.head_dim ? " with head_dim " + std::to_string(problem.head_dim) : "");
     });
     return nullptr;
   }

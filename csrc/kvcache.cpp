@@ -58,7 +58,7 @@ void append_and_rotate(const KVCacheCall& call, AttentionArgs& args) {
   } else {
     append(call, *call.k, *call.v, positions);
   }
-  args.seqused_k = add(first, scalar(call.seqlen_new()));
+  args.seqused_k = to_dtype(add(first, scalar(call.seqlen_new())), ScalarType::Int);
 }
 
 }  // namespace

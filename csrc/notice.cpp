@@ -117,13 +117,15 @@ std::string notice_text(const Problem& problem, const Decision& decision) {
   const Route route = decision.choice.route;
   std::string why;
   for (const Reason& reason : decision.reasons) {
+    if (reason.text.rfind("runs on ", 0) == 0) continue;  // another device's route is no news
     why += text(why.empty() ? "" : "; ", route_name(reason.route), ": ", reason.text);
   }
-  const auto back_end = static_cast<int32_t>(attention ? back_end_of(route) : BackEnd::math);
+  const bool is_last_resort = attention && route == Route::math;
   return text("anyflash: ", attention ? "attention" : "bias_activation", " runs on ",
-              route_phrase(route), ", because ", why, ". To choose it yourself: ANYFLASH_BACKEND=",
-              kBackEndNames[back_end], ". To make it an error: ANYFLASH_STRICT=1. ",
-              "The whole decision: python -m anyflash explain. This is said once.");
+              route_phrase(route), ", because ", why, ". To choose it yourself: ",
+              is_last_resort ? "with anyflash.backend(\"math\")" : "ANYFLASH_BACKEND=sdpa,math",
+              ". To make it an error: ANYFLASH_STRICT=1. The whole decision: python -m anyflash "
+              "explain. This is said once.");
 }
 
 }  // namespace anyflash

@@ -86,10 +86,13 @@ void check_keys(const AttentionArgs& args, const KeyNames& names, const Facts& q
 
 void check_sequences(const AttentionArgs& args) {
   AF_CHECK(args.packed() || !args.cu_seqlens_k, "cu_seqlens_q: missing, cu_seqlens_k is given");
+  if (args.packed()) {
+    AF_CHECK(args.cu_seqlens_q->dim() == 1 && args.cu_seqlens_q->size(0) > 0,
+             "cu_seqlens_q must have shape (batch_size + 1): expected one dimension, got ",
+             shape_text(*args.cu_seqlens_q));
+  }
   const int64_t batch = args.batch();
   if (args.packed()) {
-    AF_CHECK(batch >= 0, "cu_seqlens_q must have shape (batch_size + 1), got ",
-             shape_text(*args.cu_seqlens_q));
     check_index_vector(*args.cu_seqlens_q, "cu_seqlens_q", args.q, batch + 1, "(batch_size + 1)");
     AF_CHECK(args.max_seqlen_q >= 0, "max_seqlen_q: expected 0 or more, got ", args.max_seqlen_q);
     if (!args.paged()) {

@@ -34,14 +34,23 @@ Tensor lse_of(const Tensor& x, const Piece& piece) {  // dim 2
   return piece.rows() == x.size(2) ? x : narrow(x, 2, piece.row_begin, piece.rows());
 }
 
-// 0 where the piece's row sees the key, else -inf: (rows, keys).
-Tensor interval_mask(const IntervalMask<int64_t>& mask, const Piece& piece, const Tensor& like) {
-  Tensor result = full({piece.rows(), piece.keys()}, -kInfinity, like, ScalarType::Float);
-  float* row_data = static_cast<float*>(result.data_ptr());
+template <class T>
+void write_interval_mask(const IntervalMask<int64_t>& mask, const Piece& piece, T* row_data) {
   for (int64_t row = piece.row_begin; row < piece.row_end; ++row, row_data += piece.keys()) {
     const int64_t begin = std::max(mask.kv_begin(row), piece.key_begin) - piece.key_begin;
     const int64_t end = std::min(mask.kv_end(row), piece.key_end) - piece.key_begin;
-    if (begin < end) std::fill(row_data + begin, row_data + end, 0.0f);
+    std::fill_n(row_data, piece.keys(), -static_cast<T>(kInfinity));
+    if (begin < end) std::fill(row_data + begin, row_data + end, T{0});
+  }
+}
+
+// 0 where the piece's row sees the key, else -inf: (rows, keys), of the one type PyTorch takes besides q's own (beside fp64: only that).
+Tensor interval_mask(const IntervalMask<int64_t>& mask, const Piece& piece, const Tensor& q) {
+  const Tensor result = empty({piece.rows(), piece.keys()}, q, accumulator_type(q));
+  if (accumulator_type(q) == ScalarType::Double) {
+    write_interval_mask(mask, piece, static_cast<double*>(result.data_ptr()));
+  } else {
+    write_interval_mask(mask, piece, static_cast<float*>(result.data_ptr()));
   }
   return result;
 }
@@ -53,22 +62,25 @@ bool same_strides(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+IntervalMask<int64_t> interval_of(const AttentionArgs& args, const Run& run) {
+  return {run.q.length, run.k.length, args.window_left, args.window_right};
+}
+
+Plan plan_run(const AttentionArgs& args, const Run& run) { return plan_pieces(interval_of(args, run), args.bias.has_value()); }
+
+bool covers_all_rows(const Plan& plan, const Run& run) { return plan.row_begin == 0 && plan.row_end == run.q.length; }
+
 // One run of a problem: lengths are plain numbers here.
 class RunProblem {
  public:
   RunProblem(const AttentionArgs& args, const Run& run)
       : scale_(args.softmax_scale),
-        mask_{run.q.length, run.k.length, args.window_left, args.window_right},
-        plan_(plan_pieces(mask_, args.bias.has_value())),
-        q_(computable(query_rows(args, run, args.q))) {
-    if (plan_.pieces.empty()) return;
-    k_ = computable(key_rows(args, run, args.k));
-    v_ = computable(key_rows(args, run, args.v));
+        mask_(interval_of(args, run)),
+        q_(computable(query_rows(args, run, args.q))),
+        k_(computable(key_rows(args, run, args.k))),
+        v_(computable(key_rows(args, run, args.v))) {
     if (args.bias) bias_ = additive(bias_block(args, run, *args.bias));
   }
-
-  const Plan& plan() const { return plan_; }
-  bool covers_all_rows() const { return plan_.row_begin == 0 && plan_.row_end == mask_.seqlen_q; }
 
   Block attend(const Piece& piece) const {
     const OptionalTensor mask = explicit_mask(piece);
@@ -96,11 +108,11 @@ class RunProblem {
   // Bias as the scores take it: a float mask of a type that PyTorch accepts beside q.
   Tensor additive(const Tensor& bias) const {
     if (bias.scalar_type() == ScalarType::Bool) {
-      Tensor result = full(bias.sizes(), -kInfinity, bias, ScalarType::Float);
+      const Tensor result = full(bias.sizes(), -kInfinity, bias, accumulator_type(q_));
       aten<Tensor>("aten::masked_fill_", "Tensor", result, bias, scalar(0.0));
       return result;
     }
-    return bias.scalar_type() == q_.scalar_type() ? bias : to_dtype(bias, ScalarType::Float);
+    return bias.scalar_type() == q_.scalar_type() ? bias : to_dtype(bias, accumulator_type(q_));
   }
 
   OptionalTensor explicit_mask(const Piece& piece) const {
@@ -120,8 +132,7 @@ class RunProblem {
 
   const double scale_;
   const IntervalMask<int64_t> mask_;
-  const Plan plan_;
-  Tensor q_, k_, v_;
+  const Tensor q_, k_, v_;
   OptionalTensor bias_;
 };
 
@@ -143,34 +154,30 @@ Tensor as_promised(const Tensor& x, const Tensor& like) {
   return result;
 }
 
-bool is_single_block(const AttentionArgs& args, const std::vector<Run>& runs) {
-  return runs.size() == 1 && !args.packed() && runs[0].count == args.q.size(0);
+// The plan of a problem that is one call, whose results need no copy.
+std::optional<Piece> single_call(const AttentionArgs& args, const std::vector<Run>& runs) {
+  if (args.packed() || runs.size() != 1 || runs[0].count != args.q.size(0)) return std::nullopt;
+  const Plan plan = plan_run(args, runs[0]);
+  if (plan.pieces.size() != 1 || !covers_all_rows(plan, runs[0])) return std::nullopt;
+  return plan.pieces[0];
 }
 
-void store(const Block& block, const Tensor& out, const Tensor& lse) {
-  copy_(out, block.out);
-  copy_(lse, block.lse);
-}
-
-// The whole problem in one call: what it returns is the result.
-bool is_single_call(const AttentionArgs& args, const std::vector<Run>& runs, const RunProblem& first) {
-  return runs.size() == 1 && !args.packed() && runs[0].count == args.q.size(0) && first.plan().pieces.size() == 1 &&
-         first.covers_all_rows();
-}
-
-void forward_run(const AttentionArgs& args, const Run& run, const RunProblem& problem, const Tensor& out,
-                 const Tensor& lse) {
-  const std::vector<Piece>& pieces = problem.plan().pieces;
+void forward_run(const AttentionArgs& args, const Run& run, const Tensor& out, const Tensor& lse) {
+  const Plan plan = plan_run(args, run);
   const Tensor run_out = query_rows(args, run, out);
   const Tensor run_lse = lse_rows(args, run, lse);
-  if (!problem.covers_all_rows()) {
+  if (!covers_all_rows(plan, run)) {
     fill_(run_out, 0);
     fill_(run_lse, kInfinity);
   }
-  for (size_t n = 0; n < pieces.size(); ++n) {
-    const Piece& piece = pieces[n];
+  if (plan.pieces.empty()) return;
+  const RunProblem problem(args, run);
+  for (size_t n = 0; n < plan.pieces.size(); ++n) {
+    const Piece& piece = plan.pieces[n];
     Block block = problem.attend(piece);
-    if (n + 1 < pieces.size() && pieces[n + 1].merges) block = merge(block, problem.attend(pieces[++n]));
+    if (n + 1 < plan.pieces.size() && plan.pieces[n + 1].merges) {
+      block = merge(block, problem.attend(plan.pieces[++n]));
+    }
     copy_(rows_of(run_out, piece), block.out);
     copy_(lse_of(run_lse, piece), block.lse);
   }
@@ -182,9 +189,11 @@ void accumulate(const Tensor& sum, int64_t begin, const Tensor& x) {
   copy_(part, add(part, x));
 }
 
-// dq, dk and dv are zero on entry.
-void backward_run(const AttentionArgs& args, const BackwardArgs& grad, const Run& run, const RunProblem& problem, const Gradients& result) {
-  const std::vector<Piece>& pieces = problem.plan().pieces;
+// The gradients are zero on entry.
+void backward_run(const AttentionArgs& args, const BackwardArgs& grad, const Run& run, const Gradients& result) {
+  const std::vector<Piece> pieces = plan_run(args, run).pieces;
+  if (pieces.empty()) return;
+  const RunProblem problem(args, run);
   const Tensor dout = computable(query_rows(args, run, grad.dout));
   const Tensor out = computable(query_rows(args, run, grad.out));
   const Tensor lse = lse_rows(args, run, grad.lse);
@@ -223,31 +232,27 @@ Tensor zeros_like(const Tensor& x) {
 
 ForwardResult forward(const AttentionArgs& args) {
   const std::vector<Run> runs = split_runs(args);
-  const std::optional<RunProblem> first = first_problem(args, runs);
-  if (first && is_single_call(args, runs, *first)) {
-    const Block block = first->attend(first->plan().pieces[0]);
+  if (const auto piece = single_call(args, runs)) {
+    const Block block = RunProblem(args, runs[0]).attend(*piece);
     return {as_promised(block.out, args.q), contiguous(block.lse)};
   }
   const Tensor out = new_out(args);
   const Tensor lse = new_lse(args);
   clear_unowned_rows(args, out, lse);
-  for (size_t n = 0; n < runs.size(); ++n) {
-    forward_run(args, runs[n], n == 0 ? *first : RunProblem(args, runs[n]), out, lse);
-  }
+  for (const Run& run : runs) forward_run(args, run, out, lse);
   return {out, lse};
 }
 
 Gradients backward(const AttentionArgs& args, const BackwardArgs& grad) {
   const std::vector<Run> runs = split_runs(args);
-  const std::optional<RunProblem> first = first_problem(args, runs);
-  if (first && is_single_call(args, runs, *first) && first->plan().pieces[0].keys() == args.k.size(1)) {
-    const auto [dq, dk, dv] = first->differentiate(first->plan().pieces[0], computable(grad.dout), computable(grad.out), grad.lse);
+  const auto piece = single_call(args, runs);
+  if (piece && piece->keys() == args.k.size(1)) {
+    const auto [dq, dk, dv] =
+        RunProblem(args, runs[0]).differentiate(*piece, computable(grad.dout), computable(grad.out), grad.lse);
     return {as_promised(dq, args.q), as_promised(dk, args.k), as_promised(dv, args.v), std::nullopt, std::nullopt};
   }
-  Gradients result{zeros_like(args.q), zeros_like(args.k), zeros_like(args.v), std::nullopt, std::nullopt};
-  for (const Run& run : runs) {
-    if (run.k.length > 0) backward_run(args, grad, run, RunProblem(args, run), result);
-  }
+  const Gradients result{zeros_like(args.q), zeros_like(args.k), zeros_like(args.v), std::nullopt, std::nullopt};
+  for (const Run& run : runs) backward_run(args, grad, run, result);
   return result;
 }
 

@@ -1,6 +1,7 @@
 #include "fallback/runs.h"
 
 #include <algorithm>
+#include <limits>
 
 namespace anyflash {
 
@@ -129,6 +130,15 @@ Tensor new_lse(const AttentionArgs& args) {
   const ScalarType dtype = accumulator_type(args.q);
   if (args.packed()) return empty({args.heads(), args.q.size(0)}, args.q, dtype);
   return empty({args.q.size(0), args.heads(), args.q.size(1)}, args.q, dtype);
+}
+
+void clear_unowned_rows(const AttentionArgs& args, const Tensor& out, const Tensor& lse) {
+  if (!args.packed()) return;
+  const int64_t end = HostInts(args.cu_seqlens_q)[args.batch()];
+  const int64_t rows = out.size(0) - end;
+  if (rows <= 0) return;
+  fill_(narrow(out, 0, end, rows), 0);
+  fill_(narrow(lse, 1, end, rows), std::numeric_limits<double>::infinity());
 }
 
 ScalarType accumulator_type(const Tensor& x) {

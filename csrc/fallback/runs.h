@@ -38,6 +38,9 @@ Tensor narrow_broadcast(const Tensor& x, int64_t dim, int64_t begin, int64_t len
 Tensor new_out(const AttentionArgs& args);
 Tensor new_lse(const AttentionArgs& args);
 
+// Packed storage may hold rows after the last sequence: out 0, lse +inf. CPU only.
+void clear_unowned_rows(const AttentionArgs& args, const Tensor& out, const Tensor& lse);
+
 // The type that sums are kept in: fp64 for fp64, else fp32.
 ScalarType accumulator_type(const Tensor& x);
 

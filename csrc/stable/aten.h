@@ -18,6 +18,7 @@
 #include <optional>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "stable/check.h"
@@ -58,7 +59,11 @@ template <class... T>
 struct Results<std::tuple<T...>> {
   static constexpr size_t kCount = sizeof...(T);
   static std::tuple<T...> take(StableIValue* slots) {
-    return std::tuple<T...>{torch::stable::detail::to<T>(*slots++)...};
+    return take(slots, std::index_sequence_for<T...>{});
+  }
+  template <size_t... I>
+  static std::tuple<T...> take(StableIValue* slots, std::index_sequence<I...>) {
+    return {torch::stable::detail::to<T>(slots[I])...};
   }
 };
 

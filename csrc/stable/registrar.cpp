@@ -19,13 +19,16 @@ class Libraries {
 
   TorchLibraryHandle fragment(const char* name_space) {
     TorchLibraryHandle library = nullptr;
-    return keep(aoti_torch_library_init_fragment(name_space, "anyflash", 0, &library), library);
+    const AOTITorchError code =
+        aoti_torch_library_init_fragment(name_space, "anyflash", 0, &library);
+    return keep(code, library);
   }
 
   TorchLibraryHandle kernels(const char* name_space, const char* dispatch_key) {
     TorchLibraryHandle library = nullptr;
-    return keep(aoti_torch_library_init_impl(name_space, dispatch_key, "anyflash", 0, &library),
-                library);
+    const AOTITorchError code =
+        aoti_torch_library_init_impl(name_space, dispatch_key, "anyflash", 0, &library);
+    return keep(code, library);
   }
 
   void commit() { committed_ = true; }

@@ -132,12 +132,13 @@ class Worst {
  public:
   explicit Worst(double relative) : relative_(relative) {}
   void add(double got, double expected, double scale = 1) {
-    const double units = std::abs(got - expected) / (relative_ * std::abs(expected) + 1e-6 * scale);
+    const double units = std::abs(got - expected) / (relative_ * std::abs(expected) + 1e-6 * scale + kSmallestFp16);
     if (!(units <= worst_)) worst_ = units;  // NaN stays
   }
   double value() const { return worst_; }
 
  private:
+  static constexpr double kSmallestFp16 = 0x1p-24;
   double relative_;
   double worst_ = 0;
 };

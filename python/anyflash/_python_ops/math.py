@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import philox
-from .parts import INFINITY, Part, ViewPart, covers_everything, parts_of
+from .parts import INFINITY, Part, ViewPart, bias_of, covers_everything, parts_of
 from .problem import AttentionArgs, BackwardArgs, Gradients
 
 _BLOCK_BYTES = 64 << 20  # of one block of scores
@@ -154,7 +154,7 @@ class Scorer:
     def scores(self, block: Block) -> tuple[Tensor, Optional[Tensor]]:
         """Scores (sequences, heads, rows, columns), -inf where hidden, and tanh of the softcap if there is one."""
         args, part = self.args, self.part
-        queries = self.queries(part.q, block).mul_(args.softmax_scale)
+        queries = self.queries(part.q, block) * args.softmax_scale
         s = self.by_head(queries @ self.of_block(self.keys, block).transpose(1, 2), block)
         tanh = None
         if args.softcap > 0.0:
@@ -256,6 +256,16 @@ def _reduce_to(x: Tensor, target: Tensor) -> Tensor:
     """Sums the dimensions in which target has size 1."""
     dims = [d for d in range(x.dim()) if target.shape[d] == 1 and x.shape[d] != 1]
     return x.sum(dims, keepdim=True) if dims else x
+
+
+def _bias_view(dbias: Optional[Tensor], part: Part) -> Optional[Tensor]:
+    """The view of the bias' gradient that belongs to a part."""
+    if dbias is None:
+        return None
+    dbias = dbias[(None,) * (4 - dbias.dim())]
+    if not isinstance(part, ViewPart) or part.sequence is None:
+        return dbias
+    return bias_of(dbias, part.sequence, part.seqlen_q, part.seqlen_k)
 
 
 class _PartGradients(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -173,64 +173,87 @@ def check_window_and_scale(softmax_scale: float, softcap: float) -> None:
     )
 
 
-def _check_query(args: AttentionArgs) -> None:
-    if args.packed:
+def _check_query(q: Tensor, packed: bool) -> None:
+    if packed:
         check(
-            args.q.dim() == 3,
-            f"q: expected (total_q, heads, head_dim) with cu_seqlens_q, got {shape_text(args.q)}",
+            q.dim() == 3,
+            f"q: expected (total_q, heads, head_dim) with cu_seqlens_q, got {shape_text(q)}",
         )
     else:
         check(
-            args.q.dim() == 4,
-            f"q: expected (batch, seqlen_q, heads, head_dim), got {shape_text(args.q)}",
+            q.dim() == 4, f"q: expected (batch, seqlen_q, heads, head_dim), got {shape_text(q)}"
         )
     check(
-        args.q.dtype in DTYPE_NAMES,
+        q.dtype in DTYPE_NAMES,
         "FlashAttention only support fp16 and bf16 data type (anyflash: fp32 and fp64 too), got ",
-        f"q of {dtype_text(args.q)}",
+        f"q of {dtype_text(q)}",
     )
 
 
-def _check_keys(args: AttentionArgs) -> None:
-    q, k, v = args.q, args.k, args.v
-    for tensor, name, word in ((k, "k", "key"), (v, "v", "value")):
+def _check_heads(heads: int, heads_k: int, name: str) -> None:
+    check(
+        heads % heads_k == 0 if heads_k > 0 else heads == 0,
+        "Number of heads in key/value must divide number of heads in query, got ",
+        f"{heads_k} heads in {name} and {heads} in q",
+    )
+
+
+class Layout(NamedTuple):
+    """How keys and values lie, and what the caller calls them."""
+
+    packed: bool = False
+    paged: bool = False
+    spare_rows: bool = False  # a cache may hold more sequences than q
+    k: str = "k"
+    v: str = "v"
+
+    @property
+    def shape(self) -> tuple[int, str, str]:
+        """Rank, the shape in the original library's words, and ours without the last dimensions."""
+        if self.paged:
+            names = "(num_blocks, page_block_size, num_heads_k, head_size)"
+            return 4, names, "num_blocks, page_size"
+        if self.packed:
+            return 3, "(total_k, num_heads_k, head_size)", "total_k"
+        return 4, "(batch_size, seqlen_k, num_heads_k, head_size)", "batch, seqlen_k"
+
+
+def check_query_and_keys(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, packed_queries: bool, direction: str
+) -> None:
+    """Ranks, shapes, dtypes, devices and layouts of q, k and v."""
+    _check_query(q, packed_queries)
+    named = ((k, layout.k, "key"), (v, layout.v, "value"))
+    for tensor, name, word in named:
         check(
             tensor.dtype == q.dtype,
             f"query and {word} must have the same dtype, got q of {dtype_text(q)} ",
             f"and {name} of {dtype_text(tensor)}",
         )
-    check_same_device(q, "q", k, "k")
-    check_same_device(q, "q", v, "v")
+    for tensor, name, _ in named:
+        check_same_device(q, "q", tensor, name)
 
-    packed_keys = args.packed and not args.paged
-    if packed_keys:
-        rank, names, leading = 3, "(total_k, num_heads_k, head_size)", "(total_k"
-    elif args.paged:
-        names = "(num_blocks, page_block_size, num_heads_k, head_size)"
-        rank, leading = 4, "(num_blocks, page"
-    else:
-        rank, names = 4, "(batch_size, seqlen_k, num_heads_k, head_size)"
-        leading = "(batch, seqlen_k"
+    rank, names, leading = layout.shape
     head_dim = q.shape[-1]
-    same_batch = packed_keys or args.paged or (k.dim() > 0 and k.shape[0] == q.shape[0])
+    batch_fits = rank == 3 or layout.paged
+    if not batch_fits and k.dim() == 4:
+        spare = layout.spare_rows and k.shape[0] > q.shape[0]
+        batch_fits = k.shape[0] == q.shape[0] or spare
     check(
-        k.dim() == rank and k.shape[-1] == head_dim and same_batch,
-        f"k must have shape {names}; k: expected {leading}, heads_k, {head_dim}), got ",
-        f"{shape_text(k)} with q {shape_text(q)}",
+        k.dim() == rank and k.shape[-1] == head_dim and batch_fits,
+        f"{layout.k} must have shape {names}; {layout.k}: expected ({leading}, heads_k, ",
+        f"{head_dim}), got {shape_text(k)} with q {shape_text(q)}",
     )
     check(
         v.dim() == rank and v.shape[:-1] == k.shape[:-1],
-        f"v must have shape {names}; v: expected k's shape {shape_text(k)} ",
-        f"up to the last dimension, got {shape_text(v)}",
+        f"{layout.v} must have shape {names}; {layout.v}: expected the shape of {layout.k}, ",
+        f"{shape_text(k)}, up to the last dimension, got {shape_text(v)}",
     )
-    for tensor, name in ((q, "q"), (k, "k"), (v, "v")):
+    for tensor, name in ((q, "q"), (k, layout.k), (v, layout.v)):
         check_last_dim_contiguous(tensor, name)
-    heads, heads_k = args.heads, args.heads_k
-    check(
-        heads % heads_k == 0 if heads_k > 0 else heads == 0,
-        "Number of heads in key/value must divide number of heads in query, got ",
-        f"{heads_k} heads in k and {heads} in q",
-    )
+    _check_heads(q.shape[-2], k.shape[-2], layout.k)
+    check_head_dim("q", head_dim, direction)
+    check_head_dim(layout.v, v.shape[-1], direction)
 
 
 def _check_sequences(args: AttentionArgs) -> None:
@@ -373,10 +396,8 @@ def _check_values(args: AttentionArgs) -> None:
 
 def validate_forward(args: AttentionArgs, direction: str = "forward") -> None:
     """Shapes, dtypes, devices and options; values of index tensors where reading them is free."""
-    _check_query(args)
-    _check_keys(args)
-    check_head_dim("q", args.head_dim, direction)
-    check_head_dim("v", args.head_dim_v, direction)
+    layout = Layout(packed=args.packed, paged=args.paged)
+    check_query_and_keys(args.q, args.k, args.v, layout, args.packed, direction)
     _check_sequences(args)
     check_window_and_scale(args.softmax_scale, args.softcap)
     _check_dropout(args)

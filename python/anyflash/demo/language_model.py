@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 import anyflash
 
-CONTEXT = 256  # characters
-TOKENS_PER_BATCH = 4096
+CONTEXT = 128  # characters
+TOKENS_PER_BATCH = 1024
+PROMPTS = ("The ", "An exception ", "If a class ")
 SEED = 7
 
 
@@ -88,13 +89,15 @@ class LanguageModel(nn.Module):
     """Characters in, logits of the next character out."""
 
     def __init__(
-        self, characters: int, flash: bool, width: int = 128, heads: int = 4, layers: int = 4
+        self, characters: int, flash: bool, width: int = 128, heads: int = 4, layers: int = 3
     ) -> None:
         super().__init__()
         self.characters = nn.Embedding(characters, width)
         self.positions = nn.Embedding(CONTEXT, width)
         self.blocks = nn.ModuleList(Block(width, heads, flash) for _ in range(layers))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, characters)
+        for table in (self.characters, self.positions):
+            nn.init.normal_(table.weight, std=0.02)
 
     def forward(self, tokens: Tensor, lengths: list[int]) -> Tensor:
         cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32)
@@ -141,9 +144,9 @@ def train(
     model: LanguageModel, data: list[tuple[Tensor, Tensor, list[int]]], name: str
 ) -> tuple[list[float], float]:
     """Returns (loss per step, seconds)."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 4e-3, total_steps=len(data), pct_start=0.15
+        optimizer, 3e-3, total_steps=len(data), pct_start=0.15
     )
     losses = []
     began = time.perf_counter()
@@ -184,7 +187,7 @@ def run(texts: list[str], steps: int) -> Trained:
         f"loss {figures['loss_start']:.3f} -> {figures['loss_end']:.3f}, largest difference {figures['max_loss_difference']:.1e}"
     )
 
-    prompt = "The statement "
-    written = ours.write(torch.tensor([number[c] for c in prompt]), count=CONTEXT - len(prompt))
-    print("\n  " + "".join(alphabet[i] for i in written).replace("\n", "\n  "))
+    for prompt in PROMPTS:
+        written = ours.write(torch.tensor([number[c] for c in prompt]), CONTEXT - len(prompt))
+        print(f"\n  {' '.join(''.join(alphabet[i] for i in written).split())}")
     return trained

@@ -1,0 +1,92 @@
+"""How every benchmark measures: medians of interleaved runs in one process, beside a reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from typing import Any, Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: What is measured, with its unit.
+        ours: The figure of anyflash.
+        reference: The figure it stands beside; None where the goal is absolute.
+        ratio: reference / ours, so that above 1 is better; None without a reference.
+        goal: The figure to reach, in words.
+        met: Whether it is reached.
+    """
+
+    name: str
+    ours: float
+    reference: float | None
+    ratio: float | None
+    goal: str
+    met: bool
+
+    @classmethod
+    def speed(cls, name: str, ours: float, reference: float, at_least: float) -> Row:
+        """A row whose goal is a ratio: ours may take at most reference / at_least."""
+        ratio = reference / ours
+        return cls(name, ours, reference, ratio, f">= {at_least:g}x", ratio >= at_least)
+
+    @classmethod
+    def excess(cls, name: str, ours: float, reference: float, at_most: float, unit: str) -> Row:
+        """A row whose goal is a difference: ours - reference in the unit of the figures."""
+        goal = f"<= {at_most:g} {unit} more"
+        return cls(name, ours, reference, reference / ours, goal, ours - reference <= at_most)
+
+    @classmethod
+    def limit(cls, name: str, ours: float, at_most: float, unit: str) -> Row:
+        """A row whose goal is an absolute figure."""
+        return cls(name, ours, None, None, f"<= {at_most:g} {unit}", ours <= at_most)
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def interleaved(
+    *functions: Callable[[], Any], seconds: float = 4.0, least: int = 5, number: int = 1
+) -> list[float]:
+    """Median seconds per call of each function.
+
+    Rounds call every function in turn, so that a machine that slows down slows all of them.
+
+    Args:
+        *functions: Called without arguments.
+        seconds: About how long all rounds together take.
+        least: Rounds at the least.
+        number: Calls per timing, for functions of microseconds.
+    """
+    for function in functions:
+        function()
+    times: list[list[float]] = [[] for _ in functions]
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < least or time.perf_counter() < end:
+        for shift in range(len(functions)):
+            index = (rounds + shift) % len(functions)
+            began = time.perf_counter()
+            for _ in range(number):
+                functions[index]()
+            times[index].append((time.perf_counter() - began) / number)
+        rounds += 1
+    return [statistics.median(row) for row in times]
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as aligned text."""
+    width = max([len(row.name) for row in rows] + [4])
+    lines = [f"{'name':{width}s} {'ours':>10s} {'reference':>10s} {'ratio':>7s}  goal"]
+    for row in rows:
+        reference = "" if row.reference is None else f"{row.reference:.4g}"
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        mark = "met" if row.met else "NOT MET"
+        lines.append(
+            f"{row.name:{width}s} {row.ours:10.4g} {reference:>10s} {ratio:>7s}  {row.goal}: {mark}"
+        )
+    return "\n".join(lines)

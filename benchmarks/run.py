@@ -1,0 +1,102 @@
+"""`make bench`: every figure beside its reference, on screen and in out/bench.json.
+
+python -m benchmarks.run [--only attention,overhead] [--out out/bench.json]
+python -m benchmarks.run --docs     # out/bench.json -> docs/benchmarks.md, measures nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pathlib
+import platform
+import sys
+import traceback
+
+TOPICS = ("attention", "overhead", "startup", "install")
+CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
+PAGE = CHECKOUT / "docs/benchmarks.md"
+BEGIN, END = "<!-- table: python -m benchmarks.run --docs -->", "<!-- end of table -->"
+
+
+def measure(topics: list[str], out: pathlib.Path) -> int:
+    """Runs the topics, shows each row as it comes, writes them; 1 if a topic broke off."""
+    from benchmarks.measure import Row, table
+
+    rows: list[Row] = []
+    failed: list[str] = []
+    for topic in topics:
+        print(f"{topic} ...", file=sys.stderr, flush=True)
+        try:
+            for row in importlib.import_module(f"benchmarks.bench_{topic}").rows():
+                print(f"  {row.name}: {row.ours:.4g}", file=sys.stderr, flush=True)
+                rows.append(row)
+        except Exception:  # noqa: BLE001 - the other topics still count
+            traceback.print_exc()
+            failed.append(topic)
+    print(table(rows))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
+    print(f"\n{sum(row.met for row in rows)} of {len(rows)} goals met; {out}; {machine()}")
+    if failed:
+        print(f"broken off: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def machine() -> str:
+    """Processor, cores and torch in one line."""
+    import torch
+
+    model = platform.processor() or platform.machine()
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [
+            line.split(":")[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def markdown(rows: list[dict[str, object]]) -> str:
+    """The rows as the table of docs/benchmarks.md."""
+    lines = ["| what | ours | reference | ratio | goal | met |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        reference = "" if row["reference"] is None else f"{row['reference']:.4g}"
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        met = "yes" if row["met"] else "**no**"
+        lines.append(
+            f"| {row['name']} | {row['ours']:.4g} | {reference} | {ratio} | {row['goal']} | {met} |"
+        )
+    return "\n".join(lines)
+
+
+def write_page(results: pathlib.Path) -> int:
+    """Puts the table and the machine's name between the marks of docs/benchmarks.md."""
+    head, _, rest = PAGE.read_text().partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    table = markdown(json.loads(results.read_text()))
+    PAGE.write_text(f"{head}{BEGIN}\n{machine()}\n\n{table}\n{END}{tail}")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", default=",".join(TOPICS), help=f"topics out of {', '.join(TOPICS)}"
+    )
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/bench.json"))
+    parser.add_argument("--docs", action="store_true", help="write docs/benchmarks.md and stop")
+    options = parser.parse_args()
+    topics = options.only.split(",")
+    if unknown := sorted(set(topics) - set(TOPICS)):
+        parser.error(f"unknown topic {', '.join(unknown)}; known: {', '.join(TOPICS)}")
+    return write_page(options.out) if options.docs else measure(topics, options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

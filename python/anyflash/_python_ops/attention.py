@@ -1,0 +1,132 @@
+"""attention_forward and attention_backward: describe, validate, decide, run, return."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from . import aten_cpu, aten_cudnn, aten_efficient, aten_flash, dispatch, math
+from .notice import note_fallback
+from .problem import AttentionArgs, BackwardArgs, describe
+from .validate import validate_backward, validate_forward
+
+_ROUTES = {
+    "aten_cpu": aten_cpu,
+    "aten_flash": aten_flash,
+    "aten_efficient": aten_efficient,
+    "aten_cudnn": aten_cudnn,
+    "math": math,
+}
+
+
+def _route(problem: dispatch.Problem) -> str:
+    """The route that computes the problem.
+
+    Raises:
+        RuntimeError: no back end of the chain can.
+    """
+    decision = dispatch.choose(problem)
+    if decision.route == "none":
+        raise RuntimeError(dispatch.refusal(problem, decision))
+    note_fallback(problem, decision)
+    return decision.route
+
+
+def run_forward(args: AttentionArgs, backend: int) -> tuple[Tensor, Tensor]:
+    """Computes normalised and validated arguments."""
+    return _ROUTES[_route(describe(args, None, backend))].forward(args)
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Optional[Tensor],
+    cu_seqlens_k: Optional[Tensor],
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    seqused_k: Optional[Tensor],
+    leftpad_k: Optional[Tensor],
+    block_table: Optional[Tensor],
+    alibi_slopes: Optional[Tensor],
+    bias: Optional[Tensor],
+    sinks: Optional[Tensor],
+    rng_state: Optional[Tensor],
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    backend: int,
+) -> tuple[Tensor, Tensor]:
+    """schemas.def."""
+    args = AttentionArgs(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k,
+        block_table, alibi_slopes, bias, sinks, rng_state, dropout_p, softmax_scale, window_left,
+        window_right, softcap,
+    )  # fmt: skip
+    args.normalise(causal)
+    validate_forward(args)
+    return run_forward(args, backend)
+
+
+def _contiguous_last_dim(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Optional[Tensor],
+    cu_seqlens_q: Optional[Tensor],
+    cu_seqlens_k: Optional[Tensor],
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    seqused_k: Optional[Tensor],
+    leftpad_k: Optional[Tensor],
+    alibi_slopes: Optional[Tensor],
+    bias: Optional[Tensor],
+    sinks: Optional[Tensor],
+    rng_state: Optional[Tensor],
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    deterministic: bool,
+    bias_requires_grad: bool,
+    sinks_requires_grad: bool,
+    backend: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """schemas.def."""
+    args = AttentionArgs(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k,
+        None, alibi_slopes, bias, sinks, rng_state, dropout_p, softmax_scale, window_left,
+        window_right, softcap,
+    )  # fmt: skip
+    grad = BackwardArgs(
+        dout, out, lse, dlse, deterministic, bias_requires_grad, sinks_requires_grad
+    )
+    args.normalise(causal)
+    validate_backward(args, grad)
+    # What autograd hands over may be expanded or transposed; the routes read rows of contiguous elements.
+    grad.dout, grad.out = _contiguous_last_dim(dout), _contiguous_last_dim(out)
+    result = _ROUTES[_route(describe(args, grad, backend))].backward(args, grad)
+    dbias = q.new_empty(0) if result.dbias is None else result.dbias
+    dsinks = q.new_empty(0) if result.dsinks is None else result.dsinks
+    return result.dq, result.dk, result.dv, dbias, dsinks
+
+
+def random_state(q: Tensor, dropout_p: float) -> Optional[Tensor]:
+    """Seed and offset of a call's dropout, drawn from the default generator; None without dropout."""
+    if dropout_p <= 0.0:
+        return None
+    return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=q.device)

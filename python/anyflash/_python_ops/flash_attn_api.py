@@ -1,0 +1,173 @@
+"""The public operators, under the original library's names and defaults: the output alone comes back (csrc/flash_attn_api.cpp)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Optional
+
+from torch import Tensor
+
+from . import mlp
+from .attention import attention_forward, random_state
+from .kvcache import attention_kvcache_
+from .validate import check, shape_text
+
+
+def _window(window_size: Sequence[int]) -> tuple[int, int]:
+    check(
+        len(window_size) == 2,
+        f"window_size: expected (left, right), got {len(window_size)} numbers",
+    )
+    return window_size[0], window_size[1]
+
+
+def _scale(softmax_scale: Optional[float], q: Tensor) -> float:
+    if softmax_scale is not None:
+        return softmax_scale
+    check(
+        q.dim() >= 1 and q.shape[-1] > 0,
+        f"q: expected (..., heads, head_dim), got {shape_text(q)}",
+    )
+    return float(q.shape[-1] ** -0.5)
+
+
+def _contiguous_last_dim(x: Tensor) -> Tensor:
+    return x if x.dim() == 0 or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _part(packed: Tensor, name: str, dim: int, parts: int, index: int) -> Tensor:
+    """One of the tensors that lie beside each other in dimension ``dim``."""
+    leading = "batch, seqlen, " if dim == 2 else "total, "
+    check(
+        packed.dim() == dim + 3 and packed.shape[dim] == parts,
+        f"{name}: expected ({leading}{parts}, heads, head_dim), got {shape_text(packed)}",
+    )
+    return packed.select(dim, index)
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Optional[Tensor],
+    cu_seqlens_k: Optional[Tensor],
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: Optional[float] = None,
+    causal: bool = False,
+    window_size: Sequence[int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Optional[Tensor] = None,
+    deterministic: bool = False,
+    block_table: Optional[Tensor] = None,
+) -> Tensor:
+    """schemas.def; dense without cu_seqlens, for the operators below."""
+    left, right = _window(window_size)
+    return attention_forward(
+        _contiguous_last_dim(q),
+        _contiguous_last_dim(k),
+        _contiguous_last_dim(v),
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        None,
+        None,
+        block_table,
+        alibi_slopes,
+        None,
+        None,
+        random_state(q, dropout_p),
+        dropout_p,
+        _scale(softmax_scale, q),
+        causal,
+        left,
+        right,
+        softcap,
+        0,
+    )[0]
+
+
+def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *options: object) -> Tensor:
+    """schemas.def. (total, heads, head_dim) is one sequence."""
+    if q.dim() != 3:
+        return flash_attn_varlen_func(q, k, v, None, None, 0, 0, *options)  # type: ignore[arg-type]
+    check(
+        k.dim() == 3 and v.dim() == 3,
+        f"k, v: expected (seqlen_k, heads_k, head_dim) like q {shape_text(q)}, ",
+        f"got {shape_text(k)} and {shape_text(v)}",
+    )
+    tensors = (x.unsqueeze(0) for x in (q, k, v))
+    return flash_attn_varlen_func(*tensors, None, None, 0, 0, *options).squeeze(0)  # type: ignore[arg-type]
+
+
+def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *options: object) -> Tensor:
+    """schemas.def."""
+    k, v = (_part(kv, "kv", 2, 2, i) for i in range(2))
+    return flash_attn_varlen_func(q, k, v, None, None, 0, 0, *options)  # type: ignore[arg-type]
+
+
+def flash_attn_qkvpacked_func(qkv: Tensor, *options: object) -> Tensor:
+    """schemas.def."""
+    q, k, v = (_part(qkv, "qkv", 2, 3, i) for i in range(3))
+    return flash_attn_varlen_func(q, k, v, None, None, 0, 0, *options)  # type: ignore[arg-type]
+
+
+def flash_attn_varlen_kvpacked_func(q: Tensor, kv: Tensor, *rest: object) -> Tensor:
+    """schemas.def."""
+    k, v = (_part(kv, "kv", 1, 2, i) for i in range(2))
+    return flash_attn_varlen_func(q, k, v, *rest)  # type: ignore[arg-type]
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *options: object
+) -> Tensor:
+    """schemas.def."""
+    q, k, v = (_part(qkv, "qkv", 1, 3, i) for i in range(3))
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return flash_attn_varlen_func(q, k, v, *lengths, *options)  # type: ignore[arg-type]
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Optional[Tensor] = None,
+    v: Optional[Tensor] = None,
+    rotary_cos: Optional[Tensor] = None,
+    rotary_sin: Optional[Tensor] = None,
+    cache_seqlens: Optional[Tensor] = None,
+    cache_batch_idx: Optional[Tensor] = None,
+    cache_leftpad: Optional[Tensor] = None,
+    block_table: Optional[Tensor] = None,
+    softmax_scale: Optional[float] = None,
+    causal: bool = False,
+    window_size: Sequence[int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Optional[Tensor] = None,
+    num_splits: int = 0,
+) -> Tensor:
+    """schemas.def."""
+    check(num_splits <= 128, f"num_splits > 128 not supported, got {num_splits}")
+    left, right = _window(window_size)
+    return attention_kvcache_(
+        _contiguous_last_dim(q), k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens,
+        cache_batch_idx, cache_leftpad, block_table, alibi_slopes, None, _scale(softmax_scale, q),
+        causal, left, right, softcap, rotary_interleaved, 0,
+    )[0]  # fmt: skip
+
+
+def fused_mlp(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Optional[Tensor],
+    weight2: Tensor,
+    bias2: Optional[Tensor],
+    activation: str = "gelu_tanh",
+    recompute: bool = False,
+) -> Tensor:
+    """schemas.def; no gradient flows here, so there is nothing to recompute."""
+    number = mlp.activation_number(activation)
+    return mlp.fused_mlp_forward(x, weight1, bias1, weight2, bias2, number, False, 0)[0]

@@ -1,0 +1,263 @@
+"""Fused MLP and bias + activation, from plain operators. Half precision is widened, so that only the result is rounded."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import dispatch
+from .notice import note_fallback
+from .problem import DTYPE_NAMES, describe_bias_activation
+from .validate import check, check_same_device, dtype_text, shape_text
+
+#: Names in the order of their numbers in the schemas.
+ACTIVATIONS = ("gelu_tanh", "gelu_erf", "relu", "squared_relu", "silu_gate")
+_GELU_TANH, _GELU_ERF, _RELU, _SQUARED_RELU, _SILU_GATE = range(5)
+
+
+def activation_number(name: str) -> int:
+    """The number of an activation's name.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(
+            f"activation: expected one of {', '.join(ACTIVATIONS)}, got '{name}'"
+        )
+    return ACTIVATIONS.index(name)
+
+
+def _check_activation(activation: int) -> None:
+    if not 0 <= activation < len(ACTIVATIONS):
+        raise ValueError(f"activation: expected 0 to {len(ACTIVATIONS) - 1}, got {activation}")
+
+
+def _inputs_per_output(activation: int) -> int:
+    return 2 if activation == _SILU_GATE else 1
+
+
+def _check_floating(x: Tensor) -> None:
+    check(
+        x.dtype in DTYPE_NAMES, f"x: expected fp16, bf16, fp32 or fp64, got {dtype_text(x)}"
+    )
+
+
+def _check_like_x(tensor: Tensor, name: str, x: Tensor) -> None:
+    check(
+        tensor.dtype == x.dtype,
+        f"{name}: expected x's dtype {dtype_text(x)}, got {dtype_text(tensor)}",
+    )
+    check_same_device(x, "x", tensor, name)
+
+
+def _validate_bias_activation(x: Tensor, bias: Optional[Tensor], activation: int) -> None:
+    _check_activation(activation)
+    _check_floating(x)
+    check(
+        1 <= x.dim() <= 7,
+        f"x: expected (..., columns), 1 to 7 dimensions, got {shape_text(x)}",
+    )
+    check(
+        x.shape[-1] % _inputs_per_output(activation) == 0,
+        f"x: silu_gate halves the last dimension, expected an even size, got {shape_text(x)}",
+    )
+    if bias is None:
+        return
+    check(
+        bias.dtype == x.dtype,
+        f"bias: expected x's dtype {dtype_text(x)}, got {dtype_text(bias)}",
+    )
+    check(
+        bias.shape == (x.shape[-1],),
+        f"bias: expected ({x.shape[-1]},), x's last dimension, got {shape_text(bias)}",
+    )
+    check_same_device(x, "x", bias, "bias")
+
+
+def _decide(x: Tensor, direction: str, backend: int) -> None:
+    """There is one way to compute it here; a chain without it is refused, and the fallback told."""
+    problem = describe_bias_activation(x, direction, backend)
+    decision = dispatch.choose(problem)
+    if decision.route == "none":
+        raise RuntimeError(dispatch.refusal(problem, decision))
+    note_fallback(problem, decision)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _input(x: Tensor, bias: Optional[Tensor]) -> Tensor:
+    return _widened(x) if bias is None else _widened(x) + bias
+
+
+def _activated(z: Tensor, activation: int) -> Tensor:
+    if activation in (_GELU_TANH, _GELU_ERF):
+        return F.gelu(z, approximate="tanh" if activation == _GELU_TANH else "none")
+    if activation == _RELU:
+        return z.relu()
+    if activation == _SQUARED_RELU:
+        return z.relu().square()
+    u, gate = z.chunk(2, -1)
+    return u * F.silu(gate)
+
+
+def _activation_gradient(dy: Tensor, z: Tensor, activation: int) -> Tensor:
+    if activation in (_GELU_TANH, _GELU_ERF):
+        kind = "tanh" if activation == _GELU_TANH else "none"
+        return torch.ops.aten.gelu_backward(dy, z, approximate=kind)
+    if activation == _RELU:
+        return dy.masked_fill(z <= 0, 0.0)
+    if activation == _SQUARED_RELU:
+        return dy * z.relu() * 2.0
+    u, gate = z.chunk(2, -1)
+    return torch.cat((dy * F.silu(gate), torch.ops.aten.silu_backward(dy * u, gate)), dim=-1)
+
+
+def bias_activation(x: Tensor, bias: Optional[Tensor], activation: int, backend: int) -> Tensor:
+    """schemas.def."""
+    _validate_bias_activation(x, bias, activation)
+    _decide(x, "forward", backend)
+    return _fresh(_activated(_input(x, bias), activation).to(x.dtype), x)
+
+
+def _fresh(result: Tensor, x: Tensor) -> Tensor:
+    """Contiguous, and never x itself: operators return new tensors."""
+    result = result.contiguous()
+    return result.clone() if result is x else result
+
+
+def bias_activation_backward(
+    dy: Tensor, x: Tensor, bias: Optional[Tensor], activation: int, backend: int
+) -> tuple[Tensor, Tensor]:
+    """schemas.def."""
+    _validate_bias_activation(x, bias, activation)
+    check(dy.dtype == x.dtype, f"dy: expected x's dtype {dtype_text(x)}, got {dtype_text(dy)}")
+    shape = (*x.shape[:-1], x.shape[-1] // _inputs_per_output(activation))
+    check(
+        dy.shape == shape,
+        f"dy: expected the shape of y for x {shape_text(x)}, got {shape_text(dy)}",
+    )
+    check_same_device(x, "x", dy, "dy")
+    _decide(x, "backward", backend)
+    z = _input(x, bias)
+    dz = _activation_gradient(dy.to(z.dtype), z, activation)
+    dx = _fresh(dz.to(x.dtype), dy)
+    if bias is None:
+        return dx, x.new_empty(0)
+    dbias = dz.reshape(-1, dz.shape[-1]).sum(0) if dz.numel() else dz.new_zeros(bias.shape)
+    return dx, dbias.to(x.dtype)
+
+
+def _validate_mlp(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Optional[Tensor],
+    weight2: Tensor,
+    bias2: Optional[Tensor],
+    activation: int,
+) -> None:
+    _check_activation(activation)
+    _check_floating(x)
+    check(x.dim() >= 1, f"x: expected (..., in_features), got {shape_text(x)}")
+    features = x.shape[-1]
+    _check_like_x(weight1, "weight1", x)
+    _check_like_x(weight2, "weight2", x)
+    check(
+        weight1.dim() == 2 and weight1.shape[1] == features,
+        f"weight1: expected (hidden, {features}) for x {shape_text(x)}, got {shape_text(weight1)}",
+    )
+    per_output = _inputs_per_output(activation)
+    check(
+        weight1.shape[0] % per_output == 0,
+        "weight1: silu_gate halves the hidden features, expected an even number of rows, got ",
+        shape_text(weight1),
+    )
+    hidden = weight1.shape[0] // per_output
+    check(
+        weight2.dim() == 2 and weight2.shape[1] == hidden,
+        f"weight2: expected (out, {hidden}) for weight1 {shape_text(weight1)}, ",
+        f"got {shape_text(weight2)}",
+    )
+    for bias, name, weight in ((bias1, "bias1", weight1), (bias2, "bias2", weight2)):
+        if bias is not None:
+            _check_like_x(bias, name, x)
+            check(
+                bias.shape == (weight.shape[0],),
+                f"{name}: expected ({weight.shape[0]},), the rows of weight{name[-1]}, ",
+                f"got {shape_text(bias)}",
+            )
+
+
+def _widen(x: Tensor) -> Tensor:
+    """PyTorch multiplies fp16 matrices on the CPU two orders of magnitude slower than fp32 ones."""
+    return x.float() if x.device.type == "cpu" and x.dtype == torch.float16 else x
+
+
+def _widen_optional(x: Optional[Tensor]) -> Optional[Tensor]:
+    return None if x is None else _widen(x)
+
+
+def fused_mlp_forward(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Optional[Tensor],
+    weight2: Tensor,
+    bias2: Optional[Tensor],
+    activation: int,
+    save_hidden: bool,
+    backend: int,
+) -> tuple[Tensor, Tensor]:
+    """schemas.def."""
+    _validate_mlp(x, weight1, bias1, weight2, bias2, activation)
+    hidden = F.linear(_widen(x), _widen(weight1))
+    activated = bias_activation(hidden, _widen_optional(bias1), activation, backend)
+    out = F.linear(activated, _widen(weight2), _widen_optional(bias2))
+    return out.to(x.dtype), hidden.to(x.dtype) if save_hidden else x.new_empty(0)
+
+
+def fused_mlp_backward(
+    dout: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Optional[Tensor],
+    weight2: Tensor,
+    hidden: Tensor,
+    bias2_requires_grad: bool,
+    activation: int,
+    backend: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """schemas.def."""
+    _validate_mlp(x, weight1, bias1, weight2, None, activation)
+    _check_like_x(dout, "dout", x)
+    check(
+        dout.shape == (*x.shape[:-1], weight2.shape[0]),
+        f"dout: expected x's shape {shape_text(x)} with last dimension {weight2.shape[0]}, ",
+        f"got {shape_text(dout)}",
+    )
+    saved = hidden.numel() > 0 and hidden.shape == (*x.shape[:-1], weight1.shape[0])
+    check(
+        saved or hidden.numel() == 0,
+        f"hidden: expected x's shape {shape_text(x)} with last dimension {weight1.shape[0]}, ",
+        f"or an empty tensor, got {shape_text(hidden)}",
+    )
+
+    count = x.shape[:-1].numel()
+
+    def as_rows(tensor: Tensor) -> Tensor:
+        return _widen(tensor).reshape(count, tensor.shape[-1])
+
+    rows, drows, w1, w2 = as_rows(x), as_rows(dout), _widen(weight1), _widen(weight2)
+    z = as_rows(hidden) if saved else F.linear(rows, w1)
+    b1 = _widen_optional(bias1)
+    dweight2 = drows.t() @ bias_activation(z, b1, activation, backend)
+    dz, dbias1 = bias_activation_backward(drows @ w2, z, b1, activation, backend)
+    dweight1 = dz.t() @ rows
+    dx = (dz @ w1).view(x.shape)
+    dbias2 = drows.sum(0).to(x.dtype) if bias2_requires_grad else x.new_empty(0)
+    dtype = x.dtype
+    return dx.to(dtype), dweight1.to(dtype), dbias1.to(dtype), dweight2.to(dtype), dbias2

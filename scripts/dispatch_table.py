@@ -1,0 +1,146 @@
+"""Writes the tables of what runs where into README.md and docs/dispatch.md.
+
+    python scripts/dispatch_table.py           # write
+    python scripts/dispatch_table.py --check   # exit 1 if a table is not current
+
+Routes come from csrc/routes.def, kernels from kernels/instances.def, choices from `decide`.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(CHECKOUT / "python"))
+
+from anyflash import _defs  # noqa: E402
+from anyflash.explain import ROUTE_TITLES, explain  # noqa: E402
+
+END = "<!-- end of table -->"
+TORCH = 213  # the tables are for torch 2.13; older versions lack some routes
+
+DEVICES = {
+    "CPU": {"device": "cpu"},
+    "T4 (sm_75)": {"sm": 75},
+    "A100 (sm_80)": {"sm": 80},
+    "H100 (sm_90)": {"sm": 90},
+}
+SHAPES = (
+    ("fp16, head_dim 128, causal", "fp16 causal head_dim 128"),
+    ("bf16, head_dim 128, causal", "bf16 causal head_dim 128"),
+    ("fp32, head_dim 64", "fp32 head_dim 64"),
+    ("fp16, packed sequences", "fp16 packed causal head_dim 64"),
+    ("fp16, sliding window", "fp16 causal window head_dim 128"),
+    ("fp16, paged key/value cache", "fp16 paged seqused_k causal head_dim 128"),
+    ("fp16, ALiBi", "fp16 causal alibi head_dim 64"),
+    ("fp16, additive bias", "fp16 bias head_dim 64"),
+    ("fp16, softcap", "fp16 causal softcap head_dim 256"),
+    ("fp16, dropout", "fp16 causal dropout head_dim 64"),
+    ("fp16, head_dim 512", "fp16 causal head_dim 512"),
+)
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def choices() -> str:
+    """Which route runs which shape on which device: forward, and backward where it differs."""
+    rows = []
+    for label, words in SHAPES:
+        cells = []
+        for device in DEVICES.values():
+            answer = explain(words, training=True, torch_version=TORCH, backend="auto", **device)
+            forward, backward = (decision["route"] for decision in answer.decisions)
+            cells.append(forward if forward == backward else f"{forward}, backward {backward}")
+        rows.append([label, *cells])
+    return _markdown(["shape", *DEVICES], rows)
+
+
+def routes() -> str:
+    """routes.def, row by row."""
+    phrases = {e.fields[0]: e.fields[1] for e in _defs.entries("routes") if e.macro == "FEATURE"}
+    rows = []
+    for entry in _defs.entries("routes"):
+        if entry.macro != "ROUTE":
+            continue
+        name, chain, device, sm, dtypes, top, multiple, torch, forward, backward = entry.fields
+        where = {"cpu": "CPU", "any": "everywhere"}.get(device, f"GPU, sm_{sm} or newer")
+        dims = f"1 to {top}" if multiple == "1" else f"multiples of {multiple} up to {top}"
+        rows.append([
+            f"`{name}`: {ROUTE_TITLES[name]}",
+            "by name only" if chain == "named" else f"`{chain}`",
+            where,
+            dtypes.replace("|", ", "),
+            dims,
+            f"{int(torch) // 100}.{int(torch) % 100}",
+            _lacking(phrases, forward),
+            _lacking(phrases, backward),
+        ])  # fmt: skip
+    header = ["route", "back end", "runs on", "dtypes", "head_dim", "torch from"]
+    return _markdown([*header, "forward lacks", "backward lacks"], rows)
+
+
+def _lacking(phrases: dict[str, str], supported: str) -> str:
+    names = [part.strip() for part in supported.split("|")]
+    missing = [name for name in phrases if name not in names]
+    return ", ".join(f"`{name}`" for name in missing) or "nothing"
+
+
+def features() -> str:
+    rows = [
+        [f"`{e.fields[0]}`", e.fields[1]] for e in _defs.entries("routes") if e.macro == "FEATURE"
+    ]
+    return _markdown(["name", "meaning"], rows)
+
+
+def kernels() -> str:
+    """instances.def, row by row."""
+    rows = []
+    for entry in _defs.entries("instances"):
+        rows.append([entry.macro.lower(), *entry.fields])
+    return _markdown(["family", "architecture", "direction", "dtype", "checked on"], rows)
+
+
+PAGES = {
+    "README.md": {"choices": choices},
+    "docs/dispatch.md": {
+        "choices": choices,
+        "routes": routes,
+        "features": features,
+        "kernels": kernels,
+    },
+}
+
+
+def current(path: pathlib.Path, tables: dict[str, object]) -> str:
+    """The page with its tables made anew."""
+    text = path.read_text()
+    for name, make in tables.items():
+        mark = f"<!-- {name}: python scripts/dispatch_table.py -->"
+        head, found, rest = text.partition(mark)
+        if not found:
+            raise ValueError(f"{path.name} has no mark {mark}")
+        text = f"{head}{mark}\n{make()}\n{END}{rest.partition(END)[2]}"
+    return text
+
+
+def main() -> int:
+    check = "--check" in sys.argv[1:]
+    stale = []
+    for name, tables in PAGES.items():
+        path = CHECKOUT / name
+        text = current(path, tables)
+        if text != path.read_text():
+            stale.append(name)
+            if not check:
+                path.write_text(text)
+    for name in stale:
+        print(f"{name}: {'not current; run scripts/dispatch_table.py' if check else 'written'}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,289 @@
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "catch.h"
+#include "dispatch.h"
+
+using namespace anyflash;
+
+namespace {
+
+constexpr InstanceTable kNoKernels{nullptr, 0};
+constexpr int32_t kTorch = 213;
+const int32_t kGpus[] = {50, 60, 61, 70, 72, 75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121};
+
+struct NamedFeature {
+  Features bit;
+  const char* phrase;
+};
+
+const NamedFeature kFeatures[] = {
+#define FEATURE(name, phrase) {Feature::name, phrase},
+#define ROUTE(...)
+#include "routes.def"
+#undef ROUTE
+#undef FEATURE
+};
+
+Problem on_gpu(int32_t sm, Features features = 0, Direction direction = Direction::forward) {
+  Problem problem;
+  problem.direction = direction;
+  problem.device = Device::cuda;
+  problem.sm = sm;
+  problem.dtype = Dtype::fp16;
+  problem.head_dim = problem.head_dim_v = 64;
+  problem.features = features;
+  problem.torch_version = kTorch;
+  return problem;
+}
+
+Problem on_cpu(Features features = 0, Direction direction = Direction::forward) {
+  Problem problem = on_gpu(0, features, direction);
+  problem.device = Device::cpu;
+  problem.dtype = Dtype::fp32;
+  return problem;
+}
+
+std::string route_of(const Problem& problem, InstanceTable table = kNoKernels) { return route_name(choose(problem, table).route); }
+
+// The reasons against one route, joined by "; ".
+std::string reasons(const Problem& problem, Route route, InstanceTable table = kNoKernels) {
+  std::string joined;
+  for (const Reason& reason : decide(problem, table).reasons) {
+    if (reason.route == route) joined += (joined.empty() ? "" : "; ") + reason.text;
+  }
+  return joined;
+}
+
+int32_t never_run(const void*, void*) { return 0; }
+
+Instance instance(Family family, int32_t min_sm, int32_t max_sm, Direction direction, Dtype dtype, int32_t head_dim,
+                  const char* checked_on) {
+  return {"an instance", family, "sm", min_sm, max_sm, direction, dtype, head_dim, checked_on, never_run};
+}
+
+}  // namespace
+
+TEST_CASE("dispatch: plain attention on every GPU", "[dispatch]") {
+  for (const int32_t sm : kGpus) {
+    for (const Direction direction : {Direction::forward, Direction::backward}) {
+      CAPTURE(sm, int(direction));
+      CHECK(route_of(on_gpu(sm, 0, direction)) == (sm >= 80 ? "aten_flash" : "aten_efficient"));
+      Problem bf16 = on_gpu(sm, 0, direction);
+      bf16.dtype = Dtype::bf16;
+      CHECK(route_of(bf16) == (sm >= 80 ? "aten_flash" : "math"));
+      Problem fp32 = on_gpu(sm, 0, direction);
+      fp32.dtype = Dtype::fp32;
+      CHECK(route_of(fp32) == "aten_efficient");
+      Problem fp64 = on_gpu(sm, 0, direction);
+      fp64.dtype = Dtype::fp64;
+      CHECK(route_of(fp64) == "math");
+    }
+  }
+}
+
+TEST_CASE("dispatch: every GPU and feature ends on a route that lists the feature", "[dispatch]") {
+  using namespace Feature;
+  const Features flash[] = {packed | seqused_k | causal | window | alibi | gqa, packed | causal | window | gqa};
+  const Features efficient = packed | causal | bias | gqa | unequal_head_dims;
+  for (const int32_t sm : kGpus) {
+    for (const NamedFeature& feature : kFeatures) {
+      for (const Direction direction : {Direction::forward, Direction::backward}) {
+        const bool caches = feature.bit == paged;  // no gradient
+        if (caches && direction == Direction::backward) continue;
+        CAPTURE(sm, feature.phrase, int(direction));
+        const std::string expected = sm >= 80 && (flash[int(direction)] & feature.bit) ? "aten_flash"
+                                     : efficient & feature.bit                         ? "aten_efficient"
+                                                                                       : "math";
+        CHECK(route_of(on_gpu(sm, feature.bit, direction)) == expected);
+      }
+    }
+  }
+}
+
+TEST_CASE("dispatch: every feature on the CPU", "[dispatch]") {
+  using namespace Feature;
+  const Features cpu[] = {packed | paged | seqused_k | leftpad_k | causal | window | bias | gqa,
+                          packed | seqused_k | leftpad_k | causal | window | bias | gqa | deterministic};
+  for (const NamedFeature& feature : kFeatures) {
+    for (const Direction direction : {Direction::forward, Direction::backward}) {
+      if (feature.bit == paged && direction == Direction::backward) continue;
+      CAPTURE(feature.phrase, int(direction));
+      CHECK(route_of(on_cpu(feature.bit, direction)) == (cpu[int(direction)] & feature.bit ? "aten_cpu" : "math"));
+    }
+  }
+}
+
+TEST_CASE("dispatch: a paged cache has no backward", "[dispatch]") {
+  const Problem problem = on_cpu(Feature::paged, Direction::backward);
+  CHECK(route_of(problem) == "none");
+  CHECK(reasons(problem, Route::math) == "does not support a paged key/value cache (block_table)");
+}
+
+TEST_CASE("dispatch: the quick choice is the explained one", "[dispatch]") {
+  for (const int32_t sm : kGpus) {
+    for (Features features = 0; features < 1u << feature_number::count; features += 37) {
+      for (const Dtype dtype : {Dtype::fp16, Dtype::bf16, Dtype::fp32, Dtype::fp64}) {
+        Problem problem = on_gpu(sm, features);
+        problem.dtype = dtype;
+        const Decision decision = decide(problem, kNoKernels);
+        if (choose(problem, kNoKernels).route != decision.choice.route) FAIL("sm_" << sm << ", features " << features);
+      }
+    }
+  }
+}
+
+TEST_CASE("dispatch: reasons", "[dispatch]") {
+  CHECK(reasons(on_gpu(75), Route::aten_flash) == "needs sm_80 or newer, this GPU is sm_75");
+  CHECK(reasons(on_gpu(75), Route::kernel) == "this build has no attention kernel for sm_75");
+  CHECK(reasons(on_cpu(), Route::kernel) == "this build has no attention kernel for cpu");
+  CHECK(reasons(on_cpu(), Route::aten_flash) == "runs on cuda only");
+
+  Problem problem = on_gpu(90);
+  problem.dtype = Dtype::fp32;
+  CHECK(reasons(problem, Route::aten_flash) == "needs fp16 or bf16, got fp32");
+  problem.dtype = Dtype::fp64;
+  CHECK(reasons(problem, Route::aten_efficient) == "needs fp16, bf16 or fp32, got fp64");
+
+  problem = on_gpu(75);
+  problem.dtype = Dtype::bf16;
+  CHECK(reasons(problem, Route::aten_efficient) == "bf16 needs sm_80");
+
+  problem = on_gpu(90);
+  problem.head_dim = problem.head_dim_v = 264;
+  CHECK(reasons(problem, Route::aten_flash) == "head_dim 264 is above 256");
+  problem.head_dim = problem.head_dim_v = 60;
+  CHECK(reasons(problem, Route::aten_flash) == "head_dim 60 is not a multiple of 8");
+  problem.head_dim = 64;
+  problem.head_dim_v = 300;
+  problem.features = Feature::unequal_head_dims;
+  CHECK(reasons(problem, Route::aten_flash) ==
+        "head_dim_v 300 is above 256; head_dim_v 300 is not a multiple of 8; does not support head_dim of v different from q and k");
+
+  problem = on_gpu(90, Feature::softcap);
+  problem.torch_version = 204;
+  CHECK(reasons(problem, Route::aten_flash) == "needs torch 2.5, this is 2.4; does not support softcap");
+  CHECK(route_of(problem) == "math");
+}
+
+TEST_CASE("dispatch: nothing in the chain can run", "[dispatch]") {
+  Problem problem = on_cpu();
+  problem.chain = parse_chain("kernel");
+  CHECK(refusal(problem, decide(problem, kNoKernels)) ==
+        "anyflash: no back end of \"kernel\" can run this attention: kernel: this build has no attention kernel for cpu");
+  problem = on_gpu(75, Feature::softcap);
+  problem.chain = parse_chain("aten_flash,aten_efficient");
+  CHECK(refusal(problem, decide(problem, kNoKernels)) ==
+        "anyflash: no back end of \"aten_flash,aten_efficient\" can run this attention: "
+        "aten_flash: needs sm_80 or newer, this GPU is sm_75; aten_flash: does not support softcap; aten_efficient: does not support softcap");
+}
+
+TEST_CASE("dispatch: an aten route by its own name", "[dispatch]") {
+  Problem problem = on_gpu(90);
+  problem.chain = parse_chain("aten_efficient");
+  CHECK(route_of(problem) == "aten_efficient");
+  problem.chain = parse_chain("aten_cudnn");
+  CHECK(route_of(problem) == "aten_cudnn");
+  problem.chain = parse_chain("sdpa");  // never by itself
+  CHECK(route_of(problem) == "aten_flash");
+  problem.chain = parse_chain("math,sdpa");
+  CHECK(route_of(problem) == "math");
+}
+
+TEST_CASE("dispatch: an unset chain is the default", "[dispatch]") {
+  Problem problem = on_gpu(90);
+  problem.chain = 0;
+  CHECK(route_of(problem) == "aten_flash");
+}
+
+TEST_CASE("dispatch: digits that are no back end choose nothing", "[dispatch]") {
+  Problem problem = on_gpu(90);
+  for (const Chain chain : {Chain{0xF}, Chain{0x20}, Chain{-1}}) {
+    problem.chain = chain;
+    CHECK(route_of(problem) == (chain == 0x20 ? "aten_flash" : "none"));
+    CHECK_FALSE(refusal(problem, decide(problem, kNoKernels)).empty());
+  }
+}
+
+TEST_CASE("dispatch: kernels of the table", "[dispatch]") {
+  const Instance instances[] = {
+      instance(Family::attention, 80, 9999, Direction::forward, Dtype::fp16, 64, "A100"),
+      instance(Family::attention, 90, 90, Direction::forward, Dtype::fp16, 64, "H200"),
+      instance(Family::attention, 80, 9999, Direction::forward, Dtype::fp16, 128, "none"),
+  };
+  const InstanceTable table{instances, 3};
+  CHECK(route_of(on_gpu(75), table) == "aten_efficient");
+  CHECK(choose(on_gpu(80), table).instance == &instances[0]);
+  CHECK(choose(on_gpu(90), table).instance == &instances[1]);
+  CHECK(choose(on_gpu(120), table).instance == &instances[0]);
+  CHECK(route_of(on_cpu(), table) == "aten_cpu");
+
+  Problem problem = on_gpu(80);
+  problem.dtype = Dtype::bf16;
+  CHECK(reasons(problem, Route::kernel, table) == "this build has no attention kernel for bf16 with head_dim 64");
+  CHECK(reasons(on_gpu(80, 0, Direction::backward), Route::kernel, table) ==
+        "this build has no attention kernel for the backward in fp16 with head_dim 64");
+
+  problem = on_gpu(80);
+  problem.head_dim = problem.head_dim_v = 128;
+  CHECK(route_of(problem, table) == "aten_flash");
+  CHECK_THAT(reasons(problem, Route::kernel, table), ContainsSubstring("has not been checked on a GPU"));
+  problem.explicit_chain = true;
+  CHECK(choose(problem, table).instance == &instances[2]);
+  problem.chain = parse_chain("sdpa,kernel");
+  CHECK(route_of(problem, table) == "aten_flash");
+}
+
+TEST_CASE("dispatch: bias_activation", "[dispatch]") {
+  const Instance instances[] = {
+      instance(Family::bias_activation, 75, 9999, Direction::forward, Dtype::fp16, 0, "none"),
+      instance(Family::bias_activation, 75, 9999, Direction::forward, Dtype::bf16, 0, "H200"),
+  };
+  const InstanceTable table{instances, 2};
+  Problem problem = on_gpu(90);
+  problem.family = Family::bias_activation;
+  problem.head_dim = problem.head_dim_v = 0;
+  CHECK(route_of(problem, table) == "math");
+  problem.dtype = Dtype::bf16;
+  CHECK(route_of(problem, table) == "kernel");
+  problem.dtype = Dtype::fp16;
+  problem.explicit_chain = true;
+  CHECK(route_of(problem, table) == "kernel");
+  problem.chain = parse_chain("sdpa");
+  CHECK(route_of(problem, table) == "math");
+  problem.chain = parse_chain("kernel");
+  problem.sm = 70;
+  CHECK(refusal(problem, decide(problem, table)) ==
+        "anyflash: no back end of \"kernel\" can run this bias_activation: kernel: this build has no bias_activation kernel for sm_70");
+  problem.device = Device::cpu;
+  problem.chain = kDefaultChain;
+  CHECK(route_of(problem, table) == "math");
+}
+
+TEST_CASE("dispatch: the built table serves bias_activation where asked for", "[dispatch]") {
+  if (built_instances().count == 0) return;
+  for (const int32_t sm : kGpus) {
+    Problem problem = on_gpu(sm);
+    problem.family = Family::bias_activation;
+    problem.head_dim = problem.head_dim_v = 0;
+    problem.explicit_chain = true;
+    CAPTURE(sm);
+    CHECK(route_of(problem, built_instances()) == (sm >= 75 ? "kernel" : "math"));
+  }
+}
+
+TEST_CASE("chains: names and numbers", "[dispatch]") {
+  CHECK(parse_chain("kernel,sdpa,math") == 0x321);
+  CHECK(parse_chain("auto") == kDefaultChain);
+  CHECK(parse_chain(" aten_flash , auto") == 0x3215);
+  CHECK(parse_chain("") == 0);
+  CHECK(parse_chain("aten_cudnn,aten_flash,aten_efficient,aten_cpu") == 0x7654);
+  CHECK(chain_text(0x321) == "kernel,sdpa,math");
+  CHECK(chain_text(parse_chain("math")) == "math");
+  CHECK(strict(parse_chain("sdpa,math")) == parse_chain("sdpa"));
+  CHECK_THROWS_WITH(parse_chain("sdpa,foo"),
+                    "unknown back end 'foo'; known: auto, kernel, sdpa, math, aten_cudnn, aten_flash, aten_efficient, aten_cpu");
+  CHECK_THROWS_AS(parse_chain("auto,auto,auto,auto,auto,auto"), std::invalid_argument);
+}

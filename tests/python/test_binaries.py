@@ -1,0 +1,182 @@
+"""The compiled files: what they export, what they need, how old a system may be; and the import when they are damaged."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import anyflash
+
+PACKAGE = Path(anyflash.__file__).parent
+KERNELS, OPS = PACKAGE / "libanyflash_kernels.so", PACKAGE / "libanyflash_ops.so"
+NATIVE = next(iter(sorted(PACKAGE.glob(f"_native.cpython-{sys.version_info[0]}{sys.version_info[1]}-*.so"))), PACKAGE / "_native.so")
+FILES = [pytest.param(path, id=path.name.split(".")[0]) for path in (KERNELS, OPS, NATIVE)]
+
+pytestmark = pytest.mark.skipif(not OPS.is_file(), reason="anyflash is installed without the binary")
+
+USE = """
+import json, torch, flash_attn, anyflash
+from anyflash import _loader
+q = torch.randn(1, 5, 2, 16, requires_grad=True)
+out = flash_attn.flash_attn_func(q, q, q, causal=True)
+out.sum().backward()
+assert q.grad.isfinite().all()
+print(json.dumps({"provider": _loader.provider, "reasons": _loader.reasons}))
+"""
+
+
+def output(*command) -> str:
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+
+
+def exports(library: Path) -> set[str]:
+    return {line.split()[-1] for line in output("nm", "-D", "--defined-only", library).splitlines()}
+
+
+def undefined(library: Path) -> set[str]:
+    return {line.split()[-1].split("@")[0] for line in output("nm", "-D", "--undefined-only", library).splitlines()}
+
+
+def needed(library: Path) -> set[str]:
+    return set(re.findall(r"\(NEEDED\).*\[(.+)\]", output("readelf", "-d", library)))
+
+
+def newest(library: Path, prefix: str) -> tuple[int, ...]:
+    versions = re.findall(rf"\b{prefix}_([\d.]+)", output("objdump", "-T", library))
+    return max((tuple(map(int, v.split("."))) for v in versions), default=())
+
+
+@pytest.mark.parametrize("library", FILES)
+def test_only_our_names_are_visible(library):
+    names = exports(library)
+    assert names and all(name.startswith(("anyflash_", "PyInit_")) for name in names), names
+
+
+def test_exports():
+    assert exports(NATIVE) == {"PyInit__native"}
+    assert {"anyflash_register_error", "anyflash_set_notice_sink"} <= exports(OPS)
+    assert {"anyflash_instances", "anyflash_launch", "anyflash_error_string"} <= exports(KERNELS)
+
+
+@pytest.mark.parametrize("library", FILES)
+def test_nothing_with_a_version_of_its_own_is_needed(library):
+    """No CUDA library, and of torch only libtorch_cpu, for the operators only."""
+    system = {"libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1"}
+    ours = {KERNELS: set(), OPS: {"libanyflash_kernels.so", "libtorch_cpu.so"}, NATIVE: {"libanyflash_kernels.so"}}[library]
+    assert {n for n in needed(library) if not n.startswith("ld-linux")} - system == ours
+    assert re.findall(r"\(RU?N?PATH\).*\[(.+)\]", output("readelf", "-d", library)) == ["$ORIGIN"]
+
+
+def test_of_torch_only_the_stable_interface_is_used():
+    assert not [n for n in undefined(KERNELS) | undefined(NATIVE) if "torch" in n]
+    torch_names = {n for n in undefined(OPS) if not n.startswith("anyflash_")}
+    assert not [n for n in torch_names if re.search(r"N?K?(2at|3c10|5torch)\d", n)]
+    assert [n for n in torch_names if n.startswith(("aoti_torch_", "torch_"))]
+
+
+def test_torch_abi_audit_says_stable():
+    pytest.importorskip("torch_abi_audit", reason="needs Python 3.11")
+    report = output(sys.executable, "-c", "from torch_abi_audit.cli import main; main()", OPS)
+    assert re.search(r"Torch ABI:\s+STABLE\b", report), report
+    assert re.search(r"Min torch:\s+2\.10", report), report
+
+
+@pytest.mark.parametrize("library", FILES)
+def test_systems_of_2014_can_load_it(library):
+    """manylinux_2_28 promises glibc 2.28; torch itself asks for GLIBCXX 3.4.22."""
+    assert newest(library, "GLIBC") <= (2, 17)
+    assert newest(library, "GLIBCXX") <= (3, 4, 21)
+
+
+@pytest.mark.parametrize("library", FILES)
+def test_no_path_of_the_machine_that_built_it_is_inside(library):
+    assert str(PACKAGE.parents[1]).encode() not in library.read_bytes()
+
+
+def damaged_package(folder: Path, name: str, content: bytes | None) -> Path:
+    """A copy of the package in which one library is replaced, or missing."""
+    copy = folder / "anyflash"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    defs = copy / "defs"
+    defs.mkdir(exist_ok=True)
+    for source in ("csrc/schemas.def", "csrc/routes.def", "kernels/instances.def"):
+        if (PACKAGE.parents[1] / source).is_file():
+            shutil.copy(PACKAGE.parents[1] / source, defs)
+    (copy / name).unlink()
+    if content is not None:
+        (copy / name).write_bytes(content)
+    return copy
+
+
+def use(package: Path, code: str = USE, **environment: str) -> subprocess.CompletedProcess:
+    path = f"{package / 'dropin'}:{package.parent}"
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": "/usr/bin", "PYTHONPATH": path, **environment}
+    )
+
+
+DAMAGE = {
+    "missing operators": (OPS.name, lambda: None),
+    "empty operators": (OPS.name, lambda: b""),
+    "truncated operators": (OPS.name, lambda: OPS.read_bytes()[: OPS.stat().st_size // 2]),
+    "operators that are text": (OPS.name, lambda: b"not a library\n" * 100),
+    "operators of another machine": (OPS.name, lambda: OPS.read_bytes()[:18] + b"\xb7\x00" + OPS.read_bytes()[20:]),
+    "operators that are something else": (OPS.name, KERNELS.read_bytes),
+    "missing kernels": (KERNELS.name, lambda: None),
+    "truncated kernels": (KERNELS.name, lambda: KERNELS.read_bytes()[: KERNELS.stat().st_size // 2]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files_leave_a_working_import_and_a_reason(tmp_path, damage):
+    name, content = DAMAGE[damage]
+    done = use(damaged_package(tmp_path, name, content()))
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["provider"] == "python"
+    assert any("libanyflash_" in reason for reason in found["reasons"]), found
+
+
+def test_an_operator_library_of_another_abi(tmp_path):
+    """What an older torch would say: a symbol that this process does not have."""
+    source = tmp_path / "other.c"
+    source.write_text("extern int aoti_torch_of_another_age(void);\nint anyflash_x(void) { return aoti_torch_of_another_age(); }\n")
+    library = tmp_path / "other.so"
+    output("cc", "-shared", "-fPIC", "-Wl,-z,now", source, "-o", library)
+    done = use(damaged_package(tmp_path, OPS.name, library.read_bytes()))
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["provider"] == "python"
+    assert any("aoti_torch_of_another_age" in reason for reason in found["reasons"]), found
+
+
+SECOND_COPY = """
+import ctypes, os, sys, torch, anyflash
+from anyflash import _loader
+q = torch.randn(1, 4, 2, 8)
+before = anyflash.attention(q, q, q)
+copy = os.environ["SECOND_COPY"]
+torch.ops.load_library(copy)
+error = ctypes.CDLL(copy).anyflash_register_error
+error.restype = ctypes.c_char_p
+assert error(), "the second copy registered as well"
+assert torch.equal(anyflash.attention(q, q, q), before)
+print(_loader.provider, error().decode())
+"""
+
+
+@pytest.mark.parametrize("provider", ["binary", "python"])
+def test_a_second_copy_changes_nothing(tmp_path, provider):
+    """The operators registered first stay, whether compiled or in Python; the newcomer reports why it is not in use."""
+    for path in (KERNELS, OPS):
+        shutil.copy(path, tmp_path)
+    environment = {"ANYFLASH_PROVIDER": provider, "SECOND_COPY": str(tmp_path / OPS.name)}
+    done = use(damaged_package(tmp_path, OPS.name, OPS.read_bytes()), SECOND_COPY, **environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith(provider)

@@ -1,0 +1,216 @@
+"""The rules of the layers, by reading the files: who includes and imports what, and what the text never says."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from support import REPOSITORY
+
+CODE = {".h", ".cpp", ".cu", ".cuh", ".in"}
+STABLE_HEADERS = ("torch/csrc/stable/", "torch/csrc/inductor/aoti_torch/c/", "torch/headeronly/")
+PACKAGE = REPOSITORY / "python/anyflash"
+
+
+def _sources(folder: str) -> list[Path]:
+    files = [p for p in (REPOSITORY / folder).rglob("*") if p.suffix in CODE and p.is_file()]
+    assert files, f"nothing found under {folder}"
+    return files
+
+
+def _includes(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.M)
+
+
+def _tracked() -> list[Path]:
+    """What git would commit; in a source tree without git, everything that is no build output."""
+    done = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode == 0:
+        names = done.stdout.split("\0")
+        return [REPOSITORY / n for n in names if n and (REPOSITORY / n).is_file()]
+    skipped = {"build", "out", ".venv", "dist"}
+    return [
+        p
+        for p in REPOSITORY.rglob("*")
+        if p.is_file() and not skipped & set(p.relative_to(REPOSITORY).parts)
+    ]
+
+
+def _text_of(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def test_kernels_know_nothing_of_torch():
+    for path in _sources("kernels"):
+        for name in _includes(path):
+            assert not re.match(r"(torch|ATen|c10|caffe2)/", name), f"{path}: {name}"
+            assert not name.startswith("csrc/"), f"{path} looks up: {name}"
+
+
+def test_kernels_use_no_standard_headers_on_the_device():
+    """They must compile with NVRTC too."""
+    for path in (REPOSITORY / "kernels").rglob("*.cuh"):
+        for name in _includes(path):
+            assert "/" in name or name.endswith((".h", ".cuh")), f"{path}: <{name}>"
+            assert name != "cuda.h", f"{path}: {name}"
+
+
+def test_operators_have_no_device_code():
+    for path in _sources("csrc"):
+        assert "__global__" not in path.read_text(), path
+        assert path.suffix not in (".cu", ".cuh"), path
+
+
+def test_operators_include_only_stable_headers_of_torch():
+    for path in _sources("csrc"):
+        for name in _includes(path):
+            if re.match(r"(torch|ATen|c10|caffe2)/", name):
+                assert name.startswith(STABLE_HEADERS), f"{path}: {name}"
+
+
+def test_decision_and_native_module_are_free_of_torch():
+    for name in ("problem.h", "dispatch.h", "dispatch.cpp", "native.cpp"):
+        path = REPOSITORY / "csrc" / name
+        assert path.is_file(), path
+        assert not [i for i in _includes(path) if i.startswith(("torch/", "ATen/", "c10/"))], path
+
+
+def test_only_the_stable_folder_meets_the_registrar_macros():
+    for path in _sources("csrc"):
+        text = re.sub(r"//.*", "", path.read_text())
+        assert "STABLE_TORCH_LIBRARY" not in text, path
+        assert "TORCH_LIBRARY" not in text, path
+
+
+def test_no_libraries_of_cuda_are_included():
+    for path in _sources("csrc") + _sources("kernels"):
+        for name in _includes(path):
+            assert not re.match(r"(cublas|cudnn|cusparse|cusolver|nccl)", name), f"{path}: {name}"
+
+
+def _imports(path: Path) -> set[str]:
+    """Names of imported modules; relative ones with their dots resolved."""
+    package = ["anyflash", *path.relative_to(PACKAGE).parts[:-1]]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *(node.module or "").split(".")]).strip(".")
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_engine_never_looks_up():
+    """anyflash does not import the drop-in, tools or tests; they import it."""
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).parts
+        if parts[0] in ("dropin", "demo") or path.name in ("doctor.py", "__main__.py", "_installs.py"):
+            continue
+        for name in _imports(path):
+            assert not re.match(r"flash_attn(\.|$|_)", name), f"{path}: {name}"
+            assert not name.startswith("anyflash.dropin"), f"{path}: {name}"
+
+
+def test_python_provider_uses_nothing_above_the_operators():
+    above = {"attention", "kvcache", "fused_mlp", "_autograd", "testing", "doctor"}
+    for path in (PACKAGE / "_python_ops").rglob("*.py"):
+        for name in _imports(path):
+            parts = name.split(".")
+            outside = parts[0] == "anyflash" and parts[1:2] != ["_python_ops"]
+            assert not (outside and parts[1:2] and parts[1] in above), f"{path}: {name}"
+
+
+def test_testing_calls_no_operator_of_the_library():
+    for path in PACKAGE.glob("testing*.py"):
+        code = ast.dump(ast.parse(path.read_text()))
+        assert "attr='ops'" not in code, path
+        for name in _imports(path):
+            own = name.startswith("anyflash.") and not name.startswith("anyflash.testing")
+            assert not own, f"{path}: {name}"
+
+
+def test_dropin_has_no_algorithms():
+    """The drop-in names things and calls the engine; matrix products and softmax are not its job."""
+    for path in (PACKAGE / "dropin").rglob("flash_attn_interface.py"):
+        text = path.read_text()
+        for word in ("softmax(", "matmul(", "einsum(", "scaled_dot_product_attention(", " @ "):
+            assert word not in re.sub(r'""".*?"""', "", text, flags=re.DOTALL), f"{path}: {word}"
+
+
+def test_no_device_synchronisation_in_the_operators():
+    """.item(), .tolist() and .cpu() wait for a GPU. Where a CPU route reads lengths, the line says so."""
+    waits = re.compile(r"\.(item|tolist|cpu|numpy|nonzero)\(")
+    for path in (PACKAGE / "_python_ops").rglob("*.py"):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if waits.search(line):
+                assert "# cpu" in line.lower() or "# check" in line.lower(), f"{path}:{number}: {line}"
+
+
+HOSTS = r"pypi\.org|pythonhosted\.org|pypi\.nvidia\.com|download\.pytorch\.org|conda\.anaconda\.org"
+MACHINE = r"(?<![\w./-])/(?:root|home/\w+|work|tmp)/\w|(?<![\w])C:\\\\Users"
+
+
+def test_no_machine_paths_or_registry_hosts():
+    found = []
+    for path in _tracked():
+        text = _text_of(path)
+        if text is None or path == Path(__file__):
+            continue
+        for number, line in enumerate(text.splitlines(), 1):
+            if re.search(HOSTS, line) or re.search(MACHINE, line):
+                found.append(f"{path.relative_to(REPOSITORY)}:{number}: {line.strip()[:100]}")
+    assert not found, "\n".join(found)
+
+
+def test_no_debts_in_the_code():
+    """What is committed is done."""
+    words = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X|HA" + r"CK)\b")
+    for path in _tracked():
+        text = _text_of(path)
+        if text is None or path.suffix not in {".py", ".h", ".cpp", ".cu", ".cuh", ".def", ".txt"}:
+            continue
+        assert not words.search(text), path
+
+
+LONGEST_FILE, LONGEST_FUNCTION = 420, 80
+
+
+@pytest.mark.parametrize("folder", ["python", "tests/python", "tools", "scripts", "benchmarks"])
+def test_files_and_functions_stay_readable(folder):
+    for path in (REPOSITORY / folder).rglob("*.py"):
+        if {"testing_cases.py", "build"} & set(path.parts):  # data
+            continue
+        text = path.read_text()
+        limit = LONGEST_FILE + 120 * path.name.startswith("test_")
+        assert text.count("\n") <= limit, f"{path}: {text.count(chr(10))} lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= LONGEST_FUNCTION, f"{path}: {node.name} has {length} lines"
+
+
+def test_package_supports_old_pythons():
+    """Python 3.9 reads it: no match statement, no runtime use of newer syntax."""
+    for path in PACKAGE.rglob("*.py"):
+        ast.parse(path.read_text(), feature_version=(3, 9))
+        if re.search(r"\w \| (None|\w+)", path.read_text()) and "annotations" in path.read_text():
+            assert "from __future__ import annotations" in path.read_text(), path
+
+
+def test_every_python_file_says_what_it_is():
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "__init__.py" and path.stat().st_size:
+            assert ast.get_docstring(ast.parse(path.read_text())), path
