@@ -31,7 +31,9 @@ class BuildFailed(Exception):
 def run(*command: str) -> None:
     """Runs a command, shows its output and keeps the end of it for the reason of a failure."""
     lines: list[str] = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         for line in process.stdout or ():
             sys.stdout.write(line)
             lines.append(line.rstrip())
@@ -54,11 +56,19 @@ def cmake(cuda: bool, prefix: pathlib.Path) -> None:
     }
     if "ANYFLASH_CUDA_ARCHS" in os.environ:
         options["ANYFLASH_CUDA_ARCHS"] = os.environ["ANYFLASH_CUDA_ARCHS"]
-    fresh = ["--fresh"] if (build / "CMakeCache.txt").exists() else []  # an isolated build's paths are gone by now
+    fresh = (
+        ["--fresh"] if (build / "CMakeCache.txt").exists() else []
+    )  # an isolated build's paths are gone by now
     generator = ["-GNinja"] if shutil.which("ninja") else []
     defines = [f"-D{name}={value}" for name, value in options.items()]
     run("cmake", *fresh, *generator, "-S", str(ROOT), "-B", str(build), *defines)
-    run("cmake", "--build", str(build), "--parallel", os.environ.get("MAX_JOBS", str(os.cpu_count() or 1)))
+    run(
+        "cmake",
+        "--build",
+        str(build),
+        "--parallel",
+        os.environ.get("MAX_JOBS", str(os.cpu_count() or 1)),
+    )
     run("cmake", "--install", str(build), "--strip")
 
 
@@ -71,7 +81,9 @@ def build_binary(prefix: pathlib.Path) -> dict[str, Any]:
     Raises:
         BuildFailed: ANYFLASH_BUILD=1 or ANYFLASH_CUDA=1 asked for what could not be built.
     """
-    reasons = [] if wants_cuda() else ["cuda: switched off, or no CUDA compiler exists for this machine"]
+    reasons = (
+        [] if wants_cuda() else ["cuda: switched off, or no CUDA compiler exists for this machine"]
+    )
     for cuda in (True, False) if wants_cuda() else (False,):
         try:
             cmake(cuda, prefix)
@@ -90,15 +102,29 @@ def write_facts(package: pathlib.Path, facts: dict[str, Any]) -> None:
     package.mkdir(parents=True, exist_ok=True)
     (package / "_build.json").write_text(json.dumps(facts, indent=1) + "\n")
     if facts["reasons"]:
-        kind = "without CUDA kernels" if facts["binary"] else "as pure Python, without the compiled operators"
-        print(f"\n*** anyflash is being installed {kind}:", *facts["reasons"], "", sep="\n***   ", file=sys.stderr)
+        kind = (
+            "without CUDA kernels"
+            if facts["binary"]
+            else "as pure Python, without the compiled operators"
+        )
+        print(
+            f"\n*** anyflash is being installed {kind}:",
+            *facts["reasons"],
+            "",
+            sep="\n***   ",
+            file=sys.stderr,
+        )
 
 
 class CMakeBuild(build_ext):
     """Drives CMake; there is nothing for setuptools to compile."""
 
     def run(self) -> None:
-        prefix = ROOT / "python" if self.editable_mode or self.inplace else pathlib.Path(self.build_lib).resolve()
+        prefix = (
+            ROOT / "python"
+            if self.editable_mode or self.inplace
+            else pathlib.Path(self.build_lib).resolve()
+        )
         write_facts(prefix / "anyflash", build_binary(prefix))
 
     def get_outputs(self) -> list[str]:
@@ -117,7 +143,9 @@ class BuildPy(build_py):
             if NO_BINARY:
                 write_facts(ROOT / "python/anyflash", PURE_PYTHON)
             return
-        shutil.rmtree(self.build_lib, ignore_errors=True)  # nothing of a former build may enter this wheel
+        shutil.rmtree(
+            self.build_lib, ignore_errors=True
+        )  # nothing of a former build may enter this wheel
         super().run()
         library = pathlib.Path(self.build_lib)
         if NO_BINARY:
@@ -130,8 +158,12 @@ class BuildPy(build_py):
 
     @staticmethod
     def _write_record(dropin: pathlib.Path, record: pathlib.Path) -> None:
-        files = {path for path in dropin.rglob("*") if path.is_file() and path.suffix != ".pyc"} | {record}
-        record.write_text("".join(f"{path.relative_to(dropin).as_posix()},,\n" for path in sorted(files)))
+        files = {path for path in dropin.rglob("*") if path.is_file() and path.suffix != ".pyc"} | {
+            record
+        }
+        record.write_text(
+            "".join(f"{path.relative_to(dropin).as_posix()},,\n" for path in sorted(files))
+        )
 
 
 class Dist(Distribution):

@@ -55,7 +55,7 @@ ANYFLASH_EXPORT const char* anyflash_error_string(int32_t code);
 // CUDA version of the compiler, e.g. 13000; 0 in a build without CUDA.
 ANYFLASH_EXPORT int32_t anyflash_build_cuda_version(void);
 
-// Architectures with code in this library, e.g. "75;80;90a"; empty in a build without CUDA.
+// Architectures with code in this library, e.g. "75,80,90"; empty in a build without CUDA.
 ANYFLASH_EXPORT const char* anyflash_build_archs(void);
 
 }  // extern "C"

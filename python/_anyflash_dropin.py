@@ -29,6 +29,9 @@ def install():
     # folder and PYTHONPATH, so a user's own checkout wins; ahead of every installed flash-attn, also a broken one.
     position = len(sys.path)
     if mode != "append":
-        position = next((i for i, p in enumerate(sys.path) if os.path.basename(p) in _SITE or p == here), position)
+        position = next(
+            (i for i, p in enumerate(sys.path) if os.path.basename(p) in _SITE or p == here),
+            position,
+        )
     sys.path.insert(position, folder)
     return folder

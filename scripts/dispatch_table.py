@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import pathlib
 import sys
+from collections.abc import Iterable
 
 CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CHECKOUT / "python"))
 
 from anyflash import _defs  # noqa: E402
-from anyflash.explain import ROUTE_TITLES, explain  # noqa: E402
+from anyflash.explain import BACKWARD_ONLY, ROUTE_TITLES, explain  # noqa: E402
 
 END = "<!-- end of table -->"
 TORCH = 213  # the tables are for torch 2.13; older versions lack some routes
@@ -54,14 +55,15 @@ def choices() -> str:
         for device in DEVICES.values():
             answer = explain(words, training=True, torch_version=TORCH, backend="auto", **device)
             forward, backward = (decision["route"] for decision in answer.decisions)
-            cells.append(forward if forward == backward else f"{forward}, backward {backward}")
+            both = {forward: forward, "none": f"{forward}, no backward"}
+            cells.append(both.get(backward, f"{forward}, backward {backward}"))
         rows.append([label, *cells])
     return _markdown(["shape", *DEVICES], rows)
 
 
 def routes() -> str:
     """routes.def, row by row."""
-    phrases = {e.fields[0]: e.fields[1] for e in _defs.entries("routes") if e.macro == "FEATURE"}
+    features = [e.fields[0] for e in _defs.entries("routes") if e.macro == "FEATURE"]
     rows = []
     for entry in _defs.entries("routes"):
         if entry.macro != "ROUTE":
@@ -76,16 +78,16 @@ def routes() -> str:
             dtypes.replace("|", ", "),
             dims,
             f"{int(torch) // 100}.{int(torch) % 100}",
-            _lacking(phrases, forward),
-            _lacking(phrases, backward),
+            _lacking((name for name in features if name not in BACKWARD_ONLY), forward),
+            _lacking(features, backward),
         ])  # fmt: skip
     header = ["route", "back end", "runs on", "dtypes", "head_dim", "torch from"]
     return _markdown([*header, "forward lacks", "backward lacks"], rows)
 
 
-def _lacking(phrases: dict[str, str], supported: str) -> str:
+def _lacking(features: Iterable[str], supported: str) -> str:
     names = [part.strip() for part in supported.split("|")]
-    missing = [name for name in phrases if name not in names]
+    missing = [name for name in features if name not in names]
     return ", ".join(f"`{name}`" for name in missing) or "nothing"
 
 

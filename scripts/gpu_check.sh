@@ -8,7 +8,7 @@
 # Results go to $OUT where that is set, else to benchmarks/results/<gpu>/: summary.json and a log per stage. Commit that folder.
 # Exit status: 0 all passed, 1 a stage failed, 2 wrong use, 3 no GPU (the build still ran).
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 ALL="build tests gpu sanitizer bench"
 STAGES="${*:-$ALL}"

@@ -19,7 +19,9 @@ OLDEST_CMAKE = (3, 24)
 
 def _version(tool: str) -> tuple[int, ...]:
     try:
-        text = subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [tool, "--version"], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return ()
     found = re.search(r"(\d+)\.(\d+)", text)

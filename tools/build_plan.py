@@ -23,7 +23,9 @@ def setting(name: str) -> bool | None:
 
 def compiler() -> str | None:
     """The C++ compiler that CMake will use, if there is one."""
-    candidates = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    candidates = (
+        [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    )
     return next(filter(None, map(shutil.which, candidates)), None)
 
 

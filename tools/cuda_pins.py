@@ -34,7 +34,11 @@ def has_nvcc() -> bool:
 def package_root() -> str | None:
     """The folder into which the installed packages unpack, if they are there."""
     spec = importlib.util.find_spec("nvidia")
-    roots = (os.path.join(base, "cu13") for base in (spec.submodule_search_locations or [])) if spec else ()
+    roots = (
+        (os.path.join(base, "cu13") for base in (spec.submodule_search_locations or []))
+        if spec
+        else ()
+    )
     return next((root for root in roots if os.path.exists(os.path.join(root, "bin", "nvcc"))), None)
 
 

@@ -22,7 +22,12 @@ from typing import Iterator
 
 OLDEST = (2, 10)
 WHEEL = "torch==2.12.1"
-PARTS = ("torch/csrc/stable/", "torch/csrc/inductor/aoti_torch/c/", "torch/csrc/inductor/aoti_torch/generated/", "torch/headeronly/")
+PARTS = (
+    "torch/csrc/stable/",
+    "torch/csrc/inductor/aoti_torch/c/",
+    "torch/csrc/inductor/aoti_torch/generated/",
+    "torch/headeronly/",
+)
 
 
 def version(include: pathlib.Path) -> tuple[int, int]:
@@ -49,7 +54,17 @@ def download(folder: pathlib.Path) -> pathlib.Path:
     if version(folder) >= OLDEST:
         return folder
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", scratch]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--dest",
+            scratch,
+        ]
         command += ["--platform", "macosx_14_0_arm64", "--python-version", "3.12", WHEEL]
         subprocess.run(command, check=True, stdout=sys.stderr)
         with zipfile.ZipFile(next(pathlib.Path(scratch).glob("torch-*.whl"))) as wheel:
@@ -73,7 +88,10 @@ def main() -> int:
         try:
             include = download(pathlib.Path(sys.argv[1]))
         except (OSError, subprocess.CalledProcessError, StopIteration) as error:
-            print(f"no torch >= 2.10 is installed and its headers could not be downloaded: {error}", file=sys.stderr)
+            print(
+                f"no torch >= 2.10 is installed and its headers could not be downloaded: {error}",
+                file=sys.stderr,
+            )
     if include is None:
         return 1
     print(include)

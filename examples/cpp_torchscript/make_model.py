@@ -1,6 +1,6 @@
-"""Saves a transformer block that attends with anyflash as TorchScript, with an example and its output inside.
+"""Saves a transformer block that attends with anyflash as TorchScript, with an example inside.
 
-    python make_model.py block.pt
+python make_model.py block.pt
 """
 
 from __future__ import annotations
@@ -42,7 +42,12 @@ class Block(nn.Module):
         attended = torch.ops.anyflash.flash_attn_func(q, k, v, 0.0, None, True)
         x = x + self.out(attended.reshape(batch, seqlen, dim))
         hidden = torch.ops.anyflash.fused_mlp(
-            self.norm2(x), self.up.weight, self.up.bias, self.down.weight, self.down.bias, "silu_gate"
+            self.norm2(x),
+            self.up.weight,
+            self.up.bias,
+            self.down.weight,
+            self.down.bias,
+            "silu_gate",
         )
         return x + hidden
 

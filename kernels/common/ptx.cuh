@@ -5,7 +5,7 @@
 #include "kernels/portable.h"
 
 #if !defined(__CUDACC__) && !defined(__CUDACC_RTC__)
-#include "simt.h"
+#include "tests/cpp/simt.h"
 #else
 
 namespace anyflash::ptx {

@@ -19,25 +19,26 @@ def _info(options: argparse.Namespace) -> int:
 
     native = _machine.native_state()
     facts = {
-        "version": anyflash.__version__, "operators": _loader.provider, "files": _machine.library_files(),
-        "build": native["build"], "instances": native["instances"], "native": native["error"] or "available",
-    }  # fmt: skip
+        "version": anyflash.__version__,
+        "operators": _loader.provider,
+        "files": _machine.library_files(),
+        "build": native["build"],
+        "instances": native["instances"],
+        "native": native["error"] or "available",
+    }
     if options.json:
         print(json.dumps(facts, indent=2))
         return 0
-    print(
-        f"anyflash {facts['version']}, {'compiled' if facts['operators'] == 'binary' else 'Python'} operators"
-    )
+    kind = "compiled" if facts["operators"] == "binary" else "Python"
+    print(f"anyflash {facts['version']}, {kind} operators")
     for name, file in facts["files"].items():
-        print(
-            f"  {name:26s} {str(file['bytes'] // 1024) + ' KiB' if file['present'] else 'not built'}"
-        )
+        size = f"{file['bytes'] // 1024} KiB" if file["present"] else "not built"
+        print(f"  {name:26s} {size}")
     if native["error"]:
         print(f"  introspection module       not available: {native['error']}")
     for name, value in facts["build"].items():
-        print(
-            f"  {name:26s} {', '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
-        )
+        text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        print(f"  {name:26s} {text}")
     print(f"{len(facts['instances'])} compiled kernels")
     for instance in facts["instances"]:
         print("  " + "  ".join(f"{key} {value}" for key, value in instance.items()))

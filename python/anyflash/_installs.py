@@ -1,6 +1,7 @@
-"""Every copy of `flash_attn` that this Python could import, which one wins, and whether the others work.
+"""Every copy of `flash_attn` this Python could import, which one wins, whether the others work.
 
-Read-only and torch-free. Other copies are probed in a fresh interpreter each, so that a broken one breaks only its probe.
+Read-only and torch-free. Each other copy is probed in a fresh interpreter, so that a broken one
+breaks only its probe.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def survey(probe: bool = True) -> dict[str, Any]:
 
     Returns:
         winner: Folder that `import flash_attn` uses, or None; ours: whether that is the drop-in;
-        metadata_version: what `importlib.metadata` says; copies: list of {folder, ours, compiled, distribution, works, error};
-        hook: state of the start-up hook.
+        metadata_version: what `importlib.metadata` says; copies: list of {folder, ours, compiled,
+        distribution, works, error}; hook: state of the start-up hook.
     """
     winner = _winner()
     copies = [_describe(folder, probe) for folder in _folders()]
@@ -51,13 +52,13 @@ def survey(probe: bool = True) -> dict[str, Any]:
 
 
 def _winner() -> str | None:
-    # PathFinder and not find_spec: flash_attn may already be imported, or replaced in sys.modules by someone's stub.
+    # Not importlib.util.find_spec: someone's stub may sit in sys.modules already.
     spec = importlib.machinery.PathFinder.find_spec("flash_attn")
     return str(Path(spec.origin).parent) if spec is not None and spec.origin else None
 
 
 def _folders() -> list[Path]:
-    """Folders on sys.path, ours included, that hold a package `flash_attn`; each once, in import order."""
+    """Folders on sys.path, and ours, that hold a package `flash_attn`; each once, in order."""
     parents = list(dict.fromkeys([*(Path(entry or os.getcwd()) for entry in sys.path), DROPIN]))
     folders = [
         parent / "flash_attn"
@@ -107,7 +108,7 @@ def _metadata_version() -> str | None:
 
 
 def hook_state() -> dict[str, Any]:
-    """State of the start-up hook: installed (anyflash.pth found), setting (ANYFLASH_DROPIN), on_path, path_index."""
+    """The start-up hook: installed (its anyflash.pth), setting, on_path, path_index."""
     site_folders = [Path(entry) for entry in sys.path if entry]
     pth = [
         str(folder / "anyflash.pth")

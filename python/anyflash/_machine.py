@@ -1,22 +1,24 @@
-"""Facts about this machine and this build, for `doctor` and `info`: driver, GPUs, library files. Nothing here raises."""
+"""Facts about this machine and this build: driver, GPUs, library files. Nothing here raises."""
 
 from __future__ import annotations
 
 import ctypes
-import struct
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from . import _loader
 
 FOLDER = Path(__file__).resolve().parent
 LIBRARIES = ("libanyflash_ops.so", "libanyflash_kernels.so")
 
 
 def driver() -> dict[str, Any] | None:
-    """The NVIDIA driver: {"cuda": newest CUDA it knows, "devices": GPUs it sees}; None where there is none.
+    """The NVIDIA driver: {"cuda": newest CUDA it knows, "devices": GPUs it sees}, or None.
 
-    Asks libcuda and not torch: torch cannot say whether it is the driver or itself that is missing.
+    Asks libcuda: torch cannot say whether the driver or itself is what is missing.
     """
     for name in ("libcuda.so.1", "nvcuda.dll"):
         try:
@@ -49,7 +51,7 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def runs_on(archs: list[str], major: int, minor: int) -> bool:
-    """Whether code built for archs ("sm_80", "sm_90a", "compute_90") runs on a GPU of capability major.minor."""
+    """Whether code for archs ("sm_80", "compute_90") runs on a GPU of capability major.minor."""
     for arch in archs:
         kind, _, number = arch.partition("_")
         if not (number := number.rstrip("af")).isdigit():
@@ -62,47 +64,31 @@ def runs_on(archs: list[str], major: int, minor: int) -> bool:
 
 
 def library_files() -> dict[str, dict[str, Any]]:
-    """Per library of the build: present, path, bytes, damage (None or what is wrong with the file itself)."""
+    """Per library: present, path, bytes, damage (None, or what is wrong with the file)."""
     files = {}
     for name in LIBRARIES:
         path = FOLDER / name
         present = path.is_file()
         files[name] = {
             "present": present, "path": str(path), "bytes": path.stat().st_size if present else 0,
-            "damage": elf_damage(path) if present else None,
+            "damage": _loader._truncation(path) if present else None,
         }  # fmt: skip
     return files
 
 
-def elf_damage(path: Path) -> str | None:
-    """Says in words what is wrong with a shared library file, None if its headers and its length agree.
-
-    The section table is the last thing in a linked file; a copy that broke off lacks it.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header = file.read(64)
-    if size == 0:
-        return "it is empty"
-    if header[:4] != b"\x7fELF":
-        return "it is no library for this system (wrong first bytes)"
-    if len(header) < 64:
-        return f"it broke off after {size} bytes"
-    (section_offset,) = struct.unpack_from("<Q", header, 0x28)
-    entry_size, entries = struct.unpack_from("<HH", header, 0x3A)
-    expected = section_offset + entry_size * entries
-    return f"it has {size} bytes of at least {expected}" if size < expected else None
+def build_facts() -> dict[str, Any]:
+    """Word that the build left: binary, cuda, python, reasons for what is missing; or nothing."""
+    try:
+        return json.loads((FOLDER / "_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def native_state() -> dict[str, Any]:
-    """The introspection module: available, error, build facts (CUDA version, architectures) and compiled instances."""
-    try:
-        from . import _native
-    except ImportError as error:
-        return {"available": False, "error": str(error), "build": {}, "instances": []}
-    return {
-        "available": True,
-        "error": None,
-        "build": dict(_native.build_info()),
-        "instances": list(_native.instances()),
-    }
+    """The introspection module: available, error, build facts, compiled instances."""
+    native = _loader.native
+    if native is None:
+        error = next((reason for reason in _loader.reasons if "_native" in reason), "not loaded")
+        return {"available": False, "error": error, "build": {}, "instances": []}
+    build, instances = dict(native.build_info()), list(native.instances())
+    return {"available": True, "error": None, "build": build, "instances": instances}

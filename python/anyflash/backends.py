@@ -108,7 +108,9 @@ def chain_code(spec: Optional[str] = None, strict: Optional[bool] = None) -> int
     if spec is None:
         return code_of(environment_chain()[:1]) if strict else 0
     if not isinstance(spec, str):
-        raise TypeError(f"backend: expected a string such as 'sdpa,math', got {type(spec).__name__}")
+        raise TypeError(
+            f"backend: expected a string such as 'sdpa,math', got {type(spec).__name__}"
+        )
     names = parse_chain(spec)
     if is_set("ANYFLASH_STRICT") if strict is None else strict:
         names = names[:1]

@@ -1,7 +1,8 @@
-"""`python -m anyflash doctor`: what is installed, what will run, and what to do about each problem.
+"""`python -m anyflash doctor`: what is installed, what will run, what to do about each problem.
 
-Written for someone who wants attention to run and has never heard of ABIs. It only reads: every section is collected on its
-own, so that whatever is broken (a damaged library, no driver, an old torch) is reported and does not end the report.
+Written for someone who wants attention to run and has never heard of ABIs. It only reads. Every
+section is collected on its own, so that whatever is broken (a damaged library, no driver, an old
+torch) is reported and does not end the report.
 """
 
 from __future__ import annotations
@@ -17,24 +18,21 @@ from typing import TYPE_CHECKING, Any, Callable
 import torch
 
 from . import _machine
-from .explain import ROUTE_TITLES, explain, torch_version
+from .explain import explain, torch_version
 
 if TYPE_CHECKING:
     import argparse
 
-# What people mostly run: (label, words for explain()). Each is asked for every device of this machine.
+# What people mostly run: (label, words for explain()). Each is asked for every device found.
 COMMON_SHAPES = (
     ("training, causal, head_dim 128", "{dtype} causal head_dim 128 training"),
     ("training, packed, head_dim 64", "{dtype} packed causal head_dim 64 training"),
     ("inference, fp32, head_dim 64", "fp32 head_dim 64 inference"),
-    (
-        "inference, sliding window, grouped heads",
-        "{dtype} causal window gqa head_dim 128 inference",
-    ),
-    ("decoding with a paged cache", "{dtype} paged seqused_k causal gqa head_dim 128 inference"),
-    ("training with softcap", "{dtype} causal softcap head_dim 256 training"),
-    ("training with ALiBi", "{dtype} causal alibi head_dim 64 training"),
-    ("training with dropout", "{dtype} causal dropout head_dim 64 training"),
+    ("inference, window, grouped heads", "{dtype} causal window gqa head_dim 128 inference"),
+    ("decoding, paged cache", "{dtype} paged seqused_k causal gqa head_dim 128 inference"),
+    ("training, softcap", "{dtype} causal softcap head_dim 256 training"),
+    ("training, ALiBi", "{dtype} causal alibi head_dim 64 training"),
+    ("training, dropout", "{dtype} causal dropout head_dim 64 training"),
 )
 
 ENVIRONMENT = {
@@ -43,14 +41,20 @@ ENVIRONMENT = {
     "ANYFLASH_CHECK": "1: check also what makes the GPU wait",
     "ANYFLASH_PROVIDER": "binary, python or auto: which operators to load",
     "ANYFLASH_DROPIN": "0: flash_attn is not ours; append: only where there is no other",
+    "ANYFLASH_BUILD": "when installing; 0: no compiled operators, 1: an error without them",
+    "ANYFLASH_CUDA": "when installing; 0: no CUDA kernels, 1: an error without them",
+    "ANYFLASH_CUDA_ARCHS": "when installing: GPU architectures to compile for",
+    "ANYFLASH_TORCH_INCLUDE": "when installing: the folder with torch's headers",
 }
 
-REINSTALL = "reinstall anyflash from its checkout: pip install --force-reinstall --no-deps ."
+REINSTALL = (
+    "reinstall anyflash, in its checkout: pip install --force-reinstall --no-deps --no-cache-dir ."
+)
 
 
 @dataclasses.dataclass
 class Report:
-    """Facts per section, and what follows from them. A problem needs doing something about; a note is good to know."""
+    """Facts per section, and what follows: a problem needs an answer, a note is good to know."""
 
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     problems: list[dict[str, str]] = dataclasses.field(default_factory=list)
@@ -67,12 +71,8 @@ class Report:
         return not self.problems
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "healthy": self.healthy,
-            **self.facts,
-            "problems": self.problems,
-            "notes": self.notes,
-        }
+        findings = {"problems": self.problems, "notes": self.notes}
+        return {"healthy": self.healthy, **self.facts, **findings}
 
 
 def diagnose(probe: bool = True) -> Report:
@@ -87,21 +87,17 @@ def diagnose(probe: bool = True) -> Report:
         "operators": _operators,
         "torch": _torch,
         "gpus": _gpus,
-        "flash_attn": lambda r: _flash_attn(r, probe),
+        "flash_attn": lambda report: _flash_attn(report, probe),
         "environment": _environment,
         "decisions": _decisions,
     }
     for name, collect in sections.items():
         try:
             report.facts[name] = collect(report)
-        except Exception as error:  # noqa: BLE001 - a broken section is a finding, not the end of the report
-            report.facts[name] = {
-                "error": "".join(traceback.format_exception_only(type(error), error)).strip()
-            }
-            report.problem(
-                f'the section "{name}" could not be collected: {report.facts[name]["error"]}',
-                REINSTALL,
-            )
+        except Exception as error:  # noqa: BLE001 - a broken section is a finding
+            text = "".join(traceback.format_exception_only(type(error), error)).strip()
+            report.facts[name] = {"error": text}
+            report.problem(f'The section "{name}" could not be collected: {text}', REINSTALL)
     return report
 
 
@@ -120,41 +116,56 @@ def _operators(report: Report) -> dict[str, Any]:
     """Which of the two operator sets is in use, and if it is the slower one, why."""
     from . import _loader
 
-    reasons = list(_loader.reasons)
-    files = _machine.library_files()
     state = {
         "provider": _loader.provider,
-        "reasons": reasons,
-        "files": files,
+        "reasons": list(_loader.reasons),
+        "files": _machine.library_files(),
+        "build": _machine.build_facts(),
         "native": _machine.native_state(),
     }
-    if _loader.provider == "binary":
-        return state
-    ops = files["libanyflash_ops.so"]
-    because = f" ({'; '.join(reasons)})" if reasons else ""
-    if os.environ.get("ANYFLASH_PROVIDER", "auto") == "python":
+    if _loader.provider == "none":
+        report.problem(f"No operators could be loaded: {'; '.join(_loader.reasons)}.", REINSTALL)
+    elif _loader.provider == "python":
+        _explain_python_operators(report, state)
+    elif not state["native"]["available"]:
         report.note(
-            "The Python operators are in use, because ANYFLASH_PROVIDER=python asks for them."
-        )
-    elif torch_version() < 210:
-        report.note(
-            f"The Python operators are in use: the compiled ones need torch 2.10 or newer, this is {torch.__version__}. "
-            "Results are the same; each call costs some microseconds more.",
-            'for the compiled ones: pip install "torch>=2.10"',
-        )
-    elif not ops["present"]:
-        report.problem(
-            "The compiled operators were not built when anyflash was installed, so the Python operators are in use. Results "
-            f"are the same; each call costs some microseconds more, and anyflash's own kernels are out of reach.{because}",
-            f"install a C++ compiler (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++), then {REINSTALL}",
-        )
-    else:
-        damage = f" The file looks damaged: {ops['damage']}." if ops["damage"] else ""
-        report.problem(
-            f"The compiled operators are here but could not be used, so the Python operators are.{damage}{because}",
+            f"The list of compiled kernels cannot be read ({state['native']['error']}). Attention "
+            "is not affected.",
             REINSTALL,
         )
     return state
+
+
+def _explain_python_operators(report: Report, state: dict[str, Any]) -> None:
+    same = "Results are the same; each call costs some microseconds more."
+    because = f" Reason: {'; '.join(state['reasons'])}." if state["reasons"] else ""
+    build = state["build"]
+    if os.environ.get("ANYFLASH_PROVIDER", "auto") == "python":
+        report.note("The Python operators are in use: ANYFLASH_PROVIDER=python asks for them.")
+    elif torch_version() < 210:
+        report.note(
+            "The Python operators are in use: the compiled ones need torch 2.10 or newer, this is "
+            f"{torch.__version__}. {same}",
+            'for the compiled ones: pip install "torch>=2.10"',
+        )
+    elif state["files"]["libanyflash_ops.so"]["present"]:
+        damage = state["files"]["libanyflash_ops.so"]["damage"]
+        broken = f" The file is damaged: {damage}." if damage else because
+        report.problem(
+            "The compiled operators are installed but could not be used; the Python operators "
+            f"stand in for them. {same}{broken}",
+            REINSTALL,
+        )
+    elif any("ANYFLASH_BUILD=0" in reason for reason in build.get("reasons", ())):
+        report.note(f"The Python operators are in use: ANYFLASH_BUILD=0 chose them. {same}")
+    else:
+        why = "; ".join(build.get("reasons", ())) or "the file libanyflash_ops.so is missing"
+        report.problem(
+            f"The compiled operators are not there ({why}); the Python operators stand in for "
+            f"them. {same} anyflash's own kernels are out of reach.",
+            "install a C++ compiler (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++) "
+            f"if there is none, then {REINSTALL}",
+        )
 
 
 def _torch(report: Report) -> dict[str, Any]:
@@ -172,22 +183,27 @@ def _torch(report: Report) -> dict[str, Any]:
         return state
     if torch.version.cuda is None:
         report.problem(
-            "This machine has an NVIDIA driver, but this torch was built without CUDA: everything runs on the CPU.",
+            "This machine has an NVIDIA driver, but this torch was built without CUDA: everything "
+            "runs on the CPU.",
             "install a CUDA build of torch (see the selector on pytorch.org)",
         )
-    elif driver["cuda"] and int(driver["cuda"].split(".")[0]) < int(
-        torch.version.cuda.split(".")[0]
-    ):
+    elif driver["cuda"] and _major(driver["cuda"]) < _major(torch.version.cuda):
         report.problem(
-            f"The NVIDIA driver knows CUDA {driver['cuda']}, torch was built for CUDA {torch.version.cuda}: torch cannot use the GPU.",
+            f"The NVIDIA driver knows CUDA {driver['cuda']}, torch was built for CUDA "
+            f"{torch.version.cuda}: torch cannot use the GPU.",
             "update the NVIDIA driver, or install a torch built for an older CUDA",
         )
     elif driver["devices"]:
         report.problem(
             "There is a GPU and a driver, but torch cannot use them.",
-            'see what torch says: python -c "import torch; torch.cuda.init()"; check CUDA_VISIBLE_DEVICES',
+            'see what torch says, python -c "import torch; torch.cuda.init()", and whether '
+            "CUDA_VISIBLE_DEVICES is set",
         )
     return state
+
+
+def _major(version: str) -> int:
+    return int(version.partition(".")[0])
 
 
 def _gpus(report: Report) -> list[dict[str, Any]]:
@@ -195,7 +211,8 @@ def _gpus(report: Report) -> list[dict[str, Any]]:
     for gpu in gpus:
         if not gpu["supported_by_torch"]:
             report.problem(
-                f"{gpu['name']} (sm_{gpu['sm']}): this torch has no code for it (it was built for {', '.join(gpu['torch_archs'])}).",
+                f"{gpu['name']} (sm_{gpu['sm']}): this torch has no code for it, it was built for "
+                f"{', '.join(gpu['torch_archs'])}.",
                 "install a torch build whose list contains this GPU",
             )
     return gpus
@@ -206,58 +223,51 @@ def _flash_attn(report: Report, probe: bool) -> dict[str, Any]:
     from . import _installs
 
     state = _installs.survey(probe)
-    setting = (state["hook"]["setting"] or "").lower()
-    others = [copy for copy in state["copies"] if not copy["ours"]]
     if not state["ours"]:
-        _not_ours(report, state, setting)
-    for copy in others:
+        _not_ours(report, state)
+    for copy in state["copies"]:
+        if copy["ours"]:
+            continue
         broken = f", which does not work ({copy['error']})" if copy["works"] is False else ""
+        where = f"Another flash_attn is at {copy['folder']}{broken}."
         if state["ours"]:
-            remedy = (
-                "pip uninstall flash-attn"
-                if broken
-                else "to use that one instead: ANYFLASH_DROPIN=append"
-            )
-            report.note(
-                f"Another flash_attn is at {copy['folder']}{broken}. It is not used: anyflash comes first.",
-                remedy,
-            )
+            keep = "to use that one instead: ANYFLASH_DROPIN=append"
+            report.note(f"{where} anyflash comes first.", _UNINSTALL if broken else keep)
         elif broken and copy["folder"] == state["winner"]:
-            report.problem(
-                f"import flash_attn finds {copy['folder']}{broken}.",
-                "pip uninstall flash-attn, or unset ANYFLASH_DROPIN",
-            )
+            report.problem(f"import flash_attn finds {copy['folder']}{broken}.", _UNINSTALL)
     if state["ours"] and state["metadata_version"] != "2.8.3":
         report.note(
             f"Package metadata says flash-attn {state['metadata_version']}, the import is 2.8.3.",
-            "pip uninstall flash-attn removes the older entry",
+            _UNINSTALL,
         )
     return state
 
 
-def _not_ours(report: Report, state: dict[str, Any], setting: str) -> None:
-    found = state["winner"] or "nothing"
+_UNINSTALL = "pip uninstall flash-attn"
+
+
+def _not_ours(report: Report, state: dict[str, Any]) -> None:
+    from . import _installs
+
+    finds = f"import flash_attn finds {state['winner'] or 'nothing'}"
+    hook = state["hook"]
+    setting = (hook["setting"] or "").lower()
     if setting in ("0", "off", "no", "false", "append"):
-        report.note(
-            f"import flash_attn finds {found}, because ANYFLASH_DROPIN={setting}.",
-            "unset ANYFLASH_DROPIN to use anyflash",
-        )
-    elif state["hook"]["installed"] is None and not state["hook"]["on_path"]:
+        remedy = "unset ANYFLASH_DROPIN to use anyflash"
+        report.note(f"{finds}, because ANYFLASH_DROPIN={setting}.", remedy)
+    elif not (_installs.DROPIN / "flash_attn/__init__.py").is_file():
+        report.problem(f"{finds}: anyflash's own flash_attn folder is missing.", REINSTALL)
+    elif hook["installed"] is None and not hook["on_path"]:
         report.problem(
-            f"import flash_attn finds {found}, not anyflash: the file anyflash.pth, which puts it on the path, is not installed here.",
-            f"{REINSTALL}; or call anyflash.dropin's folder by hand: PYTHONPATH={_dropin_folder()}",
+            f"{finds}, not anyflash: the file anyflash.pth, which puts it on the path when Python "
+            "starts, is not installed here.",
+            f"{REINSTALL} Or set PYTHONPATH={_installs.DROPIN}",
         )
     else:
         report.problem(
-            f"import flash_attn finds {found}, which comes before anyflash on the path.",
-            "remove that folder from PYTHONPATH or from the folder you start Python in",
+            f"{finds}, which comes before anyflash on the path.",
+            "remove that folder from PYTHONPATH, or from the folder you start Python in",
         )
-
-
-def _dropin_folder() -> str:
-    from . import _installs
-
-    return str(_installs.DROPIN)
 
 
 def _environment(report: Report) -> dict[str, str]:
@@ -265,144 +275,49 @@ def _environment(report: Report) -> dict[str, str]:
 
     from . import backends
 
-    found = {
-        name: value for name, value in sorted(os.environ.items()) if name.startswith("ANYFLASH_")
-    }
-    for name in found:
+    ours = {n: value for n, value in sorted(os.environ.items()) if n.startswith("ANYFLASH_")}
+    for name in ours:
         if name not in ENVIRONMENT:
             close = difflib.get_close_matches(name, ENVIRONMENT, n=1)
-            report.note(
-                f"{name} is set, but anyflash reads no such variable.",
-                f"did you mean {close[0]}?" if close else "",
-            )
+            remedy = f"did you mean {close[0]}?" if close else ""
+            report.note(f"{name} is set, but anyflash reads no such variable.", remedy)
     try:
         backends.environment_chain()
     except ValueError as error:
         report.problem(str(error), "correct the variable, or unset it")
     if backends.is_set("ANYFLASH_STRICT"):
-        report.note(
-            "ANYFLASH_STRICT=1: where the first back end cannot run a call, it is an error and not a fallback."
-        )
-    return found
+        report.note("ANYFLASH_STRICT is set: a call that would fall back is an error.")
+    return ours
 
 
 def _decisions(report: Report) -> list[dict[str, Any]]:
-    """For each device of this machine and each common shape, what runs: `explain`'s answers."""
+    """For each device of this machine and each common shape what runs: `explain`'s answers."""
     devices: dict[str, dict[str, Any]] = {"cpu": {"device": "cpu"}}
     for gpu in _machine.gpus():
         devices.setdefault(f"sm_{gpu['sm']}", {"device": "cuda", "sm": gpu["sm"]})
     rows = []
     for device, where in devices.items():
-        sm = where.get("sm", 0)
-        dtype = "bf16" if device == "cpu" or sm >= 80 else "fp16"
+        dtype = "bf16" if device == "cpu" or where["sm"] >= 80 else "fp16"
         for label, words in COMMON_SHAPES:
             answer = explain(words.format(dtype=dtype), **where)
-            routes = {p["direction"]: d["route"] for p, d in zip(answer.problems, answer.decisions)}
-            why = {p["direction"]: d["reasons"] for p, d in zip(answer.problems, answer.decisions)}
-            rows.append(
-                {
-                    "device": device,
-                    "shape": label,
-                    "dtype": answer.problems[0]["dtype"],
-                    "routes": routes,
-                    "reasons": why,
-                }
-            )
+            row = {"device": device, "shape": label, "dtype": answer.problems[0]["dtype"]}
+            directions = [problem["direction"] for problem in answer.problems]
+            row["routes"] = dict(zip(directions, (d["route"] for d in answer.decisions)))
+            row["reasons"] = dict(zip(directions, (d["reasons"] for d in answer.decisions)))
+            rows.append(row)
             if not answer.runs:
+                chain = ", ".join(answer.problems[0]["chain"])
                 report.problem(
-                    f"{device}: {label}: no back end of {', '.join(answer.problems[0]['chain'])} can run it.",
+                    f"{device}: {label}: no back end of {chain} can run it.",
                     "unset ANYFLASH_STRICT, or add math to ANYFLASH_BACKEND",
                 )
     return rows
 
 
-def render(report: Report) -> str:
-    """The report as text for a terminal."""
-    facts = report.facts
-    blocks = [_heading(facts), _flash_attn_lines(facts), _decision_table(facts.get("decisions"))]
-    for title, findings in (("Notes", report.notes), ("Problems", report.problems)):
-        if findings:
-            blocks.append("\n".join([title, *(_finding(i, f) for i, f in enumerate(findings, 1))]))
-    blocks.append(
-        "Healthy."
-        if report.healthy
-        else f"{len(report.problems)} problem(s); the remedies are above."
-    )
-    return "\n\n".join(blocks)
-
-
-def summary(report: Report) -> str:
-    """The first lines of `render` and the verdict: what the demo shows."""
-    verdict = (
-        "Healthy."
-        if report.healthy
-        else f"{len(report.problems)} problem(s): run python -m anyflash doctor"
-    )
-    return f"{_heading(report.facts)}\n{_flash_attn_lines(report.facts)}\n{verdict}"
-
-
-def _finding(number: int, finding: dict[str, str]) -> str:
-    remedy = f"\n     what to do: {finding['remedy']}" if finding["remedy"] else ""
-    return f"  {number}. {finding['what']}{remedy}"
-
-
-def _failed(section: Any) -> bool:
-    return not section or (isinstance(section, dict) and "error" in section)
-
-
-def _heading(facts: dict[str, Any]) -> str:
-    own, ops, torch_facts = facts["anyflash"], facts["operators"], facts["torch"]
-    lines = [
-        "anyflash: unknown"
-        if _failed(own)
-        else f"anyflash {own['version']}, Python {own['python']}"
-    ]
-    if not _failed(torch_facts):
-        cuda = (
-            f"built for CUDA {torch_facts['cuda']}" if torch_facts["cuda"] else "built without CUDA"
-        )
-        driver = torch_facts["driver"]
-        seen = (
-            f"driver for CUDA {driver['cuda']}" if driver and driver["cuda"] else "no NVIDIA driver"
-        )
-        lines.append(
-            f"torch      {torch_facts['version']} ({cuda}; {seen}; {torch_facts['threads']} CPU threads)"
-        )
-    for gpu in facts["gpus"] if isinstance(facts["gpus"], list) else ():
-        lines.append(f"GPU        {gpu['name']}, sm_{gpu['sm']}, {gpu['memory_gib']:.0f} GiB")
-    if not _failed(ops):
-        lines.append(f"operators  {'compiled' if ops['provider'] == 'binary' else 'Python'}")
-    return "\n".join(lines)
-
-
-def _flash_attn_lines(facts: dict[str, Any]) -> str:
-    state = facts["flash_attn"]
-    if _failed(state):
-        return "flash_attn unknown"
-    owner = "anyflash" if state["ours"] else state["winner"] or "not found"
-    return f"flash_attn {owner} (package metadata: {state['metadata_version'] or 'none'})"
-
-
-def _decision_table(rows: Any) -> str:
-    if _failed(rows):
-        return "What runs: unknown"
-    lines = ["What runs for common shapes (python -m anyflash explain tells why)"]
-    device = ""
-    used: list[str] = []
-    for row in rows:
-        if row["device"] != device:
-            device = row["device"]
-            lines += ["", f"  {device:45s} {'forward':15s} backward"]
-        forward, backward = row["routes"]["forward"], row["routes"].get("backward", "")
-        lines.append(f"  {row['dtype'] + ' ' + row['shape']:45s} {forward:15s} {backward}".rstrip())
-        used += [forward, backward]
-    lines.append("")
-    lines += [f"  {name:15s} {title}" for name, title in ROUTE_TITLES.items() if name in used]
-    return "\n".join(lines)
-
-
 def main(options: argparse.Namespace) -> int:
     """Prints the report; 0 when healthy, 1 when there is a problem."""
+    from ._doctor_text import render
+
     report = diagnose(probe=not options.no_probe)
     print(json.dumps(report.as_dict(), indent=2) if options.json else render(report))
     return 0 if report.healthy else 1

@@ -1,7 +1,8 @@
 """Why a shape runs where it runs: `anyflash.explain(...)` and `python -m anyflash explain ...`.
 
-A shape is given in words ("bf16 causal head_dim 128 on sm_90 training") or as keywords; both become the `Problem`
-that the operators themselves hand to `decide`. The answer and every reason in it are `decide`'s own.
+A shape is given in words ("bf16 causal head_dim 128 on sm_90 training") or as keywords; both become
+the `Problem` that the operators themselves hand to `decide`. The answer and every reason in it are
+`decide`'s own.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from typing import TYPE_CHECKING, Any, Iterable
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,10 +38,10 @@ _DTYPES = {
 
 # GPU names people use, with the compute capability that decides (NVIDIA's list of CUDA GPUs).
 _GPUS = {
-    "p100": 60, "v100": 70, "t4": 75, "rtx2080": 75, "2080ti": 75, "a100": 80, "a30": 80, "a10": 86, "a10g": 86,
-    "a40": 86, "a6000": 86, "rtx3090": 86, "3090": 86, "l4": 89, "l40": 89, "l40s": 89, "rtx4090": 89, "4090": 89,
-    "h100": 90, "h200": 90, "gh200": 90, "b100": 100, "b200": 100, "gb200": 100, "rtx5090": 120, "5090": 120,
-    "gb10": 121,
+    "p100": 60, "v100": 70, "t4": 75, "rtx2080": 75, "2080ti": 75, "a100": 80, "a30": 80, "a10": 86,
+    "a10g": 86, "a40": 86, "a6000": 86, "rtx3090": 86, "3090": 86, "l4": 89, "l40": 89, "l40s": 89,
+    "rtx4090": 89, "4090": 89, "h100": 90, "h200": 90, "gh200": 90, "b100": 100, "b200": 100,
+    "gb200": 100, "rtx5090": 120, "5090": 120, "gb10": 121,
 }  # fmt: skip
 
 _FEATURE_WORDS = {
@@ -61,11 +63,15 @@ _FEATURE_WORDS = {
     "deterministic": ("deterministic",),
 }
 
-_BACKWARD_ONLY = ("bias_grad", "lse_grad", "deterministic")
+BACKWARD_ONLY = ("bias_grad", "lse_grad", "deterministic")
 
-_FILLER = set(
-    "on a an the with and for of in at to my gpu's attention using use run cache kv layout plus full no".split()
+_FILLER = frozenset(
+    ("a", "an", "and", "at", "attention", "cache", "for", "full", "in", "kv", "layout", "my", "of")
+    + ("on", "plus", "run", "the", "to", "use", "using", "with")
 )
+
+_KEYWORDS = ("op", "device", "sm", "dtype", "head_dim", "head_dim_v", "features", "training")
+_KEYWORDS += ("torch_version", "backend")
 
 
 @dataclasses.dataclass
@@ -105,12 +111,15 @@ class Explanation:
             if route != "none":
                 title = f"{route}: {ROUTE_TITLES[route]}"
             lines += ["", f"{problem['direction']:9s} {title}"]
-            lines += [f"{'':9s} not {name}: {reason}" for name, reason in decision["reasons"]]
+            obstacles: dict[str, list[str]] = {}
+            for name, reason in decision["reasons"]:
+                obstacles.setdefault(name, []).append(reason)
+            lines += [f"{'':9s} not {name}: {'; '.join(why)}" for name, why in obstacles.items()]
         return "\n".join(lines)
 
 
 def describe_problem(problem: dict[str, Any]) -> str:
-    """One line for a `Problem`: what is asked, where, and which back ends are tried in which order."""
+    """One line for a `Problem`: what is asked, where, and the back ends in order."""
     where = (
         "on the CPU"
         if problem["device"] == "cpu"
@@ -133,7 +142,7 @@ def parse_words(words: str) -> dict[str, Any]:
     """Reads a shape in words.
 
     Args:
-        words: Such as "bf16 causal head_dim 192/128 on sm_90 training" or "fp16 packed T4 inference".
+        words: Such as "bf16 causal head_dim 192/128 on sm_90 training" or "fp16 packed T4".
 
     Returns:
         Keywords for `explain`, only what the words say.
@@ -191,15 +200,23 @@ def _read_single_words(text: str, facts: dict[str, Any]) -> None:
         elif word in ("mlp", "bias_activation", "gelu", "relu", "silu", "swiglu"):
             facts["op"] = "bias_activation"
         elif word not in _FILLER and not word.isdigit():
-            import difflib
+            raise ValueError(_not_understood(word))
 
-            known = [*dtypes, *features, *_GPUS, "cpu", "cuda", "training", "inference", "mlp"]
-            close = difflib.get_close_matches(word, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
-                f'explain: "{word}" is not understood.{hint} Words it knows: {", ".join(sorted(set(known)))}; '
-                "and head_dim N, head_dim N/M, sm_NN, torch N.N, backend NAME"
-            )
+
+def _not_understood(word: str) -> str:
+    import difflib
+
+    dtypes = [alias for aliases in _DTYPES.values() for alias in aliases]
+    features = [alias for aliases in _FEATURE_WORDS.values() for alias in aliases]
+    rest = ["cpu", "cuda", "training", "inference", "mlp"]
+    close = difflib.get_close_matches(word, [*dtypes, *features, *_GPUS, *rest], n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return (
+        f'explain: "{word}" is not understood.{hint} It knows '
+        f"dtypes ({', '.join(_DTYPES)}), features ({', '.join(_FEATURE_WORDS)}), head_dim N, "
+        "head_dim N/M, devices (cpu, cuda, sm_NN, T4, A100, H100, ...), training, inference, mlp, "
+        "torch N.N, backend NAME"
+    )
 
 
 def explain(words: str = "", **facts: Any) -> Explanation:
@@ -207,9 +224,9 @@ def explain(words: str = "", **facts: Any) -> Explanation:
 
     Args:
         words: The shape in words; may be empty. Keywords win over words.
-        **facts: op ("attention", "bias_activation"), device ("cpu", "cuda"), sm (90), dtype ("bf16" or torch.bfloat16),
-            head_dim, head_dim_v, features (names of `routes.def`), training (bool: also the backward), torch_version
-            (213 means 2.13), backend (a chain such as "kernel,sdpa").
+        **facts: op ("attention", "bias_activation"), device ("cpu", "cuda"), sm (90), dtype ("bf16"
+            or torch.bfloat16), head_dim, head_dim_v, features (names of `routes.def`), training
+            (bool: also the backward), torch_version (213 means 2.13), backend ("kernel,sdpa").
 
     Returns:
         An `Explanation`; print it, or read `.route`, `.decisions`.
@@ -224,7 +241,7 @@ def explain(words: str = "", **facts: Any) -> Explanation:
         **{k: v for k, v in facts.items() if v is not None},
     }
     problem, training, assumed = _complete(said)
-    forward = [name for name in problem["features"] if name not in _BACKWARD_ONLY]
+    forward = [name for name in problem["features"] if name not in BACKWARD_ONLY]
     problems = [{**problem, "direction": "forward", "features": forward}]
     if training:
         problems.append({**problem, "direction": "backward"})
@@ -232,11 +249,10 @@ def explain(words: str = "", **facts: Any) -> Explanation:
 
 
 def _complete(said: dict[str, Any]) -> tuple[dict[str, Any], bool, list[str]]:
-    """Fills in what was left open: returns (problem without direction, training, what was assumed)."""
-    known = "op device sm dtype head_dim head_dim_v features training torch_version backend".split()
-    if unknown := sorted(set(said) - set(known)):
+    """Fills in what was left open: (problem without direction, training, what was assumed)."""
+    if unknown := sorted(set(said) - set(_KEYWORDS)):
         raise ValueError(
-            f"explain: unknown keyword {', '.join(unknown)}; expected {', '.join(known)}"
+            f"explain: unknown keyword {', '.join(unknown)}; expected {', '.join(_KEYWORDS)}"
         )
     assumed: list[str] = []
 
@@ -268,9 +284,9 @@ def _complete(said: dict[str, Any]) -> tuple[dict[str, Any], bool, list[str]]:
         features.append("unequal_head_dims")
     chain, explicit = _chain(said.get("backend"))
     problem = {
-        "op": op, "device": device, "sm": sm, "dtype": dtype, "head_dim": head_dim, "head_dim_v": head_dim_v,
-        "features": features, "torch_version": int(said.get("torch_version", torch_version())),
-        "chain": chain, "explicit": explicit,
+        "op": op, "device": device, "sm": sm, "dtype": dtype, "head_dim": head_dim,
+        "head_dim_v": head_dim_v, "features": features, "chain": chain, "explicit": explicit,
+        "torch_version": int(said.get("torch_version", torch_version())),
     }  # fmt: skip
     return problem, bool(get("training", False, "inference (no gradients)")), assumed
 
@@ -327,7 +343,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Prints the explanation; 0 when the shape runs, 1 when nothing can run it, 2 when the question is not understood."""
+    """Prints the explanation; 0: it runs, 1: nothing can run it, 2: question not understood."""
     flags = {
         name: value for name, value in vars(options).items() if name in _FLAGS and value is not None
     }

@@ -16,9 +16,9 @@ class Case:
         layout: "dense", "packed" (cu_seqlens), "paged" (dense q, paged k and v), "packed_paged"
             (cu_seqlens_q and pages).
         alibi: "", "heads" for slopes (heads,), "batch" for slopes (batch, heads).
-        bias: "", or a shape: "full" (batch, heads, seqlen_q, seqlen_k), "head" (1, heads, ..), "key"
-            (batch, 1, 1, seqlen_k), "plane" (seqlen_q, seqlen_k); "bool" and "inf" hide keys, among
-            them all keys of a row.
+        bias: "", or a shape: "full" (batch, heads, seqlen_q, seqlen_k), "head" (1, heads, ..),
+            "key" (batch, 1, 1, seqlen_k), "plane" (seqlen_q, seqlen_k); "bool" and "inf" hide keys,
+            among them all keys of a row.
         seqused_k: keys used of each sequence, leading padding included; None means all stored.
         leftpad_k: leading keys skipped in each sequence.
         strides: "contiguous", "transposed" (heads outermost), "sliced" (NaN between rows and heads,

@@ -154,9 +154,9 @@ def reference(
     Arguments have the names and shapes of `anyflash.attention`.
 
     Returns:
-        (out, lse) in `compute`: out (batch, seqlen_q, heads, head_dim_v), lse (batch, heads, seqlen_q);
-        packed (total_q, heads, head_dim_v) and (heads, total_q). Rows after the last packed sequence
-        hold 0 and +inf.
+        (out, lse) in `compute`: out (batch, seqlen_q, heads, head_dim_v) and lse (batch, heads,
+        seqlen_q); packed (total_q, heads, head_dim_v) and (heads, total_q). Rows after the last
+        packed sequence hold 0 and +inf.
     """
     cu_q, cu_k = tensors.get("cu_seqlens_q"), tensors.get("cu_seqlens_k")
     table, used, leftpad = (tensors.get(n) for n in ("block_table", "seqused_k", "leftpad_k"))

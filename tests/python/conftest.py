@@ -1,8 +1,8 @@
-"""Options of the suite. The provider belongs to a process, so a run has one; `make test` runs twice.
+"""Options of the suite. The provider belongs to a process: a run has one, `make test` runs twice.
 
-    pytest tests/python                            # the binary where it was built
-    pytest tests/python -m providers --provider python
-    pytest tests/python --device cuda
+pytest tests/python                            # the binary where it was built
+pytest tests/python -m providers --provider python
+pytest tests/python --device cuda
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "providers: says something about each provider of the operators")
+    config.addinivalue_line(
+        "markers", "providers: says something about each provider of the operators"
+    )
     for name in ("ANYFLASH_BACKEND", "ANYFLASH_STRICT", "ANYFLASH_CHECK", "ANYFLASH_PROVIDER"):
         os.environ.pop(name, None)
     if config.getoption("--provider"):
@@ -28,7 +30,7 @@ def pytest_configure(config):
 def pytest_report_header(config):
     import torch
 
-    import anyflash._loader as loader
+    from anyflash import _loader as loader
 
     wanted = config.getoption("--provider")
     if wanted and loader.provider != wanted:
@@ -45,6 +47,6 @@ def device(request) -> str:
 
 @pytest.fixture(scope="session")
 def provider() -> str:
-    import anyflash._loader as loader
+    from anyflash import _loader as loader
 
     return loader.provider

@@ -73,12 +73,12 @@ def problem_of(case: Case, direction: str, device: str, chain: str | None, *grad
     }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def inputs_of(case: Case, device: str) -> Inputs:
     return make_inputs(case, device)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def expected_of(case: Case, device: str, gradients: bool = False, dlse: bool = True) -> Expected:
     """On the CPU always: the reference reads lengths and dropout bits element by element."""
     found = expect(inputs_of(case, "cpu"), gradients, dlse)

@@ -1,4 +1,4 @@
-"""Gradients of every differentiable case on every back end, against autograd of the float64 reference."""
+"""Gradients of every case on every back end, against autograd of the float64 reference."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _leaf_backward(inputs, out, lse, backend, dout=None, dlse=None, k=None, v=No
 
 @pytest.mark.parametrize("route", NAMES)
 def test_backward_uses_the_given_out_and_lse(route, device):
-    """Ring attention: two halves of the keys, merged, each half's backward with the merged values."""
+    """Ring attention: two halves of the keys, each half's backward with the merged values."""
     if route not in (*ROUTES[device], None) or route == "aten_cudnn":
         pytest.skip(f"{route} does not run on {device}")
     case = next(c for c in DIFFERENTIABLE if c.name == "dense_bf16")
@@ -191,7 +191,10 @@ def test_strided_gradient_of_out(device):
 def test_only_the_asked_gradients(device):
     case = next(c for c in DIFFERENTIABLE if c.name == "gqa")
     for needed in ("q", "k", "v", "qv"):
-        leaves = [x.clone().requires_grad_(n in needed) for n, x in zip("qkv", inputs_of(case, device).qkv)]
+        leaves = [
+            x.clone().requires_grad_(n in needed)
+            for n, x in zip("qkv", inputs_of(case, device).qkv)
+        ]
         anyflash.attention(*leaves).sum().backward()
         assert [x.grad is not None for x in leaves] == [n in needed for n in "qkv"]
 

@@ -1,8 +1,10 @@
-"""Bad input as a table: every entry an exception of the right type whose text names argument, value and expectation.
+"""Bad input as a table: each entry an exception whose text names argument, value and expectation.
 
-The texts of both providers are the same, word for word. Where flash-attn has a text, ours begins with it.
-Run as a program, this file prints what each entry raised: that is how the other provider is asked.
+The texts of both providers are the same, word for word. Where flash-attn has a text, ours begins
+with it. Run as a program, this file prints what each entry raised: how the other provider is asked.
 """
+
+# ruff: noqa: E501  (one entry of the table, one line)
 
 from __future__ import annotations
 

@@ -15,10 +15,15 @@ import anyflash
 
 PACKAGE = Path(anyflash.__file__).parent
 KERNELS, OPS = PACKAGE / "libanyflash_kernels.so", PACKAGE / "libanyflash_ops.so"
-NATIVE = next(iter(sorted(PACKAGE.glob(f"_native.cpython-{sys.version_info[0]}{sys.version_info[1]}-*.so"))), PACKAGE / "_native.so")
+NATIVE = next(
+    iter(sorted(PACKAGE.glob(f"_native.cpython-{sys.version_info[0]}{sys.version_info[1]}-*.so"))),
+    PACKAGE / "_native.so",
+)
 FILES = [pytest.param(path, id=path.name.split(".")[0]) for path in (KERNELS, OPS, NATIVE)]
 
-pytestmark = pytest.mark.skipif(not OPS.is_file(), reason="anyflash is installed without the binary")
+pytestmark = pytest.mark.skipif(
+    not OPS.is_file(), reason="anyflash is installed without the binary"
+)
 
 USE = """
 import json, torch, flash_attn, anyflash
@@ -32,7 +37,9 @@ print(json.dumps({"provider": _loader.provider, "reasons": _loader.reasons}))
 
 
 def output(*command) -> str:
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=True
+    ).stdout
 
 
 def exports(library: Path) -> set[str]:
@@ -40,7 +47,10 @@ def exports(library: Path) -> set[str]:
 
 
 def undefined(library: Path) -> set[str]:
-    return {line.split()[-1].split("@")[0] for line in output("nm", "-D", "--undefined-only", library).splitlines()}
+    return {
+        line.split()[-1].split("@")[0]
+        for line in output("nm", "-D", "--undefined-only", library).splitlines()
+    }
 
 
 def needed(library: Path) -> set[str]:
@@ -67,8 +77,20 @@ def test_exports():
 @pytest.mark.parametrize("library", FILES)
 def test_nothing_with_a_version_of_its_own_is_needed(library):
     """No CUDA library, and of torch only libtorch_cpu, for the operators only."""
-    system = {"libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1"}
-    ours = {KERNELS: set(), OPS: {"libanyflash_kernels.so", "libtorch_cpu.so"}, NATIVE: {"libanyflash_kernels.so"}}[library]
+    system = {
+        "libstdc++.so.6",
+        "libgcc_s.so.1",
+        "libc.so.6",
+        "libm.so.6",
+        "libdl.so.2",
+        "libpthread.so.0",
+        "librt.so.1",
+    }
+    ours = {
+        KERNELS: set(),
+        OPS: {"libanyflash_kernels.so", "libtorch_cpu.so"},
+        NATIVE: {"libanyflash_kernels.so"},
+    }[library]
     assert {n for n in needed(library) if not n.startswith("ld-linux")} - system == ours
     assert re.findall(r"\(RU?N?PATH\).*\[(.+)\]", output("readelf", "-d", library)) == ["$ORIGIN"]
 
@@ -117,7 +139,10 @@ def damaged_package(folder: Path, name: str, content: bytes | None) -> Path:
 def use(package: Path, code: str = USE, **environment: str) -> subprocess.CompletedProcess:
     path = f"{package / 'dropin'}:{package.parent}"
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": "/usr/bin", "PYTHONPATH": path, **environment}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin", "PYTHONPATH": path, **environment},
     )
 
 
@@ -126,10 +151,16 @@ DAMAGE = {
     "empty operators": (OPS.name, lambda: b""),
     "truncated operators": (OPS.name, lambda: OPS.read_bytes()[: OPS.stat().st_size // 2]),
     "operators that are text": (OPS.name, lambda: b"not a library\n" * 100),
-    "operators of another machine": (OPS.name, lambda: OPS.read_bytes()[:18] + b"\xb7\x00" + OPS.read_bytes()[20:]),
+    "operators of another machine": (
+        OPS.name,
+        lambda: OPS.read_bytes()[:18] + b"\xb7\x00" + OPS.read_bytes()[20:],
+    ),
     "operators that are something else": (OPS.name, KERNELS.read_bytes),
     "missing kernels": (KERNELS.name, lambda: None),
-    "truncated kernels": (KERNELS.name, lambda: KERNELS.read_bytes()[: KERNELS.stat().st_size // 2]),
+    "truncated kernels": (
+        KERNELS.name,
+        lambda: KERNELS.read_bytes()[: KERNELS.stat().st_size // 2],
+    ),
 }
 
 
@@ -146,7 +177,9 @@ def test_damaged_files_leave_a_working_import_and_a_reason(tmp_path, damage):
 def test_an_operator_library_of_another_abi(tmp_path):
     """What an older torch would say: a symbol that this process does not have."""
     source = tmp_path / "other.c"
-    source.write_text("extern int aoti_torch_of_another_age(void);\nint anyflash_x(void) { return aoti_torch_of_another_age(); }\n")
+    source.write_text(
+        "extern int aoti_torch_of_another_age(void);\nint anyflash_x(void) { return aoti_torch_of_another_age(); }\n"
+    )
     library = tmp_path / "other.so"
     output("cc", "-shared", "-fPIC", "-Wl,-z,now", source, "-o", library)
     done = use(damaged_package(tmp_path, OPS.name, library.read_bytes()))

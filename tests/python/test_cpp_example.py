@@ -1,4 +1,4 @@
-"""examples/cpp_torchscript as its README says: saved in Python, built, run without Python, equal outputs."""
+"""examples/cpp_torchscript as its README says: saved in Python, built, run without Python."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import pytest
 from support import REPOSITORY
 
-import anyflash._loader as loader
+from anyflash import _loader as loader
 
 EXAMPLE = REPOSITORY / "examples/cpp_torchscript"
 # Kept between runs: torch/script.h takes half a minute to compile.
@@ -51,7 +51,9 @@ def _environment():
 
 def _bare():
     """A C++ program's environment: nothing of Python."""
-    return {n: x for n, x in os.environ.items() if not n.startswith(("PYTHON", "ANYFLASH", "VIRTUAL"))}
+    return {
+        n: x for n, x in os.environ.items() if not n.startswith(("PYTHON", "ANYFLASH", "VIRTUAL"))
+    }
 
 
 def test_outputs_are_equal(program, model):

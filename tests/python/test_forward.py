@@ -22,9 +22,7 @@ def test_forward(case, route, device):
     decision = anyflash.decide(problem_of(case, "forward", device, route))
 
     def run():
-        return anyflash.attention(
-            *inputs.qkv, **inputs.options, return_lse=True, backend=route
-        )
+        return anyflash.attention(*inputs.qkv, **inputs.options, return_lse=True, backend=route)
 
     if decision["route"] == "none":
         assert route is not None, f"no back end claims {case.name}: {decision['reasons']}"

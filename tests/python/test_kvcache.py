@@ -1,4 +1,6 @@
-"""Attention over a key/value cache: append, rotary, pages, batch index, left padding, garbage in unused rows."""
+"""Attention over a key/value cache: append, rotary, pages, batch index, padding, garbage rows."""
+
+# ruff: noqa: E501  (one case, one line)
 
 from __future__ import annotations
 
@@ -115,7 +117,9 @@ def _make(case: CacheCase, device: str):
         for b, length in enumerate(lengths):
             row = b if case.batch_idx is None else case.batch_idx[b]
             for cache in (k_cache, v_cache):
-                cache[row, first[b] : length] = randn(length - first[b], case.heads_k, case.head_dim)
+                cache[row, first[b] : length] = randn(
+                    length - first[b], case.heads_k, case.head_dim
+                )
     if case.lengths is not None:
         options["cache_seqlens"] = torch.tensor(lengths, dtype=torch.int32)
     if case.batch_idx is not None:
@@ -194,7 +198,9 @@ def test_decoding_step_by_step_equals_one_pass(device):
     caches = [torch.full((batch, 16, heads, dim), float("nan"), device=device) for _ in "kv"]
     steps = [
         anyflash.attention_kvcache(
-            *(q[:, t : t + 1], *caches, k[:, t : t + 1], v[:, t : t + 1]), cache_seqlens=t, causal=True
+            *(q[:, t : t + 1], *caches, k[:, t : t + 1], v[:, t : t + 1]),
+            cache_seqlens=t,
+            causal=True,
         )
         for t in range(length)
     ]

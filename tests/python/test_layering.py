@@ -1,4 +1,4 @@
-"""The rules of the layers, by reading the files: who includes and imports what, and what the text never says."""
+"""The rules of the layers, by reading the files: who includes what, and what no text says."""
 
 from __future__ import annotations
 
@@ -117,7 +117,11 @@ def test_engine_never_looks_up():
     """anyflash does not import the drop-in, tools or tests; they import it."""
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE).parts
-        if parts[0] in ("dropin", "demo") or path.name in ("doctor.py", "__main__.py", "_installs.py"):
+        if parts[0] in ("dropin", "demo") or path.name in (
+            "doctor.py",
+            "__main__.py",
+            "_installs.py",
+        ):
             continue
         for name in _imports(path):
             assert not re.match(r"flash_attn(\.|$|_)", name), f"{path}: {name}"
@@ -143,7 +147,7 @@ def test_testing_calls_no_operator_of_the_library():
 
 
 def test_dropin_has_no_algorithms():
-    """The drop-in names things and calls the engine; matrix products and softmax are not its job."""
+    """The drop-in names things and calls the engine; matrix products are not its job."""
     for path in (PACKAGE / "dropin").rglob("flash_attn_interface.py"):
         text = path.read_text()
         for word in ("softmax(", "matmul(", "einsum(", "scaled_dot_product_attention(", " @ "):
@@ -156,7 +160,9 @@ def test_no_device_synchronisation_in_the_operators():
     for path in (PACKAGE / "_python_ops").rglob("*.py"):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             if waits.search(line):
-                assert "# cpu" in line.lower() or "# check" in line.lower(), f"{path}:{number}: {line}"
+                assert "# cpu" in line.lower() or "# check" in line.lower(), (
+                    f"{path}:{number}: {line}"
+                )
 
 
 HOSTS = r"pypi\.org|pythonhosted\.org|pypi\.nvidia\.com|download\.pytorch\.org|conda\.anaconda\.org"

@@ -1,4 +1,4 @@
-"""Bias + activation and the fused MLP: forward, backward, saved or recomputed, every activation and dtype."""
+"""Bias + activation and the fused MLP: both directions, saved or recomputed, all activations."""
 
 from __future__ import annotations
 
@@ -168,7 +168,12 @@ def test_recompute_keeps_no_hidden_layer(device):
     """recompute=True saves nothing of the hidden width for the backward."""
     rows, width = 64, 512
     x = torch.randn(rows, 8, device=device, requires_grad=True)
-    weights = [torch.randn(width, 8, device=device), None, torch.randn(8, width, device=device), None]
+    weights = [
+        torch.randn(width, 8, device=device),
+        None,
+        torch.randn(8, width, device=device),
+        None,
+    ]
     for recompute in (False, True):
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(

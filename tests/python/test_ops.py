@@ -1,4 +1,4 @@
-"""The operators as torch sees them: schemas, fakes, autograd, TorchScript, export; every line of schemas.def."""
+"""The operators as torch sees them: schemas, fakes, autograd, TorchScript, export."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def test_fakes_have_the_strides_of_the_real_results(name, device):
 
 @pytest.mark.parametrize("name", LEAVES)
 def test_leaf_operators_do_not_record_gradients(name, device):
-    """A leaf called with inputs that ask for gradients must not let autograd record what it does inside."""
+    """A leaf called with inputs that ask for gradients lets autograd record nothing inside it."""
     if name == "attention_kvcache_":
         return  # mutates its arguments: leaves that ask for a gradient cannot be
     for arguments in samples_of(name, device).values():
@@ -280,14 +280,25 @@ def _python_function(name, *a):
     if "varlen" in name:
         tensors = 1 if "qkvpacked" in name else 2 if "kvpacked" in name else 3
         per_side = 1 if tensors == 1 else 2
-        cu, longest = a[tensors : tensors + per_side], a[tensors + per_side : tensors + 2 * per_side]
+        cu, longest = (
+            a[tensors : tensors + per_side],
+            a[tensors + per_side : tensors + 2 * per_side],
+        )
         packed = {"cu_seqlens_q": cu[0], "cu_seqlens_k": cu[-1]}
         packed.update(max_seqlen_q=longest[0], max_seqlen_k=longest[-1])
         return anyflash.attention(*_split(a[:tensors], 1), causal=True, **packed)
     if name != "flash_attn_func":
         tensors = 1 if "qkvpacked" in name else 2
         return anyflash.attention(*_split(a[:tensors], 2), causal=True)
-    names = "dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic".split()
+    names = [
+        "dropout_p",
+        "softmax_scale",
+        "causal",
+        "window_size",
+        "softcap",
+        "alibi_slopes",
+        "deterministic",
+    ]
     return anyflash.attention(*a[:3], **dict(zip(names, a[3:])))
 
 
@@ -350,7 +361,9 @@ def test_torchscript_gradient_of_the_public_operator(device):
 def test_jit_trace(device):
     q, k, v = _qkv(device)
     with torch.no_grad():
-        traced = torch.jit.trace(lambda q, k, v: anyflash.attention(q, k, v, causal=True), (q, k, v))
+        traced = torch.jit.trace(
+            lambda q, k, v: anyflash.attention(q, k, v, causal=True), (q, k, v)
+        )
     torch.testing.assert_close(traced(q, k, v), anyflash.attention(q, k, v, causal=True))
 
 

@@ -20,8 +20,12 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SITE_PACKAGES = Path(sysconfig.get_paths()["purelib"])
-NOT_SOURCE = shutil.ignore_patterns(".*", "build", "out", "*.so", "__pycache__", "*.egg-info", "_build.json")
-LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the binary is built on Linux")
+NOT_SOURCE = shutil.ignore_patterns(
+    ".*", "build", "out", "*.so", "__pycache__", "*.egg-info", "_build.json"
+)
+LINUX = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="the binary is built on Linux"
+)
 
 SMOKE = """
 import json, sys, torch, flash_attn, flash_attn_2_cuda, importlib.metadata as metadata
@@ -36,9 +40,17 @@ print(json.dumps({"file": flash_attn.__file__, "version": metadata.version("flas
 
 def call(*command, check=True, cwd=None, **environment) -> subprocess.CompletedProcess:
     """Runs a command without the settings of this session; with its output in the error when it fails."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ANYFLASH_", "PYTHON", "VIRTUAL_ENV"))}
+    inherited = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("ANYFLASH_", "PYTHON", "VIRTUAL_ENV"))
+    }
     done = subprocess.run(
-        list(map(str, command)), text=True, capture_output=True, cwd=cwd, env={**inherited, **environment}
+        list(map(str, command)),
+        text=True,
+        capture_output=True,
+        cwd=cwd,
+        env={**inherited, **environment},
     )
     if check and done.returncode:
         pytest.fail(f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
@@ -52,23 +64,43 @@ class Environment:
         call(sys.executable, "-m", "venv", "--without-pip", folder)
         self.python = folder / "bin/python"
         self.site = Path(
-            call(self.python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").stdout.strip()
+            call(
+                self.python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+            ).stdout.strip()
         )
         (self.site / "zz_libraries.pth").write_text(f"{libraries}\n")
         self.empty = self.files()
 
     def files(self) -> set[str]:
-        return {p.relative_to(self.site).as_posix() for p in self.site.rglob("*") if "__pycache__" not in p.parts}
+        return {
+            p.relative_to(self.site).as_posix()
+            for p in self.site.rglob("*")
+            if "__pycache__" not in p.parts
+        }
 
     def pip(self, *arguments, check=True, **environment) -> subprocess.CompletedProcess:
         quiet = ("--disable-pip-version-check", "--no-input")
-        return call(sys.executable, "-m", "pip", "--python", self.python, *quiet, *arguments, check=check, **environment)
+        return call(
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            self.python,
+            *quiet,
+            *arguments,
+            check=check,
+            **environment,
+        )
 
     def install(self, *arguments, **environment) -> None:
-        self.pip("install", "--no-index", "--no-deps", "--no-build-isolation", *arguments, **environment)
+        self.pip(
+            "install", "--no-index", "--no-deps", "--no-build-isolation", *arguments, **environment
+        )
 
     def run(self, code: str, *options, check=True, **environment) -> subprocess.CompletedProcess:
-        return call(self.python, *options, "-c", code, check=check, cwd=self.site.parent, **environment)
+        return call(
+            self.python, *options, "-c", code, check=check, cwd=self.site.parent, **environment
+        )
 
     def smoke(self, **environment) -> dict[str, str]:
         return json.loads(self.run(SMOKE, **environment).stdout.splitlines()[-1])
@@ -102,14 +134,26 @@ def source(tmp_path_factory) -> Path:
 
 def build(folder: Path, out: Path, *options: str, **environment: str) -> Path:
     """Builds packages with the tools of this environment; returns the wheel."""
-    call(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, *options, folder, **environment)
+    call(
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        "--outdir",
+        out,
+        *options,
+        folder,
+        **environment,
+    )
     return next(out.glob("*.whl"))
 
 
 @pytest.fixture(scope="session")
 def wheel(source, tmp_path_factory) -> Path:
     """The wheel with the binary, built from the sdist beside it. One GPU architecture is enough to see that CUDA is in."""
-    return build(source, tmp_path_factory.mktemp("wheel"), ANYFLASH_BUILD="1", ANYFLASH_CUDA_ARCHS="75")
+    return build(
+        source, tmp_path_factory.mktemp("wheel"), ANYFLASH_BUILD="1", ANYFLASH_CUDA_ARCHS="75"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -125,7 +169,9 @@ def broken_upstream(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("broken")
     (folder / "flash_attn").mkdir()
     (folder / "flash_attn/__init__.py").write_text("import flash_attn_2_cuda\n")
-    (folder / "flash_attn_2_cuda.py").write_text("raise ImportError('undefined symbol: _ZN3c104cuda9SetDeviceEab')\n")
+    (folder / "flash_attn_2_cuda.py").write_text(
+        "raise ImportError('undefined symbol: _ZN3c104cuda9SetDeviceEab')\n"
+    )
     (folder / "pyproject.toml").write_text(
         '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
         '[project]\nname = "flash_attn"\nversion = "2.7.4"\n'
@@ -159,10 +205,17 @@ def test_the_wheel_holds_what_it_should_and_no_more(wheel):
         assert f"anyflash/defs/{name}.def" in names
     for name in ("anyflash.pth", "anyflash.start"):
         assert any(re.fullmatch(rf"anyflash-[\d.]+\.data/purelib/{name}", n) for n in names)
-    assert {"anyflash/cmake/anyflashConfig.cmake", "anyflash/include/anyflash/kernels/launch.h"} <= names
+    assert {
+        "anyflash/cmake/anyflashConfig.cmake",
+        "anyflash/include/anyflash/kernels/launch.h",
+    } <= names
     top = {n.split("/")[0] for n in names}
     assert {t for t in top if not t.startswith("anyflash-")} == {"anyflash", "_anyflash_dropin.py"}
-    assert not [n for n in names if n.endswith(".pyc") or "egg-info" in n or n.startswith("anyflash/dropin/anyflash")]
+    assert not [
+        n
+        for n in names
+        if n.endswith(".pyc") or "egg-info" in n or n.startswith("anyflash/dropin/anyflash")
+    ]
     assert wheel.stat().st_size <= 5e6
     assert facts(wheel)["binary"]
 
@@ -180,7 +233,9 @@ def test_the_record_of_the_drop_in_lists_its_files_and_is_only_in_the_wheel(whee
     record = next(n for n in names if n.startswith("anyflash/dropin/") and n.endswith("/RECORD"))
     with zipfile.ZipFile(wheel) as archive:
         listed = {line.split(",")[0] for line in archive.read(record).decode().splitlines()}
-    assert listed == {n[len("anyflash/dropin/") :] for n in names if n.startswith("anyflash/dropin/")}
+    assert listed == {
+        n[len("anyflash/dropin/") :] for n in names if n.startswith("anyflash/dropin/")
+    }
     assert not list(source.rglob("RECORD"))
 
 
@@ -191,7 +246,10 @@ def test_install_use_and_uninstall(environment, wheel):
     assert found["file"] == str(environment.site / "anyflash/dropin/flash_attn/__init__.py")
     assert found["version"] == "2.8.3"
     assert found["provider"] == "binary"
-    installed = {p["name"].replace("_", "-"): p["version"] for p in json.loads(environment.pip("list", "--format=json").stdout)}
+    installed = {
+        p["name"].replace("_", "-"): p["version"]
+        for p in json.loads(environment.pip("list", "--format=json").stdout)
+    }
     assert installed["flash-attn"] == "2.8.3" and "anyflash" in installed
     environment.pip("uninstall", "-y", "anyflash")
     assert environment.files() == environment.empty
@@ -253,7 +311,9 @@ def test_without_a_compiler_the_install_is_pure_python_and_says_why(environment,
     assert "no C++ compiler" in facts(pure_wheel)["reasons"][0]
     environment.install(pure_wheel)
     assert environment.smoke()["provider"] == "python"
-    report = call(environment.python, "-m", "anyflash", "doctor", check=False, cwd=environment.site.parent)
+    report = call(
+        environment.python, "-m", "anyflash", "doctor", check=False, cwd=environment.site.parent
+    )
     assert "compiler" in report.stdout
 
 
@@ -266,9 +326,20 @@ def test_a_failing_compiler_steps_down_to_pure_python(source, tmp_path):
 
 
 @LINUX
-@pytest.mark.parametrize("settings", [{"CXX": "/bin/false"}, {"CXX": "", "PATH": "/nowhere"}], ids=["failing", "missing"])
+@pytest.mark.parametrize(
+    "settings", [{"CXX": "/bin/false"}, {"CXX": "", "PATH": "/nowhere"}], ids=["failing", "missing"]
+)
 def test_a_binary_that_was_asked_for_and_cannot_be_built_is_an_error(source, tmp_path, settings):
-    command = (sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path, source)
+    command = (
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        "--wheel",
+        "--outdir",
+        tmp_path,
+        source,
+    )
     assert call(*command, check=False, ANYFLASH_BUILD="1", **settings).returncode
 
 
@@ -278,7 +349,9 @@ def test_editable_install(environment, source, tmp_path):
     shutil.copytree(source, tree, ignore=NOT_SOURCE)
     environment.install("--editable", tree, ANYFLASH_BUILD="0")
     assert {"anyflash.pth", "anyflash.start"} <= environment.files()
-    assert environment.smoke()["file"] == str(tree / "python/anyflash/dropin/flash_attn/__init__.py")
+    assert environment.smoke()["file"] == str(
+        tree / "python/anyflash/dropin/flash_attn/__init__.py"
+    )
     assert not list(tree.rglob("dropin/**/RECORD"))
     environment.pip("uninstall", "-y", "flash-attn", check=False)
     environment.pip("uninstall", "-y", "anyflash")
@@ -294,7 +367,9 @@ def test_uv(environment, pure_wheel):
     assert environment.files() == environment.empty
 
 
-def test_the_second_wheel_serves_folders_without_start_up_files(source, environment, pure_wheel, tmp_path):
+def test_the_second_wheel_serves_folders_without_start_up_files(
+    source, environment, pure_wheel, tmp_path
+):
     """`pip install --target` and uv's resolver need a distribution that is really called flash-attn."""
     second = build(source / "packaging/flash-attn", tmp_path / "dist", "--wheel")
     assert second.name == "flash_attn-2.8.3-py3-none-any.whl"
@@ -303,7 +378,11 @@ def test_the_second_wheel_serves_folders_without_start_up_files(source, environm
     environment.install("--target", folder, pure_wheel, second)
     found = environment.smoke(PYTHONPATH=str(folder))
     assert found["file"] == str(folder / "flash_attn/__init__.py")
-    dropin = {n.split("dropin/")[1] for n in content(pure_wheel) if "dropin/flash_attn" in n and n.endswith(".py")}
+    dropin = {
+        n.split("dropin/")[1]
+        for n in content(pure_wheel)
+        if "dropin/flash_attn" in n and n.endswith(".py")
+    }
     assert dropin == {n for n in content(second) if n.endswith(".py")}
 
 

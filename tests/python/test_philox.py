@@ -1,4 +1,4 @@
-"""One definition of the dropout bits: plain Python integers, the Python provider, the operator, the native module."""
+"""One definition of the dropout bits: in plain Python integers, and in both providers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,13 @@ def _dropped(shape, state, p, device, backend=None, **options):
     k = torch.zeros(batch, seqlen_k, heads, 8, device=device)
     v = torch.eye(seqlen_k, device=device)[None, :, None].expand(batch, -1, heads, -1).contiguous()
     out = anyflash.attention(
-        q, k, v, dropout_p=p, rng_state=torch.tensor(state, device=device), backend=backend, **options
+        q,
+        k,
+        v,
+        dropout_p=p,
+        rng_state=torch.tensor(state, device=device),
+        backend=backend,
+        **options,
     )
     return (out > 0).transpose(1, 2)
 
@@ -97,7 +103,9 @@ def test_share_of_dropped_elements(device):
 
 
 def test_seed_offset_and_head_matter(device):
-    masks = [_dropped((2, 2, 32, 32), s, 0.5, device) for s in ((1, 1), (2, 1), (1, 2), (1 + 2**32, 1))]
+    masks = [
+        _dropped((2, 2, 32, 32), s, 0.5, device) for s in ((1, 1), (2, 1), (1, 2), (1 + 2**32, 1))
+    ]
     masks += [masks[0].flip(0), masks[0].flip(1)]
     for a, b in itertools.combinations(masks, 2):
         assert not torch.equal(a, b)

@@ -40,7 +40,9 @@ def cases(draw) -> Case:
     if "paged" not in layout and draw(st.integers(0, 3)) == 0:
         leftpad = tuple(draw(st.integers(0, n)) for n in (used or seqlens_k))
     heads_k = draw(st.integers(1, 3))
-    score_change = draw(st.sampled_from(["", "", "", "softcap", "alibi", "sinks", "bias", "dropout"]))
+    score_change = draw(
+        st.sampled_from(["", "", "", "softcap", "alibi", "sinks", "bias", "dropout"])
+    )
     bias = ""
     if score_change == "bias" and "paged" not in layout:
         bias = draw(st.sampled_from(["full", "head", "key"]))
@@ -110,7 +112,9 @@ def test_packed_is_a_loop_of_dense(lengths, causal, window, device):
     q = _random(sum(a for a, _ in lengths), 2, 16, device=device)
     k, v = (_random(sum(b for _, b in lengths), 2, 16, device=device) for _ in "kv")
     cu = [
-        torch.tensor([0, *torch.tensor([p[i] for p in lengths]).cumsum(0)], dtype=torch.int32).to(device)
+        torch.tensor([0, *torch.tensor([p[i] for p in lengths]).cumsum(0)], dtype=torch.int32).to(
+            device
+        )
         for i in (0, 1)
     ]
     packed, packed_lse = anyflash.attention(
@@ -128,7 +132,10 @@ def test_packed_is_a_loop_of_dense(lengths, causal, window, device):
     for b in range(len(lengths)):
         rows, keys = (slice(int(c[b]), int(c[b + 1])) for c in cu)
         out, lse = anyflash.attention(
-            *(q[None, rows], k[None, keys], v[None, keys]), causal=causal, window_size=window, return_lse=True
+            *(q[None, rows], k[None, keys], v[None, keys]),
+            causal=causal,
+            window_size=window,
+            return_lse=True,
         )
         torch.testing.assert_close(packed[rows], out[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(packed_lse[:, rows], lse[0], atol=1e-5, rtol=1e-5)
@@ -146,7 +153,9 @@ def test_grouped_heads_equal_expanded_heads(seqlen_q, seqlen_k, group, causal, d
     )
     torch.testing.assert_close(grouped, expanded, atol=1e-5, rtol=1e-5)
     dout = torch.randn_like(grouped)
-    for a, b in zip(torch.autograd.grad(grouped, leaves, dout), torch.autograd.grad(expanded, leaves, dout)):
+    for a, b in zip(
+        torch.autograd.grad(grouped, leaves, dout), torch.autograd.grad(expanded, leaves, dout)
+    ):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
@@ -172,7 +181,12 @@ def test_zero_right_window_is_causal_and_causal_forces_it(seqlen, left, right, d
 
 
 @FEW
-@given(seqlen_q=LENGTH, seqlen_k=st.integers(1, 40), cut=st.integers(0, 40), route=st.sampled_from([None, "math"]))
+@given(
+    seqlen_q=LENGTH,
+    seqlen_k=st.integers(1, 40),
+    cut=st.integers(0, 40),
+    route=st.sampled_from([None, "math"]),
+)
 def test_unused_keys_do_not_matter(seqlen_q, seqlen_k, cut, route, device):
     """Keys after the used length may hold anything: the result is that of the shorter tensors."""
     cut = min(cut, seqlen_k)
@@ -198,9 +212,13 @@ def test_permuting_keys_changes_nothing(seqlen_q, seqlen_k, scale, device):
 
 
 @FEW
-@given(seqlen=st.integers(1, 64), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+@given(
+    seqlen=st.integers(1, 64), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+)
 def test_forward_repeats_bitwise(seqlen, dtype, device):
-    q, k, v = (_random(2, seqlen, 2, 16, device=device, dtype=torch.float32).to(dtype) for _ in "qkv")
+    q, k, v = (
+        _random(2, seqlen, 2, 16, device=device, dtype=torch.float32).to(dtype) for _ in "qkv"
+    )
     first = anyflash.attention(q, k, v, causal=True, return_lse=True)
     again = anyflash.attention(q, k, v, causal=True, return_lse=True)
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])

@@ -54,6 +54,8 @@ class PartProblem:
         self.q = _computable(part.q)
         self.k = _expanded(_computable(part.k), args.heads)
         self.v = _expanded(_computable(part.v), args.heads)
+        # PyTorch takes a mask of q's dtype or fp32, but reads fp32 wrongly beside fp64.
+        self.mask_dtype = torch.promote_types(self.q.dtype, torch.float32)
         self.bias = None if part.bias is None else self._additive(part.bias)
 
     @property
@@ -62,9 +64,9 @@ class PartProblem:
 
     def _additive(self, bias: Tensor) -> Tensor:
         if bias.dtype == torch.bool:
-            mask = torch.full(bias.shape, -INFINITY, dtype=torch.float32, device=bias.device)
+            mask = torch.full(bias.shape, -INFINITY, dtype=self.mask_dtype)
             return mask.masked_fill_(bias, 0.0)
-        return bias if bias.dtype == self.q.dtype else bias.float()
+        return bias if bias.dtype == self.q.dtype else bias.to(self.mask_dtype)
 
     def _explicit_mask(self, piece: Piece) -> Optional[Tensor]:
         mask = None
@@ -88,7 +90,7 @@ class PartProblem:
             hidden = keys < rows - self.mask.window_left
         if self.mask.window_right >= 0:
             hidden = hidden | (keys > rows + self.mask.window_right)
-        mask = torch.zeros(len(rows), len(keys))
+        mask = torch.zeros((len(rows), len(keys)), dtype=self.mask_dtype)
         return mask.masked_fill_(hidden, -INFINITY)
 
     def _cut(self, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,5 +221,3 @@ def backward(args: AttentionArgs, grad: BackwardArgs) -> Gradients:
         targets = (part.rows(dq), part.keys(dk), part.keys(dv))
         _backward_part(args, grad, part, targets)
     return Gradients(dq, dk, dv)
-
-

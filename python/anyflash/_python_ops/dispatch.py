@@ -188,8 +188,6 @@ def decide(problem: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"unknown feature '{feature}'; known: {', '.join(feature_phrases())}")
     chain = problem.get("chain", backends.DEFAULT_CHAIN)
     names = backends.parse_chain(chain if isinstance(chain, str) else ",".join(chain))
-    value = Problem(
-        **{**problem, "features": tuple(problem.get("features", ())), "chain": names}
-    )
+    value = Problem(**{**problem, "features": tuple(problem.get("features", ())), "chain": names})
     decision = choose(value)
     return {"route": decision.route, "reasons": list(decision.reasons)}

@@ -26,7 +26,7 @@ class Block(NamedTuple):
     columns: range
 
 
-def _blocks(args: AttentionArgs, part: Part) -> Iterator[Block]:
+def blocks(args: AttentionArgs, part: Part) -> Iterator[Block]:
     """Blocks of at most _BLOCK_BYTES where possible, chunks starting at multiples of 16 rows."""
     if part.seqlen_q == 0 or part.batch == 0:
         return
@@ -55,7 +55,8 @@ def _columns(args: AttentionArgs, part: Part, rows: range) -> range:
 
 def _flat_heads(x: Tensor, dtype: torch.dtype) -> Tensor:
     """(batch, seqlen, heads, dim) -> (batch * heads, seqlen, dim)."""
-    return x.transpose(1, 2).to(dtype).reshape(-1, x.shape[1], x.shape[3])
+    batch, seqlen, heads, dim = x.shape
+    return x.transpose(1, 2).to(dtype).reshape(batch * heads, seqlen, dim)
 
 
 def _grouped(x: Tensor, heads_k: int, dtype: torch.dtype) -> Tensor:
@@ -199,7 +200,7 @@ def _part_forward(args: AttentionArgs, part: Part, out: Tensor, lse: Tensor) -> 
     """Fills out (batch, seqlen_q, heads, head_dim_v) and lse (batch, heads, seqlen_q)."""
     scorer = Scorer(args, part)
     sinks = None if args.sinks is None else args.sinks.to(scorer.dtype)[:, None]
-    for block in _blocks(args, part):
+    for block in blocks(args, part):
         b, rows = block.sequences, block.rows
         block_out = out[b.start : b.stop, rows.start : rows.stop]
         block_lse = lse[b.start : b.stop, :, rows.start : rows.stop]
@@ -283,7 +284,7 @@ def _part_backward(
     """Adds the gradients of a part. delta (batch, heads, seqlen_q): rowsum(dout * out) - dlse."""
     scorer = Scorer(args, part)
     lse, dout = part.stats(grad.lse), part.rows(grad.dout)
-    for block in _blocks(args, part):
+    for block in blocks(args, part):
         b, rows = block.sequences, block.rows
         dq = target.dq[b.start : b.stop, rows.start : rows.stop]
         if len(block.columns) == 0:

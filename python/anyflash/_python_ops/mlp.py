@@ -25,9 +25,7 @@ def activation_number(name: str) -> int:
         ValueError: an unknown name.
     """
     if name not in ACTIVATIONS:
-        raise ValueError(
-            f"activation: expected one of {', '.join(ACTIVATIONS)}, got '{name}'"
-        )
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got '{name}'")
     return ACTIVATIONS.index(name)
 
 
@@ -41,9 +39,7 @@ def _inputs_per_output(activation: int) -> int:
 
 
 def _check_floating(x: Tensor) -> None:
-    check(
-        x.dtype in DTYPE_NAMES, f"x: expected fp16, bf16, fp32 or fp64, got {dtype_text(x)}"
-    )
+    check(x.dtype in DTYPE_NAMES, f"x: expected fp16, bf16, fp32 or fp64, got {dtype_text(x)}")
 
 
 def _check_like_x(tensor: Tensor, name: str, x: Tensor) -> None:

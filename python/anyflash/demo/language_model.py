@@ -1,7 +1,8 @@
 """A small character language model, trained twice from the same weights on the same batches.
 
-Once with flash_attn_varlen_qkvpacked_func on packed sequences and anyflash.fused_mlp, once with PyTorch's
-scaled_dot_product_attention on padded ones and a plain MLP. The loss curves lie on each other.
+Once with flash_attn_varlen_qkvpacked_func on packed sequences and anyflash.fused_mlp, once with
+PyTorch's scaled_dot_product_attention on padded ones and a plain MLP. The loss curves lie on each
+other.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Block(nn.Module):
         return x + self._mlp(self.norm2(x))
 
     def decode(self, x: Tensor, cache: tuple[Tensor, Tensor], seen: int) -> Tensor:
-        """One more character, (1, width), with the keys and values of those before it in the cache."""
+        """One more character, (1, width); the cache holds keys and values of those before it."""
         q, k, v = self.qkv(self.norm1(x)).view(1, 1, 3, self.heads, -1).unbind(2)
         context = flash_attn_with_kvcache(q, *cache, k, v, cache_seqlens=seen, causal=True)
         x = x + self.proj(context.flatten(1))
@@ -78,7 +79,7 @@ class Block(nn.Module):
 
 
 def _padded_attention(qkv: Tensor, lengths: list[int]) -> Tensor:
-    """Causal attention the usual way: pad, attend, take the padding off. Padding on the right needs no mask."""
+    """Causal attention the usual way: pad (on the right, so no mask), attend, take it off."""
     padded = pad_sequence(list(qkv.split(lengths)), batch_first=True)
     q, k, v = (t.transpose(1, 2) for t in padded.unbind(2))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
@@ -126,7 +127,7 @@ class LanguageModel(nn.Module):
 
 
 def batches(text: Tensor, steps: int) -> list[tuple[Tensor, Tensor, list[int]]]:
-    """Sequences of 32 to CONTEXT characters cut at random places: (input, next character, lengths) per step."""
+    """Per step (input, next character, lengths) of sequences cut at random places."""
     generator = torch.Generator().manual_seed(SEED)
     result = []
     for _ in range(steps):
@@ -175,17 +176,14 @@ def run(texts: list[str], steps: int) -> Trained:
     plain = LanguageModel(len(alphabet), flash=False)
     plain.load_state_dict(copy.deepcopy(ours.state_dict()))
     parameters = sum(p.numel() for p in ours.parameters())
-    print(
-        f"{len(text)} characters of text, {parameters} parameters, about {TOKENS_PER_BATCH} characters per step"
-    )
+    print(f"{len(text)} characters of text, {parameters} parameters")
 
     losses_ours, seconds_ours = train(ours, data, "flash_attn, packed")
     losses_plain, seconds_plain = train(plain, data, "plain SDPA, padded")
     trained = Trained(losses_ours, losses_plain, seconds_ours, seconds_plain)
     figures = trained.figures()
-    print(
-        f"loss {figures['loss_start']:.3f} -> {figures['loss_end']:.3f}, largest difference {figures['max_loss_difference']:.1e}"
-    )
+    print(f"loss {figures['loss_start']:.3f} -> {figures['loss_end']:.3f}, ", end="")
+    print(f"largest difference between the runs {figures['max_loss_difference']:.1e}")
 
     for prompt in PROMPTS:
         written = ours.write(torch.tensor([number[c] for c in prompt]), CONTEXT - len(prompt))

@@ -1,0 +1,51 @@
+"""anyflash: the flash_attn that always imports and always runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import _loader
+from ._version import __version__
+
+_loader.load()
+
+from . import _ops, backends  # noqa: E402  (after the operators exist)
+from .attention import attention  # noqa: E402
+from .backends import backend  # noqa: E402
+from .explain import explain  # noqa: E402
+from .fused_mlp import bias_activation, fused_mlp  # noqa: E402
+from .kvcache import attention_kvcache  # noqa: E402
+
+_ops.register()
+
+__all__ = [
+    "__version__",
+    "attention",
+    "attention_kvcache",
+    "backend",
+    "backends",
+    "bias_activation",
+    "decide",
+    "explain",
+    "fused_mlp",
+]
+
+
+def decide(problem: dict[str, Any]) -> dict[str, Any]:
+    """Which route runs a problem, and why those before it do not.
+
+    Args:
+        problem: plain data, as in csrc/problem.h: op, device, sm, direction, dtype, head_dim, head_dim_v,
+            features, torch_version, chain, explicit.
+
+    Returns:
+        ``{"route": str, "reasons": [(route, text), ...]}``; the route is ``"none"`` if nothing runs.
+
+    Raises:
+        ValueError: names that do not exist.
+    """
+    if _loader.native is not None:
+        return _loader.native.decide(problem)
+    from ._python_ops import dispatch
+
+    return dispatch.decide(problem)

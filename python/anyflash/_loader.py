@@ -1,0 +1,166 @@
+"""Brings the operators into the process: those of the binary where it can be used, else those written in Python.
+
+The choice is made before anything is opened. Nothing here raises: what went wrong is kept in ``reasons`` for
+``python -m anyflash doctor``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import importlib
+import logging
+import os
+import pathlib
+import re
+import struct
+from typing import Any, Optional
+
+import torch
+
+LIBRARY = pathlib.Path(__file__).resolve().parent / "libanyflash_ops.so"
+MIN_TORCH = (2, 10)  # the stable ABI that the binary is built against
+_PROVIDERS = ("auto", "binary", "python")
+_PROBE = "anyflash::attention_forward"
+
+#: Whose operators are in use: "binary", "python", or "none" before load() and when even Python's could not be defined.
+provider = "none"
+#: Why the binary is not in use, and anything else that did not go as planned.
+reasons: list[str] = []
+#: The pybind11 module with the compiled decision, or None.
+native: Any = None
+
+_loaded = False
+_keep_alive: list[Any] = []  # operator definitions and callbacks live as long as these objects
+
+
+def _torch_version() -> tuple[int, int]:
+    match = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    return (int(match.group(1)), int(match.group(2))) if match else (0, 0)
+
+
+def _is_defined(operator: str) -> bool:
+    return bool(torch._C._jit_get_schemas_for_operator(operator))
+
+
+def _truncation(path: pathlib.Path) -> Optional[str]:
+    """What is wrong with an ELF file that was cut; opening such a file could end the process."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        return f"{path.name} is not a shared library ({size} bytes)"
+    (section_offset,) = struct.unpack_from("<Q", header, 40)
+    entry_size, entries = struct.unpack_from("<HH", header, 58)
+    expected = section_offset + entry_size * entries
+    if size < expected:
+        return f"{path.name} is truncated: {size} bytes of at least {expected}"
+    return None
+
+
+def _obstacle_to_binary() -> Optional[str]:
+    """Why the binary is not opened; None: nothing speaks against it."""
+    if not LIBRARY.is_file():
+        return f"{LIBRARY.name} is not there: the binary was not built when anyflash was installed"
+    if _torch_version() < MIN_TORCH:
+        wanted = ".".join(map(str, MIN_TORCH))
+        return f"the binary needs torch {wanted} or newer, this is {torch.__version__}"
+    try:
+        return _truncation(LIBRARY)
+    except OSError as error:
+        return f"{LIBRARY.name} cannot be read: {error}"
+
+
+def _open_binary() -> Optional[str]:
+    """Loads the binary; returns what went wrong."""
+    was_defined = _is_defined(_PROBE)
+    try:
+        torch.ops.load_library(str(LIBRARY))
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        return f"{LIBRARY.name} cannot be loaded: {error.__cause__ or error}"
+    _keep_alive.append(library)
+    register_error = library.anyflash_register_error
+    register_error.restype = ctypes.c_char_p
+    error_text = register_error()
+    if error_text:
+        text = f"{LIBRARY.name} did not register its operators: {error_text.decode()}"
+        if not was_defined:
+            return text
+        reasons.append(f"{text}; those that were there first are in use")
+    _install_notice_sink(library)
+    return None
+
+
+def _install_notice_sink(library: ctypes.CDLL) -> None:
+    """Sends the binary's notices to the logger `anyflash`."""
+    logger = logging.getLogger("anyflash")
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+    def sink(text: bytes) -> None:
+        logger.warning("%s", text.decode(errors="replace"))
+
+    set_sink = library.anyflash_set_notice_sink
+    set_sink.argtypes = [ctypes.c_void_p]
+    set_sink.restype = None
+    set_sink(ctypes.cast(sink, ctypes.c_void_p))
+    _keep_alive.append(sink)
+    atexit.register(set_sink, None)  # the interpreter ends before the library
+
+
+def _define_python() -> Optional[str]:
+    """Defines the operators in Python; returns what went wrong."""
+    if _is_defined(_PROBE):
+        return "operators of the name anyflash:: exist already; those are in use"
+    from . import _python_ops
+
+    try:
+        try:
+            library = torch.library.Library("anyflash", "FRAGMENT")
+        except ValueError:  # torch 2.0
+            library = torch.library.Library("anyflash", "DEF")
+        _keep_alive.append(library)
+        _python_ops.register(library)
+    except Exception as error:  # noqa: BLE001 - the import goes on, doctor tells
+        return f"the Python operators cannot be defined: {type(error).__name__}: {error}"
+    return None
+
+
+def _load_operators() -> str:
+    wanted = os.environ.get("ANYFLASH_PROVIDER") or "auto"
+    if wanted not in _PROVIDERS:
+        reasons.append(f"ANYFLASH_PROVIDER: expected {', '.join(_PROVIDERS)}, got '{wanted}'")
+        wanted = "auto"
+    if wanted == "python":
+        reasons.append("ANYFLASH_PROVIDER=python")
+    else:
+        obstacle = _obstacle_to_binary() or _open_binary()
+        if obstacle is None:
+            return "binary"
+        reasons.append(obstacle)
+    problem = _define_python()
+    if problem is None:
+        return "python"
+    reasons.append(problem)
+    return "binary" if _is_defined(_PROBE) else "none"
+
+
+def _load_native() -> Any:
+    try:
+        return importlib.import_module("anyflash._native")
+    except Exception as error:  # noqa: BLE001 - optional, and doctor tells
+        reasons.append(f"anyflash._native is not available: {error}")
+        return None
+
+
+def load() -> str:
+    """Loads the operators once and returns the provider: "binary", "python" or "none"."""
+    global _loaded, native, provider
+    if not _loaded:
+        _loaded = True
+        try:
+            provider = _load_operators()
+        except Exception as error:  # noqa: BLE001 - an import of anyflash never fails here
+            reasons.append(f"loading the operators failed: {type(error).__name__}: {error}")
+        native = _load_native()
+    return provider

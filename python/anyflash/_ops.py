@@ -1,0 +1,245 @@
+"""What the operators need from Python whoever provides them: fake kernels, and autograd for the public ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from . import _loader
+
+_keep_alive: list[torch.library.Library] = []
+
+
+def _lse_like(q: Tensor, packed: bool) -> Tensor:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    shape = (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
+    return q.new_empty(shape, dtype=dtype)
+
+
+def _out_like(q: Tensor, v: Tensor) -> Tensor:
+    if v.shape[-1] == q.shape[-1]:
+        return torch.empty_like(q)
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+def _attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Optional[Tensor], *rest: Any
+) -> tuple[Tensor, Tensor]:
+    return _out_like(q, v), _lse_like(q, cu_seqlens_q is not None)
+
+
+def _attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    bias, sinks = rest[9], rest[10]
+    bias_requires_grad, sinks_requires_grad = rest[19], rest[20]
+    return (
+        torch.empty_like(q),
+        torch.empty_like(k),
+        torch.empty_like(v),
+        torch.empty_like(bias) if bias_requires_grad else q.new_empty(0),
+        torch.empty_like(sinks) if sinks_requires_grad else q.new_empty(0),
+    )
+
+
+def _attention_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> Any:
+    return _out_like(q, v_cache), _lse_like(q, False)
+
+
+def _bias_activation(x: Tensor, bias: Optional[Tensor], activation: int, backend: int) -> Tensor:
+    per_output = 2 if activation == 4 else 1
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // per_output))
+
+
+def _bias_activation_backward(
+    dy: Tensor, x: Tensor, bias: Optional[Tensor], activation: int, backend: int
+) -> tuple[Tensor, Tensor]:
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return dx, x.new_empty(0 if bias is None else bias.shape)
+
+
+def _fused_mlp_forward(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Optional[Tensor],
+    weight2: Tensor,
+    bias2: Optional[Tensor],
+    activation: int,
+    save_hidden: bool,
+    backend: int,
+) -> tuple[Tensor, Tensor]:
+    out = x.new_empty((*x.shape[:-1], weight2.shape[0]))
+    return out, x.new_empty((*x.shape[:-1], weight1.shape[0]) if save_hidden else 0)
+
+
+def _fused_mlp_backward(
+    dout: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Optional[Tensor],
+    weight2: Tensor,
+    hidden: Tensor,
+    bias2_requires_grad: bool,
+    activation: int,
+    backend: int,
+) -> tuple[Tensor, ...]:
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(weight1.shape),
+        x.new_empty(0 if bias1 is None else bias1.shape),
+        x.new_empty(weight2.shape),
+        x.new_empty(weight2.shape[0] if bias2_requires_grad else 0),
+    )
+
+
+def _like_q(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    return _out_like(q, v)
+
+
+def _like_q_of_kvpacked(q: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(q)
+
+
+def _like_q_of_qkvpacked(qkv: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(qkv.select(-3, 0))
+
+
+def _fused_mlp(x: Tensor, weight1: Tensor, bias1: Any, weight2: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight2.shape[0]))
+
+
+FAKES: dict[str, Callable[..., Any]] = {
+    "attention_forward": _attention_forward,
+    "attention_backward": _attention_backward,
+    "attention_kvcache_": _attention_kvcache,
+    "bias_activation": _bias_activation,
+    "bias_activation_backward": _bias_activation_backward,
+    "fused_mlp_forward": _fused_mlp_forward,
+    "fused_mlp_backward": _fused_mlp_backward,
+    "flash_attn_func": _like_q,
+    "flash_attn_kvpacked_func": _like_q_of_kvpacked,
+    "flash_attn_qkvpacked_func": _like_q_of_qkvpacked,
+    "flash_attn_varlen_func": _like_q,
+    "flash_attn_varlen_kvpacked_func": _like_q_of_kvpacked,
+    "flash_attn_varlen_qkvpacked_func": _like_q_of_qkvpacked,
+    "flash_attn_with_kvcache": _like_q,
+    "fused_mlp": _fused_mlp,
+}
+
+
+def _window(window_size: Sequence[int]) -> tuple[int, int]:
+    left, right = window_size
+    return left, right
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, options: Sequence[Any], **lengths: Any) -> Tensor:
+    """anyflash.attention with the options of a public operator, those at the end left out when default."""
+    from .attention import attention
+
+    names = ("dropout_p", "softmax_scale", "causal", "window_size", "softcap", "alibi_slopes")
+    named = dict(zip((*names, "deterministic", "block_table"), options))
+    out = attention(q, k, v, **named, **lengths)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
+    return _attend(q, k, v, options)
+
+
+def _flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *options: Any) -> Tensor:
+    return _attend(q, *kv.unbind(-3), options)
+
+
+def _flash_attn_qkvpacked_func(qkv: Tensor, *options: Any) -> Tensor:
+    return _attend(*qkv.unbind(-3), options)
+
+
+def _flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *options: Any,
+) -> Tensor:
+    return _attend(
+        q,
+        k,
+        v,
+        options,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+    )
+
+
+def _flash_attn_varlen_kvpacked_func(q: Tensor, kv: Tensor, *rest: Any) -> Tensor:
+    return _flash_attn_varlen_func(q, *kv.unbind(-3), *rest)
+
+
+def _flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *options: Any
+) -> Tensor:
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return _flash_attn_varlen_func(*qkv.unbind(-3), *lengths, *options)
+
+
+def _fused_mlp_autograd(*args: Any) -> Tensor:
+    from .fused_mlp import fused_mlp
+
+    names = ("x", "weight1", "bias1", "weight2", "bias2", "activation", "recompute")
+    return fused_mlp(**dict(zip(names, args)))
+
+
+DIFFERENTIABLE: dict[str, Callable[..., Tensor]] = {
+    "flash_attn_func": _flash_attn_func,
+    "flash_attn_kvpacked_func": _flash_attn_kvpacked_func,
+    "flash_attn_qkvpacked_func": _flash_attn_qkvpacked_func,
+    "flash_attn_varlen_func": _flash_attn_varlen_func,
+    "flash_attn_varlen_kvpacked_func": _flash_attn_varlen_kvpacked_func,
+    "flash_attn_varlen_qkvpacked_func": _flash_attn_varlen_qkvpacked_func,
+    "fused_mlp": _fused_mlp_autograd,
+}
+
+
+def _autograd_kernel(name: str, differentiable: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The operator under autograd: recorded through the autograd.Functions where a gradient is asked for."""
+
+    def kernel(*args: Any) -> Tensor:
+        if torch.is_grad_enabled() and any(
+            isinstance(arg, Tensor) and arg.requires_grad for arg in args
+        ):
+            return differentiable(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.anyflash, name).default(*args)
+
+    return kernel
+
+
+def _register_fake(library: torch.library.Library, name: str, fake: Callable[..., Any]) -> None:
+    if hasattr(torch.library, "register_fake"):  # torch 2.4
+        torch.library.register_fake(f"anyflash::{name}", fake, lib=library)
+    elif hasattr(torch.library, "impl_abstract"):  # torch 2.1
+        torch.library.impl_abstract(f"anyflash::{name}", fake, lib=library)
+    else:
+        library.impl(name, fake, "Meta")
+
+
+def register() -> None:
+    """Gives the operators their fake and autograd kernels; what fails is a reason for doctor, not an error."""
+    library = torch.library.Library("anyflash", "IMPL")
+    _keep_alive.append(library)
+    try:
+        for name, fake in FAKES.items():
+            _register_fake(library, name, fake)
+        for name, differentiable in DIFFERENTIABLE.items():
+            library.impl(name, _autograd_kernel(name, differentiable), "Autograd")
+    except Exception as error:  # noqa: BLE001 - without them the operators still run
+        _loader.reasons.append(
+            f"the operators have no fake or autograd kernels: {type(error).__name__}: {error}"
+        )

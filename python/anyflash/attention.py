@@ -1,0 +1,152 @@
+"""anyflash.attention: dense, packed and paged attention with everything flash_attn knows, bias and sinks besides."""
+
+from __future__ import annotations
+
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor
+
+from . import _autocast, backends
+from ._autograd import apply_attention
+
+_forward = torch.ops.anyflash.attention_forward.default
+
+
+def _require_tensors(**tensors: Any) -> None:
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def contiguous_last_dim(x: Tensor) -> Tensor:
+    """x itself where the elements of a row lie side by side, else a contiguous copy."""
+    return x if x.dim() == 0 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _longest(given: Union[int, Tensor, None], bound: int) -> int:
+    """max_seqlen as a number; where none is given, what no sequence can exceed."""
+    return bound if given is None else int(given)
+
+
+def draw_rng_state(device: torch.device) -> Tensor:
+    """Seed and offset for one call's dropout, from torch's default generator: (2,) int64."""
+    return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=device)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens_q: Optional[Tensor] = None,
+    cu_seqlens_k: Optional[Tensor] = None,
+    max_seqlen_q: Union[int, Tensor, None] = None,
+    max_seqlen_k: Union[int, Tensor, None] = None,
+    seqused_k: Optional[Tensor] = None,
+    leftpad_k: Optional[Tensor] = None,
+    block_table: Optional[Tensor] = None,
+    alibi_slopes: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    sinks: Optional[Tensor] = None,
+    dropout_p: float = 0.0,
+    softmax_scale: Optional[float] = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    rng_state: Optional[Tensor] = None,
+    return_lse: bool = False,
+    backend: Optional[str] = None,
+) -> Union[Tensor, tuple[Tensor, Tensor]]:
+    """softmax(q k^T) v, differentiable in q, k, v, bias and sinks.
+
+    Args:
+        q: (batch, seqlen_q, heads, head_dim); (total_q, heads, head_dim) with cu_seqlens_q; three dimensions
+            without cu_seqlens_q are one sequence. fp16, bf16, fp32 or fp64; head_dim 1 to 512.
+        k: (batch, seqlen_k, heads_k, head_dim), (total_k, heads_k, head_dim), or with block_table
+            (num_blocks, page_size, heads_k, head_dim). heads_k divides heads.
+        v: k's shape; its last dimension may differ.
+        cu_seqlens_q: (batch + 1,) int32, where each packed sequence begins, and the end.
+        cu_seqlens_k: the same for keys.
+        max_seqlen_q: the longest sequence; None: a bound that costs memory on some back ends.
+        max_seqlen_k: the same for keys.
+        seqused_k: (batch,) int32, keys in use of each sequence.
+        leftpad_k: (batch,) int32, leading keys to skip.
+        block_table: (batch, max_blocks) int32, the pages of each sequence.
+        alibi_slopes: (heads,) or (batch, heads) fp32.
+        bias: additive, or boolean with true = visible; broadcasts to (batch, heads, seqlen_q, seqlen_k).
+        sinks: (heads,), one more logit per head, without a value.
+        dropout_p: in [0, 1).
+        softmax_scale: None: head_dim ** -0.5.
+        causal: query i sees keys up to i + seqlen_k - seqlen_q.
+        window_size: keys to the left and right of that diagonal that are visible; -1: all.
+        softcap: > 0: scores become softcap * tanh(score / softcap).
+        deterministic: the backward adds in a fixed order.
+        rng_state: (2,) int64 seed and offset of the dropout; None: drawn.
+        return_lse: also return the log-sum-exp of each row, differentiable.
+        backend: comma list of back ends to try for this call (anyflash.backends).
+
+    Returns:
+        out in q's shape and layout with v's head dim; with return_lse (out, lse), lse fp32 (fp64 for fp64)
+        of (batch, heads, seqlen_q), packed (heads, total_q).
+
+    Raises:
+        RuntimeError: arguments that do not fit together, or no back end of the choice can run the call.
+        ValueError: an unknown back end.
+        TypeError: q, k or v is not a tensor.
+    """
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        _require_tensors(q=q, k=k, v=v)
+    if _autocast.is_enabled(q):
+        q, k, v, bias = _autocast.cast(q, k, v, bias)
+    single = q.dim() == 3 and cu_seqlens_q is None
+    if single:
+        q, k, v = _one_sequence(q, k, v)
+    q, k, v = contiguous_last_dim(q), contiguous_last_dim(k), contiguous_last_dim(v)
+    if cu_seqlens_q is not None:
+        max_seqlen_q = _longest(max_seqlen_q, q.size(0))
+        max_seqlen_k = _longest(max_seqlen_k, k.size(0))
+    else:
+        max_seqlen_q = max_seqlen_k = 0
+    if softmax_scale is None:
+        softmax_scale = q.size(-1) ** -0.5 if q.size(-1) else 1.0
+    if dropout_p > 0.0 and rng_state is None:
+        rng_state = draw_rng_state(q.device)
+    window_left, window_right = window_size
+    code = backends.resolve(backend)
+    if torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (sinks is not None and sinks.requires_grad)
+    ):
+        if block_table is not None:
+            raise RuntimeError(
+                "block_table: paged attention has no gradient, got q, k or v that requires one"
+            )
+        out, lse = apply_attention(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k,
+            alibi_slopes, bias, sinks, rng_state, dropout_p, softmax_scale, causal, window_left,
+            window_right, softcap, code, deterministic, return_lse,
+        )  # fmt: skip
+    else:
+        out, lse = _forward(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k,
+            block_table, alibi_slopes, bias, sinks, rng_state, dropout_p, softmax_scale, causal,
+            window_left, window_right, softcap, code,
+        )  # fmt: skip
+    if single:
+        out, lse = out.squeeze(0), lse.squeeze(0)
+    return (out, lse) if return_lse else out
+
+
+def _one_sequence(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(total, heads, head_dim) as a batch of one."""
+    if k.dim() != 3 or v.dim() != 3:
+        raise RuntimeError(
+            f"k, v: expected (seqlen_k, heads_k, head_dim) like q {tuple(q.shape)}, "
+            f"got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    return q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)

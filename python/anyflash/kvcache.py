@@ -1,0 +1,91 @@
+"""anyflash.attention_kvcache: append to a key/value cache in place, and attend over it."""
+
+from __future__ import annotations
+
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor
+
+from . import _autocast, backends
+from .attention import contiguous_last_dim
+
+_kvcache = torch.ops.anyflash.attention_kvcache_.default
+
+
+def attention_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Optional[Tensor] = None,
+    v: Optional[Tensor] = None,
+    *,
+    rotary_cos: Optional[Tensor] = None,
+    rotary_sin: Optional[Tensor] = None,
+    cache_seqlens: Union[int, Tensor, None] = None,
+    cache_batch_idx: Optional[Tensor] = None,
+    cache_leftpad: Optional[Tensor] = None,
+    block_table: Optional[Tensor] = None,
+    alibi_slopes: Optional[Tensor] = None,
+    sinks: Optional[Tensor] = None,
+    softmax_scale: Optional[float] = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    return_lse: bool = False,
+    backend: Optional[str] = None,
+) -> Union[Tensor, tuple[Tensor, Tensor]]:
+    """Writes k and v behind each sequence of the caches, then computes attention of q over the caches.
+
+    Args:
+        q: (batch, seqlen_q, heads, head_dim).
+        k_cache: (batch_cache, capacity, heads_k, head_dim); with block_table (num_blocks, page_size, heads_k, head_dim).
+            Changed in place.
+        v_cache: k_cache's shape; its last dimension may differ. Changed in place.
+        k: (batch, seqlen_new, heads_k, head_dim) to append, at rows cache_seqlens and following.
+        v: like k.
+        rotary_cos: (seqlen_rotary, rotary_dim / 2) in q's dtype; with it, q and k are rotated.
+        rotary_sin: like rotary_cos.
+        cache_seqlens: (batch,) int32, keys in the cache before the call; an int for all; None: the whole cache.
+        cache_batch_idx: (batch,) int32, the row of the cache that belongs to each sequence.
+        cache_leftpad: (batch,) int32, leading rows to skip.
+        block_table: (batch, max_blocks) int32, the pages of each sequence.
+        alibi_slopes: (heads,) or (batch, heads) fp32.
+        sinks: (heads,).
+        softmax_scale: None: head_dim ** -0.5.
+        causal, window_size, softcap: as in anyflash.attention.
+        rotary_interleaved: rotate neighbours; False: elements half of rotary_dim apart.
+        return_lse: also return the log-sum-exp.
+        backend: comma list of back ends to try for this call.
+
+    Returns:
+        out (batch, seqlen_q, heads, head_dim_v); with return_lse (out, lse), lse (batch, heads, seqlen_q).
+
+    Raises:
+        RuntimeError: arguments that do not fit together, a cache that overflows, or inputs that require a
+            gradient while gradients are recorded: there is none.
+        ValueError: an unknown back end.
+        TypeError: q or a cache is not a tensor.
+    """
+    tensors: dict[str, Any] = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) and (tensor is not None or name not in ("k", "v")):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{name}: attention over a cache has no gradient, got a tensor that requires one; "
+                f"expected torch.no_grad() or {name}.detach()"
+            )
+    if _autocast.is_enabled(q):
+        q = q.to(k_cache.dtype) if q.is_floating_point() else q
+    if isinstance(cache_seqlens, int):
+        cache_seqlens = torch.full((q.size(0),), cache_seqlens, dtype=torch.int32, device=q.device)
+    if softmax_scale is None:
+        softmax_scale = q.size(-1) ** -0.5 if q.dim() and q.size(-1) else 1.0
+    out, lse = _kvcache(
+        contiguous_last_dim(q), k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens,
+        cache_batch_idx, cache_leftpad, block_table, alibi_slopes, sinks, softmax_scale, causal,
+        window_size[0], window_size[1], softcap, rotary_interleaved, backends.resolve(backend),
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
