@@ -1,4 +1,4 @@
-"""Only what pyproject.toml cannot say: the CMake build, the start-up files, and the metadata of the drop-in."""
+"""What pyproject.toml cannot say: the CMake build, start-up files, the drop-in's metadata."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(*command: str) -> None:
 
 
 def cmake(cuda: bool, prefix: pathlib.Path) -> None:
-    """Configures, builds and installs the libraries into a folder that holds (or will hold) the package."""
+    """Configures, builds and installs the libraries into the folder of the package `anyflash`."""
     import pybind11
 
     build = ROOT / "build" / f"py{sys.version_info[0]}{sys.version_info[1]}"
@@ -76,7 +76,8 @@ def build_binary(prefix: pathlib.Path) -> dict[str, Any]:
     """Builds as much as this machine allows: with CUDA, else without, else nothing.
 
     Returns:
-        The facts for ``anyflash/_build.json``: ``binary``, ``cuda``, and ``reasons`` for what is missing.
+        The facts for ``anyflash/_build.json``: ``binary``, ``cuda``, and ``reasons`` for what is
+        missing.
 
     Raises:
         BuildFailed: ANYFLASH_BUILD=1 or ANYFLASH_CUDA=1 asked for what could not be built.
@@ -132,9 +133,10 @@ class CMakeBuild(build_ext):
 
 
 class BuildPy(build_py):
-    """Adds to built wheels: the lists that C++ and Python share, and RECORD for the drop-in's metadata.
+    """Adds to wheels: the lists that C++ and Python share, and RECORD for the drop-in's metadata.
 
-    RECORD never enters the source tree: outside a virtual environment `pip uninstall flash-attn` deletes what it lists.
+    RECORD never enters the source tree: outside a virtual environment `pip uninstall flash-attn`
+    deletes what it lists.
     """
 
     def run(self) -> None:
@@ -181,6 +183,7 @@ setup(
     distclass=Dist,
     ext_modules=[] if NO_BINARY else [Extension("anyflash._native", [])],
     cmdclass={"build_py": BuildPy, "build_ext": CMakeBuild},
-    # <name>.data/data/../purelib is the root of site-packages, where Python looks for start-up files
+    # <name>.data/data/../purelib is the root of site-packages, where Python looks for start-up
+    # files
     data_files=[("../purelib", ["startup/anyflash.pth", "startup/anyflash.start"])],
 )

@@ -20,7 +20,7 @@ struct Facts {
 };
 
 void check_heads(int64_t heads, int64_t heads_k, const char* k_name) {
-  AF_CHECK(heads_k > 0 ? heads % heads_k == 0 : heads == 0,
+  AF_CHECK(heads > 0 && heads_k > 0 && heads % heads_k == 0,
            "Number of heads in key/value must divide number of heads in query, got ", heads_k,
            " heads in ", k_name, " and ", heads, " in q");
 }

@@ -1,10 +1,12 @@
 """The start-up hook of anyflash: makes ``import flash_attn`` find ``anyflash/dropin``.
 
-``anyflash.pth`` (and, from Python 3.15 on, ``anyflash.start``) call ``install()`` in every interpreter start. So it uses only
-modules that ``site`` has already imported, imports neither torch nor anyflash, and never raises.
+``anyflash.pth`` (and, from Python 3.15 on, ``anyflash.start``) call ``install()`` in every
+interpreter start. So it uses only modules that ``site`` has already imported, imports neither
+torch nor anyflash, and never raises.
 
-The environment variable ``ANYFLASH_DROPIN`` steers it: unset or ``1`` puts the folder before every installed package, ``append``
-behind them (a working flash-attn then wins), ``0`` leaves ``sys.path`` alone.
+The environment variable ``ANYFLASH_DROPIN`` steers it: unset or ``1`` puts the folder before
+every installed package, ``append`` behind them (a working flash-attn then wins), ``0`` leaves
+``sys.path`` alone.
 """
 
 import os
@@ -25,8 +27,9 @@ def install():
     folder = os.path.join(here, "anyflash", "dropin")
     if mode in _OFF or folder in sys.path or not os.path.isdir(folder):
         return None
-    # Just before the first site directory (or the one that holds this file): behind the standard library, the script's
-    # folder and PYTHONPATH, so a user's own checkout wins; ahead of every installed flash-attn, also a broken one.
+    # Just before the first site directory (or the one that holds this file): behind the standard
+    # library, the script's folder and PYTHONPATH, so a user's own checkout wins; ahead of every
+    # installed flash-attn, also a broken one.
     position = len(sys.path)
     if mode != "append":
         position = next(

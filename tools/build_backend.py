@@ -1,18 +1,21 @@
-"""setuptools' build backend, which also asks for what this machine lacks: cmake, ninja, and CUDA's compiler where there is no
-nvcc. Never torch: its headers are all the build needs (torch_headers.py)."""
+"""setuptools' build backend, which also asks for what this machine lacks.
+
+That is cmake, ninja, and CUDA's compiler where there is no nvcc. Never torch: its headers are all
+the build needs (torch_headers.py).
+"""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import subprocess
+
+from setuptools import build_meta
+from setuptools.build_meta import *  # noqa: F403
 
 import torch_headers
 from build_plan import no_binary_reason, wants_cuda
 from cuda_pins import PINS, has_nvcc
-from setuptools import build_meta
-from setuptools.build_meta import *  # noqa: F403
 
 OLDEST_CMAKE = (3, 24)
 

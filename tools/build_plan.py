@@ -1,8 +1,9 @@
 """What to build on this machine: the binary with CUDA, without, or pure Python.
 
 Environment:
-    ANYFLASH_BUILD  0: pure Python; 1: the binary, and an error where it cannot be built; unset: the binary if possible
-    ANYFLASH_CUDA   0: no CUDA kernels; 1: an error where they cannot be built; unset: if possible
+    ANYFLASH_BUILD  0: pure Python; 1: the binary, and an error where it cannot be built; unset:
+    the binary if possible ANYFLASH_CUDA   0: no CUDA kernels; 1: an error where they cannot be
+    built; unset: if possible
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The CUDA compiler as Python packages, for machines without nvcc.
 
-Every one is pinned: nvcc's own metadata asks for the others without versions, which would pair this ptxas with a newer
-front end whose output it cannot read.
+Every one is pinned: nvcc's own metadata asks for the others without versions, which would pair
+this ptxas with a newer front end whose output it cannot read.
 
 usage: cuda_pins.py          prints the packages, or nothing where this machine has an nvcc
        cuda_pins.py --root   prints the folder of the installed packages, or nothing

@@ -1,10 +1,12 @@
 """Stub libraries that let a binary linked on glibc >= 2.34 load on older systems.
 
-glibc 2.34 moved libpthread, libdl and librt into libc and gave the moved symbols the version GLIBC_2.34. libc keeps the old
-versions, but a linker picks the new one. A stub that defines a symbol with its old version under its old library's name, and
-stands before libc on the link line, makes the linker record what every glibc offers.
+glibc 2.34 moved libpthread, libdl and librt into libc and gave the moved symbols the version
+GLIBC_2.34. libc keeps the old versions, but a linker picks the new one. A stub that defines a
+symbol with its old version under its old library's name, and stands before libc on the link line,
+makes the linker record what every glibc offers.
 
-usage: glibc_floor.py <C++ compiler> <output folder>     prints the stubs as a CMake list (empty where none is needed)
+usage: glibc_floor.py <C++ compiler> <output folder>
+prints the stubs as a CMake list (empty where none is needed)
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """Finds torch's stable-ABI headers without importing torch.
 
-Order: $ANYFLASH_TORCH_INCLUDE; the torch this Python would import; the one in its site-packages (inside pip's isolated build
-the former is hidden, the latter is the user's); else the headers are taken out of torch's macOS wheel, the smallest one: the
-headers are the same on every system. Which torch they come from does not matter: the library is built for torch 2.10's ABI.
+Order: $ANYFLASH_TORCH_INCLUDE; the torch this Python would import; the one in its site-packages
+(inside pip's isolated build the former is hidden, the latter is the user's); else the headers are
+taken out of torch's macOS wheel, the smallest one: the headers are the same on every system.
+Which torch they come from does not matter: the library is built for torch 2.10's ABI.
 
-usage: torch_headers.py [<folder for downloaded headers>]     prints the include folder; exit status 1 where there is none
+usage: torch_headers.py [<folder for downloaded headers>]
+prints the include folder; exit status 1 where there is none
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import sys
 import sysconfig
 import tempfile
 import zipfile
-from typing import Iterator
+from collections.abc import Iterator
 
 OLDEST = (2, 10)
 WHEEL = "torch==2.12.1"
@@ -31,7 +33,7 @@ PARTS = (
 
 
 def version(include: pathlib.Path) -> tuple[int, int]:
-    """Version of the torch whose include folder this is; (0, 0) where it has no stable-ABI headers."""
+    """Version of the torch whose include folder this is; (0, 0) without stable-ABI headers."""
     try:
         text = (include / "torch/headeronly/version.h").read_text()
     except OSError:

@@ -1,4 +1,5 @@
 // PyTorch's CPU flash attention. It knows square causal masks and explicit ones; everything else is cut into pieces (pieces.h).
+#include <algorithm>
 #include <limits>
 
 #include "fallback/pieces.h"
@@ -66,7 +67,9 @@ IntervalMask<int64_t> interval_of(const AttentionArgs& args, const Run& run) {
   return {run.q.length, run.k.length, args.window_left, args.window_right};
 }
 
-Plan plan_run(const AttentionArgs& args, const Run& run) { return plan_pieces(interval_of(args, run), args.bias.has_value()); }
+Plan plan_run(const AttentionArgs& args, const Run& run, PlanFor purpose) {
+  return plan_pieces(interval_of(args, run), args.bias ? PlanFor::kBias : purpose);
+}
 
 bool covers_all_rows(const Plan& plan, const Run& run) { return plan.row_begin == 0 && plan.row_end == run.q.length; }
 
@@ -155,15 +158,15 @@ Tensor as_promised(const Tensor& x, const Tensor& like) {
 }
 
 // The plan of a problem that is one call, whose results need no copy.
-std::optional<Piece> single_call(const AttentionArgs& args, const std::vector<Run>& runs) {
+std::optional<Piece> single_call(const AttentionArgs& args, const std::vector<Run>& runs, PlanFor purpose) {
   if (args.packed() || runs.size() != 1 || runs[0].count != args.q.size(0)) return std::nullopt;
-  const Plan plan = plan_run(args, runs[0]);
+  const Plan plan = plan_run(args, runs[0], purpose);
   if (plan.pieces.size() != 1 || !covers_all_rows(plan, runs[0])) return std::nullopt;
   return plan.pieces[0];
 }
 
 void forward_run(const AttentionArgs& args, const Run& run, const Tensor& out, const Tensor& lse) {
-  const Plan plan = plan_run(args, run);
+  const Plan plan = plan_run(args, run, PlanFor::kForward);
   const Tensor run_out = query_rows(args, run, out);
   const Tensor run_lse = lse_rows(args, run, lse);
   if (!covers_all_rows(plan, run)) {
@@ -183,15 +186,21 @@ void forward_run(const AttentionArgs& args, const Run& run, const Tensor& out, c
   }
 }
 
-// Adds to the rows [begin, begin + rows of x) of dim 1.
-void accumulate(const Tensor& sum, int64_t begin, const Tensor& x) {
-  const Tensor part = narrow(sum, 1, begin, x.size(1));
-  copy_(part, add(part, x));
+// Sums pieces of a key gradient into (count, length, heads_k, head_dim): keys below `written` hold a sum, the others nothing yet.
+void accumulate(const Tensor& sum, int64_t written, const Piece& piece, const Tensor& x) {
+  const int64_t shared = std::clamp<int64_t>(written - piece.key_begin, 0, piece.keys());
+  if (shared > 0) {
+    const Tensor part = narrow(sum, 1, piece.key_begin, shared);
+    copy_(part, add(part, narrow(x, 1, 0, shared)));
+  }
+  if (shared < piece.keys()) {
+    copy_(narrow(sum, 1, piece.key_begin + shared, piece.keys() - shared), narrow(x, 1, shared, piece.keys() - shared));
+  }
 }
 
 // The gradients are zero on entry.
 void backward_run(const AttentionArgs& args, const BackwardArgs& grad, const Run& run, const Gradients& result) {
-  const std::vector<Piece> pieces = plan_run(args, run).pieces;
+  const std::vector<Piece> pieces = plan_run(args, run, PlanFor::kBackward).pieces;
   if (pieces.empty()) return;
   const RunProblem problem(args, run);
   const Tensor dout = computable(query_rows(args, run, grad.dout));
@@ -200,26 +209,23 @@ void backward_run(const AttentionArgs& args, const BackwardArgs& grad, const Run
   const Tensor run_dq = query_rows(args, run, result.dq);
   const Tensor run_dk = key_rows(args, run, result.dk);
   const Tensor run_dv = key_rows(args, run, result.dv);
-  if (pieces.size() == 1) {
-    const auto [dq, dk, dv] = problem.differentiate(pieces[0], dout, out, lse);
-    copy_(rows_of(run_dq, pieces[0]), dq);
-    copy_(keys_of(run_dk, pieces[0]), dk);
-    copy_(keys_of(run_dv, pieces[0]), dv);
-    return;
-  }
-  const ScalarType dtype = accumulator_type(args.q);
-  const Tensor sum_dq = full(run_dq.sizes(), 0, args.q, dtype);
-  const Tensor sum_dk = full(run_dk.sizes(), 0, args.q, dtype);
-  const Tensor sum_dv = full(run_dv.sizes(), 0, args.q, dtype);
+  // Sums of many low-precision parts are kept in fp32.
+  const bool sums = pieces.size() > 2 && run_dk.scalar_type() != accumulator_type(run_dk);
+  const Tensor sum_dk = sums ? full(run_dk.sizes(), 0, run_dk, accumulator_type(run_dk)) : run_dk;
+  const Tensor sum_dv = sums ? full(run_dv.sizes(), 0, run_dv, accumulator_type(run_dv)) : run_dv;
+  int64_t written = pieces[0].key_begin;
   for (const Piece& piece : pieces) {
     const auto [dq, dk, dv] = problem.differentiate(piece, dout, out, lse);
-    accumulate(sum_dq, piece.row_begin, dq);
-    accumulate(sum_dk, piece.key_begin, dk);
-    accumulate(sum_dv, piece.key_begin, dv);
+    const Tensor piece_dq = rows_of(run_dq, piece);
+    copy_(piece_dq, piece.merges ? add(piece_dq, dq) : dq);
+    accumulate(sum_dk, written, piece, dk);
+    accumulate(sum_dv, written, piece, dv);
+    written = std::max(written, piece.key_end);
   }
-  copy_(run_dq, sum_dq);
-  copy_(run_dk, sum_dk);
-  copy_(run_dv, sum_dv);
+  if (sums) {
+    copy_(run_dk, sum_dk);
+    copy_(run_dv, sum_dv);
+  }
 }
 
 Tensor zeros_like(const Tensor& x) {
@@ -232,7 +238,7 @@ Tensor zeros_like(const Tensor& x) {
 
 ForwardResult forward(const AttentionArgs& args) {
   const std::vector<Run> runs = split_runs(args);
-  if (const auto piece = single_call(args, runs)) {
+  if (const auto piece = single_call(args, runs, PlanFor::kForward)) {
     const Block block = RunProblem(args, runs[0]).attend(*piece);
     return {as_promised(block.out, args.q), contiguous(block.lse)};
   }
@@ -245,7 +251,7 @@ ForwardResult forward(const AttentionArgs& args) {
 
 Gradients backward(const AttentionArgs& args, const BackwardArgs& grad) {
   const std::vector<Run> runs = split_runs(args);
-  const auto piece = single_call(args, runs);
+  const auto piece = single_call(args, runs, PlanFor::kBackward);
   if (piece && piece->keys() == args.k.size(1)) {
     const auto [dq, dk, dv] =
         RunProblem(args, runs[0]).differentiate(*piece, computable(grad.dout), computable(grad.out), grad.lse);

@@ -31,7 +31,12 @@ struct Plan {
   std::vector<Piece> pieces;
 };
 
-// `explicit_masks`: no causal and no merging pieces, for callers who mask the scores anyway (bias).
-Plan plan_pieces(const IntervalMask<int64_t>& mask, bool explicit_masks);
+enum class PlanFor {
+  kForward,
+  kBackward,  // pieces share few keys: what several of them add to a key's gradient costs passes over memory
+  kBias,      // neither causal nor merging pieces: the scores are masked explicitly anyway
+};
+
+Plan plan_pieces(const IntervalMask<int64_t>& mask, PlanFor purpose);
 
 }  // namespace anyflash

@@ -4,6 +4,14 @@
 
 #include "kernels/portable.h"
 
+namespace anyflash {
+
+struct Words16 {  // 16 bytes, what one load or store moves at most
+  uint32_t w[4];
+};
+
+}  // namespace anyflash
+
 #if !defined(__CUDACC__) && !defined(__CUDACC_RTC__)
 #include "tests/cpp/simt.h"
 #else
@@ -47,6 +55,16 @@ __device__ __forceinline__ uint16_t fp32_to_bf16(float x) {
   const uint32_t bits = __float_as_uint(x);
   return x == x ? uint16_t((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16) : uint16_t{0x7FFF};
 #endif
+}
+
+__device__ __forceinline__ Words16 load_16(const void* global) {
+  Words16 x;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.w[0]), "=r"(x.w[1]), "=r"(x.w[2]), "=r"(x.w[3]) : "l"(global));
+  return x;
+}
+
+__device__ __forceinline__ void store_16(void* global, const Words16& x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(x.w[0]), "r"(x.w[1]), "r"(x.w[2]), "r"(x.w[3]) : "memory");
 }
 
 }  // namespace anyflash::ptx

@@ -74,7 +74,8 @@ __device__ __forceinline__ float slope(float z) {
 // ---- one thread's elements of a row -------------------------------------------------------------------------------------------------
 
 template <typename T>
-struct alignas(16) Pack {
+union Pack {
+  Words16 words;
   T values[kPack<T>];
 };
 
@@ -90,8 +91,11 @@ struct Columns {
   __device__ __forceinline__ bool has(int i) const { return first + offset(i) < cols; }
 
   __device__ __forceinline__ Pack<T> load(const T* row) const {
-    if (kVectorised && has(kPack<T> - 1)) return *reinterpret_cast<const Pack<T>*>(row + first);
     Pack<T> pack{};
+    if (kVectorised && has(kPack<T> - 1)) {
+      pack.words = ptx::load_16(row + first);
+      return pack;
+    }
 #pragma unroll
     for (int i = 0; i < kPack<T>; ++i) {
       if (has(i)) pack.values[i] = row[first + offset(i)];
@@ -101,7 +105,7 @@ struct Columns {
 
   __device__ __forceinline__ void store(T* row, const Pack<T>& pack) const {
     if (kVectorised && has(kPack<T> - 1)) {
-      *reinterpret_cast<Pack<T>*>(row + first) = pack;
+      ptx::store_16(row + first, pack.words);
       return;
     }
 #pragma unroll

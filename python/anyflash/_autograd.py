@@ -3,38 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import Function, once_differentiable
 
 _ops = torch.ops.anyflash
 
 
-def _is_tracing() -> Callable[[], bool]:
-    """Tells whether torch.compile traces or a functorch transform is at work."""
-    compiler = getattr(torch, "compiler", None)
-    is_compiling = getattr(compiler, "is_compiling", None) or (lambda: False)
-    transforms_active = torch._C._are_functorch_transforms_active
-    return lambda: is_compiling() or transforms_active()
+def _is_compiling() -> Callable[[], bool]:
+    compiler = getattr(torch, "compiler", None)  # torch 2.1
+    return getattr(compiler, "is_compiling", None) or (lambda: False)
+
+
+def _distinct(args: tuple[Any, ...]) -> list[Any]:
+    """Repeated tensors as views of themselves: torch.compile refuses the same tensor twice."""
+    result: list[Any] = []
+    for arg in args:
+        repeated = False
+        if isinstance(arg, Tensor):
+            for other in result:
+                repeated = repeated or other is arg
+        result.append(arg.view_as(arg) if repeated else arg)
+    return result
 
 
 def applier(function: type[Function]) -> Callable[..., Any]:
-    """``function.apply`` for eager mode, without what it does for tracers and transforms (30 of 40 microseconds).
+    """``function.apply`` for eager mode, without what it does for functorch (30 of 40 microseconds).
 
-    The short cut is private to torch, so it is taken only where torch has it.
+    The short cut is private to torch, so it is taken only where torch has it. It is also the way inside an autograd kernel
+    that a functorch transform called: there the key of functorch's front is both included and excluded.
     """
     try:
         direct = torch._C._FunctionBase.__dict__["apply"].__get__(None, function)
-        is_tracing = _is_tracing()
+        included = torch._C._dispatch_tls_is_dispatch_key_included
+        excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+        front = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
     except (AttributeError, KeyError):
         return function.apply
+    is_compiling = _is_compiling()
 
     def apply(*args: Any) -> Any:
-        return function.apply(*args) if is_tracing() else direct(*args)
+        if is_compiling():
+            return function.apply(*_distinct(args))
+        if not included(front):
+            return direct(*args)
+        if not excluded(front):
+            return function.apply(*args)
+        from torch._functorch.utils import enable_single_level_autograd_function
+
+        with enable_single_level_autograd_function():
+            return direct(*args)
 
     return apply
+
+
+def needs_autograd(*tensors: Tensor | None) -> bool:
+    """True where a call is to be recorded, or, under forward-mode differentiation, refused by the Function."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return forward_ad._current_level >= 0
 
 
 class AttentionFunction(Function):
@@ -48,16 +80,16 @@ class AttentionFunction(Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        cu_seqlens_q: Optional[Tensor],
-        cu_seqlens_k: Optional[Tensor],
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
         max_seqlen_q: int,
         max_seqlen_k: int,
-        seqused_k: Optional[Tensor],
-        leftpad_k: Optional[Tensor],
-        alibi_slopes: Optional[Tensor],
-        bias: Optional[Tensor],
-        sinks: Optional[Tensor],
-        rng_state: Optional[Tensor],
+        seqused_k: Tensor | None,
+        leftpad_k: Tensor | None,
+        alibi_slopes: Tensor | None,
+        bias: Tensor | None,
+        sinks: Tensor | None,
+        rng_state: Tensor | None,
         dropout_p: float,
         softmax_scale: float,
         causal: bool,
@@ -89,7 +121,7 @@ class AttentionFunction(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Optional[Tensor], dlse: Optional[Tensor]) -> tuple[Any, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         (q, k, v, cu_q, cu_k, seqused_k, leftpad_k, alibi, bias, sinks, rng, out, lse) = (
             ctx.saved_tensors
         )
@@ -114,7 +146,7 @@ class BiasActivationFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, bias: Optional[Tensor], activation: int, backend: int) -> Tensor:
+    def forward(x: Tensor, bias: Tensor | None, activation: int, backend: int) -> Tensor:
         return _ops.bias_activation.default(x, bias, activation, backend)
 
     @staticmethod
@@ -139,9 +171,9 @@ class FusedMLPFunction(Function):
     def forward(
         x: Tensor,
         weight1: Tensor,
-        bias1: Optional[Tensor],
+        bias1: Tensor | None,
         weight2: Tensor,
-        bias2: Optional[Tensor],
+        bias2: Tensor | None,
         activation: int,
         save_hidden: bool,
         backend: int,
@@ -162,7 +194,7 @@ class FusedMLPFunction(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Optional[Tensor], _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Any, ...]:
         x, weight1, bias1, weight2, hidden = ctx.saved_tensors
         if dout is None:
             return (None,) * 8

@@ -50,7 +50,7 @@ def _fields(text: str) -> tuple[str, ...]:
     return tuple(fields)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def entries(name: str) -> tuple[Entry, ...]:
     """The entries of ``schemas``, ``routes`` or ``instances``, in the order of the file."""
     found = []

@@ -43,6 +43,10 @@ def heading(facts: dict[str, Any]) -> str:
         lines.append(f"torch       {_torch(torch_facts)}")
     for gpu in facts["gpus"] if isinstance(facts["gpus"], list) else ():
         lines.append(f"GPU         {gpu['name']}, sm_{gpu['sm']}, {gpu['memory_gib']:.0f} GiB")
+    trial = facts["trial"]
+    if not _failed(trial):
+        results = ", ".join(f"{device} {result}" for device, result in trial.items())
+        lines.append(f"trial run   {results} (attention, forward and backward)")
     found = facts["flash_attn"]
     if not _failed(found):
         owner = "anyflash" if found["ours"] else found["winner"] or "not found"

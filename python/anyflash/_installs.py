@@ -6,6 +6,7 @@ breaks only its probe.
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import importlib.metadata
 import os
@@ -37,14 +38,17 @@ def survey(probe: bool = True) -> dict[str, Any]:
 
     Returns:
         winner: Folder that `import flash_attn` uses, or None; ours: whether that is the drop-in;
+        import_error: why importing ours fails, or None;
         metadata_version: what `importlib.metadata` says; copies: list of {folder, ours, compiled,
         distribution, works, error}; hook: state of the start-up hook.
     """
     winner = _winner()
     copies = [_describe(folder, probe) for folder in _folders()]
+    ours = winner is not None and Path(winner).resolve().parent == DROPIN
     return {
         "winner": winner,
-        "ours": winner is not None and Path(winner).resolve().parent == DROPIN,
+        "ours": ours,
+        "import_error": _import_error() if ours else None,
         "metadata_version": _metadata_version(),
         "copies": copies,
         "hook": hook_state(),
@@ -55,6 +59,14 @@ def _winner() -> str | None:
     # Not importlib.util.find_spec: someone's stub may sit in sys.modules already.
     spec = importlib.machinery.PathFinder.find_spec("flash_attn")
     return str(Path(spec.origin).parent) if spec is not None and spec.origin else None
+
+
+def _import_error() -> str | None:
+    try:
+        importlib.import_module("flash_attn")
+    except Exception as error:  # noqa: BLE001 - any failure is the finding
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _folders() -> list[Path]:

@@ -14,7 +14,7 @@ import os
 import pathlib
 import re
 import struct
-from typing import Any, Optional
+from typing import Any
 
 import torch
 
@@ -43,7 +43,7 @@ def _is_defined(operator: str) -> bool:
     return bool(torch._C._jit_get_schemas_for_operator(operator))
 
 
-def _truncation(path: pathlib.Path) -> Optional[str]:
+def _truncation(path: pathlib.Path) -> str | None:
     """What is wrong with an ELF file that was cut; opening such a file could end the process."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -58,7 +58,7 @@ def _truncation(path: pathlib.Path) -> Optional[str]:
     return None
 
 
-def _obstacle_to_binary() -> Optional[str]:
+def _obstacle_to_binary() -> str | None:
     """Why the binary is not opened; None: nothing speaks against it."""
     if not LIBRARY.is_file():
         return f"{LIBRARY.name} is not there: the binary was not built when anyflash was installed"
@@ -71,7 +71,7 @@ def _obstacle_to_binary() -> Optional[str]:
         return f"{LIBRARY.name} cannot be read: {error}"
 
 
-def _open_binary() -> Optional[str]:
+def _open_binary() -> str | None:
     """Loads the binary; returns what went wrong."""
     was_defined = _is_defined(_PROBE)
     try:
@@ -108,7 +108,7 @@ def _install_notice_sink(library: ctypes.CDLL) -> None:
     atexit.register(set_sink, None)  # the interpreter ends before the library
 
 
-def _define_python() -> Optional[str]:
+def _define_python() -> str | None:
     """Defines the operators in Python; returns what went wrong."""
     if _is_defined(_PROBE):
         return "operators of the name anyflash:: exist already; those are in use"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _loader
+from ._autograd import needs_autograd
 
 _keep_alive: list[torch.library.Library] = []
 
@@ -26,14 +27,14 @@ def _out_like(q: Tensor, v: Tensor) -> Tensor:
 
 
 def _attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Optional[Tensor], *rest: Any
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     return _out_like(q, v), _lse_like(q, cu_seqlens_q is not None)
 
 
 def _attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-    bias, sinks = rest[9], rest[10]
-    bias_requires_grad, sinks_requires_grad = rest[19], rest[20]
+    bias, sinks = rest[10], rest[11]
+    bias_requires_grad, sinks_requires_grad = rest[20], rest[21]
     return (
         torch.empty_like(q),
         torch.empty_like(k),
@@ -47,13 +48,13 @@ def _attention_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) 
     return _out_like(q, v_cache), _lse_like(q, False)
 
 
-def _bias_activation(x: Tensor, bias: Optional[Tensor], activation: int, backend: int) -> Tensor:
+def _bias_activation(x: Tensor, bias: Tensor | None, activation: int, backend: int) -> Tensor:
     per_output = 2 if activation == 4 else 1
     return x.new_empty((*x.shape[:-1], x.shape[-1] // per_output))
 
 
 def _bias_activation_backward(
-    dy: Tensor, x: Tensor, bias: Optional[Tensor], activation: int, backend: int
+    dy: Tensor, x: Tensor, bias: Tensor | None, activation: int, backend: int
 ) -> tuple[Tensor, Tensor]:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     return dx, x.new_empty(0 if bias is None else bias.shape)
@@ -62,9 +63,9 @@ def _bias_activation_backward(
 def _fused_mlp_forward(
     x: Tensor,
     weight1: Tensor,
-    bias1: Optional[Tensor],
+    bias1: Tensor | None,
     weight2: Tensor,
-    bias2: Optional[Tensor],
+    bias2: Tensor | None,
     activation: int,
     save_hidden: bool,
     backend: int,
@@ -77,7 +78,7 @@ def _fused_mlp_backward(
     dout: Tensor,
     x: Tensor,
     weight1: Tensor,
-    bias1: Optional[Tensor],
+    bias1: Tensor | None,
     weight2: Tensor,
     hidden: Tensor,
     bias2_requires_grad: bool,
@@ -211,9 +212,7 @@ def _autograd_kernel(name: str, differentiable: Callable[..., Tensor]) -> Callab
     """The operator under autograd: recorded through the autograd.Functions where a gradient is asked for."""
 
     def kernel(*args: Any) -> Tensor:
-        if torch.is_grad_enabled() and any(
-            isinstance(arg, Tensor) and arg.requires_grad for arg in args
-        ):
+        if needs_autograd(*(arg for arg in args if isinstance(arg, Tensor))):
             return differentiable(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops.anyflash, name).default(*args)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _autocast, backends
-from ._autograd import apply_attention
+from ._autograd import apply_attention, needs_autograd
 
 _forward = torch.ops.anyflash.attention_forward.default
 
@@ -24,7 +24,7 @@ def contiguous_last_dim(x: Tensor) -> Tensor:
     return x if x.dim() == 0 or x.stride(-1) == 1 else x.contiguous()
 
 
-def _longest(given: Union[int, Tensor, None], bound: int) -> int:
+def _longest(given: int | Tensor | None, bound: int) -> int:
     """max_seqlen as a number; where none is given, what no sequence can exceed."""
     return bound if given is None else int(given)
 
@@ -39,26 +39,26 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    cu_seqlens_q: Optional[Tensor] = None,
-    cu_seqlens_k: Optional[Tensor] = None,
-    max_seqlen_q: Union[int, Tensor, None] = None,
-    max_seqlen_k: Union[int, Tensor, None] = None,
-    seqused_k: Optional[Tensor] = None,
-    leftpad_k: Optional[Tensor] = None,
-    block_table: Optional[Tensor] = None,
-    alibi_slopes: Optional[Tensor] = None,
-    bias: Optional[Tensor] = None,
-    sinks: Optional[Tensor] = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     dropout_p: float = 0.0,
-    softmax_scale: Optional[float] = None,
+    softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     deterministic: bool = False,
-    rng_state: Optional[Tensor] = None,
+    rng_state: Tensor | None = None,
     return_lse: bool = False,
-    backend: Optional[str] = None,
-) -> Union[Tensor, tuple[Tensor, Tensor]]:
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(q k^T) v, differentiable in q, k, v, bias and sinks.
 
     Args:
@@ -115,13 +115,7 @@ def attention(
         rng_state = draw_rng_state(q.device)
     window_left, window_right = window_size
     code = backends.resolve(backend)
-    if torch.is_grad_enabled() and (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (sinks is not None and sinks.requires_grad)
-    ):
+    if needs_autograd(q, k, v, bias, sinks):
         if block_table is not None:
             raise RuntimeError(
                 "block_table: paged attention has no gradient, got q, k or v that requires one"

@@ -1,23 +1,25 @@
-"""What flash_attn returns beside attention and nobody trains with: the dropout pattern, and the row sums of the backward.
+"""What flash_attn returns beside attention: the dropout pattern, and the backward's row sums.
 
-Both are composed from plain operators with the masks and the dropout bits of the Python provider, whichever provider runs.
+Both are composed from plain operators with the masks and the dropout bits of the Python provider,
+whichever provider runs.
 """
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
 
-#: Below it no random half-word is small enough to drop anything (kernels/philox.h), so there is no dropout to compute.
+#: Below it no random half-word is small enough to drop anything (kernels/philox.h), so there is no
+#: dropout to compute.
 NEGLIGIBLE_DROPOUT = 2.0**-17
 #: Lengths are rounded up to it in what the original library returns.
 ROUNDING = 128
 
 
 def effective_dropout(dropout_p: float) -> float:
-    """``dropout_p``, or 0 where it is too small to drop anything (callers pass 1e-30 to ask for the pattern)."""
+    """dropout_p, or 0 where it is too small to drop anything: 1e-30 asks for the pattern alone."""
     return 0.0 if 0.0 < dropout_p < NEGLIGIBLE_DROPOUT else dropout_p
 
 
@@ -33,8 +35,8 @@ def signed_probabilities(
     *,
     cu_seqlens_q: Optional[Tensor] = None,
     cu_seqlens_k: Optional[Tensor] = None,
-    max_seqlen_q: int = 0,
-    max_seqlen_k: int = 0,
+    max_seqlen_q: Union[int, Tensor] = 0,
+    max_seqlen_k: Union[int, Tensor] = 0,
     seqused_k: Optional[Tensor] = None,
     leftpad_k: Optional[Tensor] = None,
     block_table: Optional[Tensor] = None,
@@ -48,21 +50,25 @@ def signed_probabilities(
     """exp(score - the row's largest score), with a minus sign where dropout drops the probability.
 
     Args:
-        q, k and the options: as in ``anyflash.attention``, the lengths as numbers.
+        q, k and the options: as in ``anyflash.attention``; packed sequences need both max_seqlens.
         rng_state: (2,) int64 seed and offset; None: nothing is dropped.
 
     Returns:
-        (batch, heads, max_seqlen_q, max_seqlen_k) in q's dtype, both lengths rounded up to 128; 0 where a key is hidden.
+        (batch, heads, max_seqlen_q, max_seqlen_k) in q's dtype, both lengths rounded up to 128; 0
+        where a key is hidden.
     """
     from ._python_ops import philox
     from ._python_ops.math import Scorer, blocks
     from ._python_ops.parts import parts_of
     from ._python_ops.problem import AttentionArgs
 
+    single = q.dim() == 3 and cu_seqlens_q is None
+    if single:
+        q, k = q.unsqueeze(0), k.unsqueeze(0)
     args = AttentionArgs(
-        q, k, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k,
-        block_table, alibi_slopes, None, None, rng_state, dropout_p, softmax_scale, *window_size,
-        0.0,
+        q, k, k, cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), int(max_seqlen_k), seqused_k,
+        leftpad_k, block_table, alibi_slopes, None, None, rng_state, dropout_p, softmax_scale,
+        *window_size, 0.0,
     )  # fmt: skip
     args.normalise(causal)
     lengths = (round_up(args.max_seqlen_q), round_up(args.max_seqlen_k))
@@ -89,7 +95,7 @@ def signed_probabilities(
                 block.rows.start : block.rows.stop,
                 block.columns.start : block.columns.stop,
             ] = values.to(q.dtype)
-    return result
+    return result[0] if single else result
 
 
 @torch.no_grad()
@@ -102,8 +108,8 @@ def softmax_d(dout: Tensor, out: Tensor, cu_seqlens_q: Optional[Tensor] = None) 
         cu_seqlens_q: (batch + 1,) int32, packed only.
 
     Returns:
-        fp32; (batch, heads, seqlen_q rounded up to 128), packed (heads, total_q + 128 * batch) where sequence i begins
-        128 * i columns later. 0 in between.
+        fp32; (batch, heads, seqlen_q rounded up to 128), packed (heads, total_q + 128 * batch)
+        where sequence i begins 128 * i columns later. 0 in between.
     """
     sums = (dout.float() * out.float()).sum(-1).transpose(-1, -2)
     if cu_seqlens_q is None:

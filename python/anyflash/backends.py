@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import os
-from typing import Any, Optional
+from typing import Any
 
 #: Digit of each back end in a chain code, as in csrc/problem.h.
 CODES: dict[str, int] = {
@@ -90,7 +90,7 @@ def environment_chain() -> tuple[str, ...]:
     return names[:1] if is_set("ANYFLASH_STRICT") else names
 
 
-def chain_code(spec: Optional[str] = None, strict: Optional[bool] = None) -> int:
+def chain_code(spec: str | None = None, strict: bool | None = None) -> int:
     """The number that operators take as ``backend``.
 
     Args:
@@ -126,7 +126,7 @@ def current_code() -> int:
 current_code._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def resolve(spec: Optional[str]) -> int:
+def resolve(spec: str | None) -> int:
     """The chain code for a call's ``backend`` argument."""
     return current_code() if spec is None else chain_code(spec)
 
@@ -143,7 +143,7 @@ class backend:  # noqa: N801  (used as a function: ``with anyflash.backend("sdpa
         ValueError: an unknown name.
     """
 
-    def __init__(self, spec: Optional[str] = None, *, strict: Optional[bool] = None) -> None:
+    def __init__(self, spec: str | None = None, *, strict: bool | None = None) -> None:
         self.code = chain_code(spec, strict)
         self._tokens: list[contextvars.Token[int]] = []
 

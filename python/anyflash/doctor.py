@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import platform
 import traceback
@@ -90,6 +91,7 @@ def diagnose(probe: bool = True) -> Report:
         "flash_attn": lambda report: _flash_attn(report, probe),
         "environment": _environment,
         "decisions": _decisions,
+        "trial": _trial,
     }
     for name, collect in sections.items():
         try:
@@ -225,6 +227,8 @@ def _flash_attn(report: Report, probe: bool) -> dict[str, Any]:
     state = _installs.survey(probe)
     if not state["ours"]:
         _not_ours(report, state)
+    elif state["import_error"]:
+        report.problem(f"import flash_attn fails: {state['import_error']}", REINSTALL)
     for copy in state["copies"]:
         if copy["ours"]:
             continue
@@ -312,6 +316,35 @@ def _decisions(report: Report) -> list[dict[str, Any]]:
                     "unset ANYFLASH_STRICT, or add math to ANYFLASH_BACKEND",
                 )
     return rows
+
+
+def _trial(report: Report) -> dict[str, str]:
+    """Runs a small attention, forward and backward, on every device: what counts in the end."""
+    notices = logging.getLogger("anyflash")
+    found = {}
+    for device in ["cpu", *(f"cuda:{gpu['index']}" for gpu in _machine.gpus())]:
+        was_disabled, notices.disabled = notices.disabled, True  # the table says the same
+        try:
+            found[device] = _small_attention(device)
+        except Exception as error:  # noqa: BLE001 - whatever fails here is the finding
+            found[device] = f"{type(error).__name__}: {error}"
+        finally:
+            notices.disabled = was_disabled
+        if found[device] != "ok":
+            remedy = "try ANYFLASH_BACKEND=math, and report this with the output of doctor --json"
+            report.problem(f"A small attention on {device} failed: {found[device]}", remedy)
+    return found
+
+
+def _small_attention(device: str) -> str:
+    from .attention import attention
+
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    q, k, v = (torch.randn(1, 16, 2, 32, dtype=dtype, device=device) for _ in range(3))
+    out = attention(q.requires_grad_(), k, v, causal=True)
+    (gradient,) = torch.autograd.grad(out.sum(), q)
+    finite = bool(out.isfinite().all() and gradient.isfinite().all())
+    return "ok" if finite else "the result is not finite"
 
 
 def main(options: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """anyflash.fused_mlp and anyflash.bias_activation."""
 
-from __future__ import annotations
+from __future__ import annotations  # evaluated by torch.jit.script: Optional[X], not X | None
 
 from typing import Optional
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _autocast, backends
-from ._autograd import apply_bias_activation, apply_fused_mlp
+from ._autograd import apply_bias_activation, apply_fused_mlp, needs_autograd
 
 #: Names in the order of their numbers in the schemas.
 ACTIVATIONS = ("gelu_tanh", "gelu_erf", "relu", "squared_relu", "silu_gate")
@@ -23,12 +23,6 @@ def _number(activation: str) -> int:
             f"activation: expected one of {', '.join(ACTIVATIONS)}, got '{activation}'"
         )
     return ACTIVATIONS.index(activation)
-
-
-def _needs_grad(*tensors: Optional[Tensor]) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 @torch.jit.unused
@@ -48,7 +42,7 @@ def _fused_mlp(
     number, code = _number(activation), backends.resolve(backend)
     if _autocast.is_enabled(x):
         x, weight1, bias1, weight2, bias2 = _autocast.cast(x, weight1, bias1, weight2, bias2)
-    if _needs_grad(x, weight1, bias1, weight2, bias2):
+    if needs_autograd(x, weight1, bias1, weight2, bias2):
         save_hidden = not recompute
         return apply_fused_mlp(x, weight1, bias1, weight2, bias2, number, save_hidden, code)[0]
     return _fused_mlp_forward(x, weight1, bias1, weight2, bias2, number, False, code)[0]
@@ -117,6 +111,6 @@ def bias_activation(
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
     number, code = _number(activation), backends.resolve(backend)
-    if _needs_grad(x, bias):
+    if needs_autograd(x, bias):
         return apply_bias_activation(x, bias, number, code)
     return _bias_activation(x, bias, number, code)

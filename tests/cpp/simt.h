@@ -9,6 +9,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -111,6 +112,10 @@ namespace ptx {
 inline float ex2(float x) { return std::exp2(x); }
 inline float rcp(float x) { return 1.f / x; }
 
+inline void check_aligned(const void* global) {
+  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) std::abort();  // exceptions cannot leave a fiber
+}
+
 inline float fp16_to_fp32(uint16_t x) {
   const uint32_t sign = uint32_t(x & 0x8000u) << 16;
   const uint32_t exponent = x >> 10 & 31u;
@@ -129,6 +134,18 @@ inline uint16_t fp32_to_fp16(float x) {
     return uint16_t(sign | (simt::as_bits(simt::as_float(magnitude) + 0.5f) - 0x3F000000u));
   }
   return uint16_t(sign | (magnitude - 0x38000000u + 0xFFFu + (magnitude >> 13 & 1u)) >> 13);
+}
+
+inline Words16 load_16(const void* global) {
+  Words16 x;
+  check_aligned(global);
+  std::memcpy(&x, global, sizeof x);
+  return x;
+}
+
+inline void store_16(void* global, const Words16& x) {
+  check_aligned(global);
+  std::memcpy(global, &x, sizeof x);
 }
 
 inline float bf16_to_fp32(uint16_t x) { return simt::as_float(uint32_t(x) << 16); }

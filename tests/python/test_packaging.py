@@ -1,7 +1,7 @@
-"""What users install: wheels and source packages in fresh virtual environments, beside a broken flash-attn, and gone again.
+"""What users install, in fresh virtual environments, beside a broken flash-attn; and gone again.
 
-One wheel is built per session, from an sdist, as a release is. Nothing is downloaded: torch and the build tools are the ones of
-the environment that runs the tests.
+One wheel is built per session, from an sdist, as a release is. Nothing is downloaded: torch and
+the build tools are the ones of the environment that runs the tests.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ q = torch.randn(1, 5, 2, 16, requires_grad=True)
 out = flash_attn.flash_attn_func(q, q, q, causal=True)
 out.sum().backward()
 assert out.shape == q.shape and q.grad.isfinite().all()
-print(json.dumps({"file": flash_attn.__file__, "version": metadata.version("flash-attn"), "provider": _loader.provider}))
+version = metadata.version("flash-attn")
+print(json.dumps({"file": flash_attn.__file__, "version": version, "provider": _loader.provider}))
 """
 
 
 def call(*command, check=True, cwd=None, **environment) -> subprocess.CompletedProcess:
-    """Runs a command without the settings of this session; with its output in the error when it fails."""
+    """Runs a command without the settings of this session; a failure shows its output."""
     inherited = {
         k: v
         for k, v in os.environ.items()
@@ -58,7 +59,7 @@ def call(*command, check=True, cwd=None, **environment) -> subprocess.CompletedP
 
 
 class Environment:
-    """A virtual environment that sees this one's packages, but neither its anyflash nor its start-up files."""
+    """A virtual environment that sees this one's packages, but not its anyflash."""
 
     def __init__(self, folder: Path, libraries: Path):
         call(sys.executable, "-m", "venv", "--without-pip", folder)
@@ -150,7 +151,7 @@ def build(folder: Path, out: Path, *options: str, **environment: str) -> Path:
 
 @pytest.fixture(scope="session")
 def wheel(source, tmp_path_factory) -> Path:
-    """The wheel with the binary, built from the sdist beside it. One GPU architecture is enough to see that CUDA is in."""
+    """The wheel with the binary, from the sdist beside it; with code for one GPU architecture."""
     return build(
         source, tmp_path_factory.mktemp("wheel"), ANYFLASH_BUILD="1", ANYFLASH_CUDA_ARCHS="75"
     )
@@ -165,7 +166,7 @@ def pure_wheel(source, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def broken_upstream(tmp_path_factory) -> Path:
-    """A wheel named flash_attn 2.7.4 whose import fails, as the real one's does beside another torch."""
+    """A wheel flash_attn 2.7.4 whose import fails, as the real one's does beside another torch."""
     folder = tmp_path_factory.mktemp("broken")
     (folder / "flash_attn").mkdir()
     (folder / "flash_attn/__init__.py").write_text("import flash_attn_2_cuda\n")
@@ -261,7 +262,8 @@ def test_a_requirement_on_flash_attn_is_satisfied(environment, wheel, tmp_path):
     client.mkdir()
     (client / "pyproject.toml").write_text(
         '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
-        '[project]\nname = "client"\nversion = "1"\ndependencies = ["flash-attn>=2.5"]\n[tool.setuptools]\npy-modules = []\n'
+        '[project]\nname = "client"\nversion = "1"\n'
+        'dependencies = ["flash-attn>=2.5"]\n[tool.setuptools]\npy-modules = []\n'
     )
     environment.install(wheel)
     environment.pip("install", "--no-index", "--no-build-isolation", client)
@@ -271,7 +273,7 @@ def test_a_requirement_on_flash_attn_is_satisfied(environment, wheel, tmp_path):
 @LINUX
 @pytest.mark.parametrize("order", ["upstream first", "upstream second"])
 def test_a_broken_flash_attn(environment, wheel, broken_upstream, order):
-    """Installed before us it loses the import; installed after us, on purpose, it replaces the drop-in alone."""
+    """Installed before us it loses; installed after us, on purpose, it replaces the drop-in."""
     environment.install(*([broken_upstream] if order == "upstream first" else [wheel]))
     environment.install(*([wheel] if order == "upstream first" else [broken_upstream]))
     if order == "upstream first":
@@ -370,7 +372,7 @@ def test_uv(environment, pure_wheel):
 def test_the_second_wheel_serves_folders_without_start_up_files(
     source, environment, pure_wheel, tmp_path
 ):
-    """`pip install --target` and uv's resolver need a distribution that is really called flash-attn."""
+    """`pip install --target` and uv's resolver need a distribution that is called flash-attn."""
     second = build(source / "packaging/flash-attn", tmp_path / "dist", "--wheel")
     assert second.name == "flash_attn-2.8.3-py3-none-any.whl"
     assert not list((source / "python/anyflash/dropin").glob("*.egg-info"))
@@ -390,8 +392,9 @@ def test_the_start_up_hook_costs_less_than_a_millisecond(environment, pure_wheel
     environment.install(pure_wheel)
     line = (environment.site / "anyflash.pth").read_text()
     code = (
-        f"import os, sys, time; sys.path.append({str(environment.site)!r}); start = time.perf_counter(); exec({line!r}); "
-        "print(time.perf_counter() - start, [p for p in sys.path if p.endswith('dropin')], 'torch' in sys.modules)"
+        f"import os, sys, time; sys.path.append({str(environment.site)!r})\n"
+        f"start = time.perf_counter()\nexec({line!r})\nseconds = time.perf_counter() - start\n"
+        "print(seconds, [p for p in sys.path if p.endswith('dropin')], 'torch' in sys.modules)"
     )
     runs = [environment.run(code, "-S").stdout.split() for _ in range(7)]
     assert min(float(run[0]) for run in runs) < 1e-3

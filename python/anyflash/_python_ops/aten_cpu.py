@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class PartProblem:
             return mask.masked_fill_(bias, 0.0)
         return bias if bias.dtype == self.q.dtype else bias.to(self.mask_dtype)
 
-    def _explicit_mask(self, piece: Piece) -> Optional[Tensor]:
+    def _explicit_mask(self, piece: Piece) -> Tensor | None:
         mask = None
         if piece.mask == pieces.INTERVAL:
             mask = self._interval_mask(piece)
@@ -155,7 +155,7 @@ def _forward_part(problem: PartProblem, out: Tensor, lse: Tensor) -> None:
     if not problem.covers_all_rows or not problem.plan.pieces:
         out.zero_()
         lse.fill_(INFINITY)
-    previous: Optional[Block] = None
+    previous: Block | None = None
     for piece in problem.plan.pieces:
         block = problem.attend(piece)
         if piece.merges and previous is not None:

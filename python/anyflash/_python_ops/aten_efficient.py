@@ -5,7 +5,7 @@ Key heads are repeated for their query heads, and its log-sum-exp is padded to m
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def _batched(args: AttentionArgs, x: Tensor) -> Tensor:
     return x.unsqueeze(0) if args.packed else x
 
 
-def _bias(args: AttentionArgs) -> Optional[Tensor]:
+def _bias(args: AttentionArgs) -> Tensor | None:
     """The bias in q's dtype, (batch, heads, seqlen_q, seqlen_k), rows padded to an aligned length."""
     bias = args.bias
     if bias is None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -43,17 +41,17 @@ def attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_q: Optional[Tensor],
-    cu_seqlens_k: Optional[Tensor],
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    seqused_k: Optional[Tensor],
-    leftpad_k: Optional[Tensor],
-    block_table: Optional[Tensor],
-    alibi_slopes: Optional[Tensor],
-    bias: Optional[Tensor],
-    sinks: Optional[Tensor],
-    rng_state: Optional[Tensor],
+    seqused_k: Tensor | None,
+    leftpad_k: Tensor | None,
+    block_table: Tensor | None,
+    alibi_slopes: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    rng_state: Tensor | None,
     dropout_p: float,
     softmax_scale: float,
     causal: bool,
@@ -84,17 +82,17 @@ def attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    dlse: Optional[Tensor],
-    cu_seqlens_q: Optional[Tensor],
-    cu_seqlens_k: Optional[Tensor],
+    dlse: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    seqused_k: Optional[Tensor],
-    leftpad_k: Optional[Tensor],
-    alibi_slopes: Optional[Tensor],
-    bias: Optional[Tensor],
-    sinks: Optional[Tensor],
-    rng_state: Optional[Tensor],
+    seqused_k: Tensor | None,
+    leftpad_k: Tensor | None,
+    alibi_slopes: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    rng_state: Tensor | None,
     dropout_p: float,
     softmax_scale: float,
     causal: bool,
@@ -125,7 +123,7 @@ def attention_backward(
     return result.dq, result.dk, result.dv, dbias, dsinks
 
 
-def random_state(q: Tensor, dropout_p: float) -> Optional[Tensor]:
+def random_state(q: Tensor, dropout_p: float) -> Tensor | None:
     """Seed and offset of a call's dropout, drawn from the default generator; None without dropout."""
     if dropout_p <= 0.0:
         return None

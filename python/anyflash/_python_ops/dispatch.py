@@ -54,13 +54,13 @@ class Decision(NamedTuple):
     reasons: tuple[tuple[str, str], ...]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def feature_phrases() -> dict[str, str]:
     """How a reason names each feature, in the order of routes.def."""
     return {e.fields[0]: e.fields[1] for e in _defs.entries("routes") if e.macro == "FEATURE"}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def routes() -> tuple[Route, ...]:
     """The rows of routes.def."""
 

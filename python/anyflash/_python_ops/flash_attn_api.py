@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional
 
 from torch import Tensor
 
@@ -21,7 +20,7 @@ def _window(window_size: Sequence[int]) -> tuple[int, int]:
     return window_size[0], window_size[1]
 
 
-def _scale(softmax_scale: Optional[float], q: Tensor) -> float:
+def _scale(softmax_scale: float | None, q: Tensor) -> float:
     if softmax_scale is not None:
         return softmax_scale
     check(
@@ -49,18 +48,18 @@ def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_q: Optional[Tensor],
-    cu_seqlens_k: Optional[Tensor],
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
     dropout_p: float = 0.0,
-    softmax_scale: Optional[float] = None,
+    softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Sequence[int] = (-1, -1),
     softcap: float = 0.0,
-    alibi_slopes: Optional[Tensor] = None,
+    alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
-    block_table: Optional[Tensor] = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """schemas.def; dense without cu_seqlens, for the operators below."""
     left, right = _window(window_size)
@@ -133,20 +132,20 @@ def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    k: Optional[Tensor] = None,
-    v: Optional[Tensor] = None,
-    rotary_cos: Optional[Tensor] = None,
-    rotary_sin: Optional[Tensor] = None,
-    cache_seqlens: Optional[Tensor] = None,
-    cache_batch_idx: Optional[Tensor] = None,
-    cache_leftpad: Optional[Tensor] = None,
-    block_table: Optional[Tensor] = None,
-    softmax_scale: Optional[float] = None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Sequence[int] = (-1, -1),
     softcap: float = 0.0,
     rotary_interleaved: bool = True,
-    alibi_slopes: Optional[Tensor] = None,
+    alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
 ) -> Tensor:
     """schemas.def."""
@@ -162,9 +161,9 @@ def flash_attn_with_kvcache(
 def fused_mlp(
     x: Tensor,
     weight1: Tensor,
-    bias1: Optional[Tensor],
+    bias1: Tensor | None,
     weight2: Tensor,
-    bias2: Optional[Tensor],
+    bias2: Tensor | None,
     activation: str = "gelu_tanh",
     recompute: bool = False,
 ) -> Tensor:

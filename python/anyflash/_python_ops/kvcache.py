@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -21,16 +20,16 @@ class KVCacheCall:
     q: Tensor
     k_cache: Tensor
     v_cache: Tensor
-    k: Optional[Tensor]
-    v: Optional[Tensor]
-    rotary_cos: Optional[Tensor]
-    rotary_sin: Optional[Tensor]
-    cache_seqlens: Optional[Tensor]
-    cache_batch_idx: Optional[Tensor]
-    cache_leftpad: Optional[Tensor]
-    block_table: Optional[Tensor]
-    alibi_slopes: Optional[Tensor]
-    sinks: Optional[Tensor]
+    k: Tensor | None
+    v: Tensor | None
+    rotary_cos: Tensor | None
+    rotary_sin: Tensor | None
+    cache_seqlens: Tensor | None
+    cache_batch_idx: Tensor | None
+    cache_leftpad: Tensor | None
+    block_table: Tensor | None
+    alibi_slopes: Tensor | None
+    sinks: Tensor | None
     softmax_scale: float
     softcap: float
     rotary_interleaved: bool
@@ -196,7 +195,7 @@ def _check_length(call: KVCacheCall, b: int, length: int) -> int:
 
 
 def _check_values(call: KVCacheCall) -> None:
-    def numbers(tensor: Optional[Tensor]) -> Optional[list]:
+    def numbers(tensor: Tensor | None) -> list | None:
         return None if tensor is None else tensor.tolist()
 
     lengths, rows = numbers(call.cache_seqlens), numbers(call.cache_batch_idx)
@@ -315,16 +314,16 @@ def attention_kvcache_(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    k: Optional[Tensor],
-    v: Optional[Tensor],
-    rotary_cos: Optional[Tensor],
-    rotary_sin: Optional[Tensor],
-    cache_seqlens: Optional[Tensor],
-    cache_batch_idx: Optional[Tensor],
-    cache_leftpad: Optional[Tensor],
-    block_table: Optional[Tensor],
-    alibi_slopes: Optional[Tensor],
-    sinks: Optional[Tensor],
+    k: Tensor | None,
+    v: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    cache_seqlens: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    block_table: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
     softmax_scale: float,
     causal: bool,
     window_left: int,

@@ -6,7 +6,7 @@ Scores exist for one chunk at a time, so memory grows with the sequence length a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ class Scorer:
             shift = shift[block.sequences.start : block.sequences.stop].view(-1, 1, 1, 1)
         return rows + shift, columns.view(1, 1, 1, -1)
 
-    def visible(self, block: Block) -> Optional[Tensor]:
+    def visible(self, block: Block) -> Tensor | None:
         """Where the interval mask and the lengths let a row see a column; None: everywhere."""
         args, part = self.args, self.part
         if part.len_q is None and part.len_k is None:
@@ -152,7 +152,7 @@ class Scorer:
                 bias = bias.narrow(dim, part.start, len(part))
         return bias
 
-    def scores(self, block: Block) -> tuple[Tensor, Optional[Tensor]]:
+    def scores(self, block: Block) -> tuple[Tensor, Tensor | None]:
         """Scores (sequences, heads, rows, columns), -inf where hidden, and tanh of the softcap if there is one."""
         args, part = self.args, self.part
         queries = self.queries(part.q, block) * args.softmax_scale
@@ -179,7 +179,7 @@ class Scorer:
             s.masked_fill_(~visible, -INFINITY)
         return s, tanh
 
-    def dropout(self, block: Block) -> Optional[Tensor]:
+    def dropout(self, block: Block) -> Tensor | None:
         """What dropout multiplies a block's probabilities with; None without dropout."""
         args = self.args
         if args.dropout_p == 0.0 or args.rng_state is None:
@@ -259,7 +259,7 @@ def _reduce_to(x: Tensor, target: Tensor) -> Tensor:
     return x.sum(dims, keepdim=True) if dims else x
 
 
-def _bias_view(dbias: Optional[Tensor], part: Part) -> Optional[Tensor]:
+def _bias_view(dbias: Tensor | None, part: Part) -> Tensor | None:
     """The view of the bias' gradient that belongs to a part."""
     if dbias is None:
         return None
@@ -275,7 +275,7 @@ class _PartGradients(NamedTuple):
     dq: Tensor  # (batch, seqlen_q, heads, head_dim)
     dk: Tensor  # (batch * heads_k, seqlen_k, head_dim)
     dv: Tensor  # (batch * heads_k, seqlen_k, head_dim_v)
-    dbias: Optional[Tensor]  # of part.bias' shape
+    dbias: Tensor | None  # of part.bias' shape
 
 
 def _part_backward(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,7 +48,7 @@ def _check_like_x(tensor: Tensor, name: str, x: Tensor) -> None:
     check_same_device(x, "x", tensor, name)
 
 
-def _validate_bias_activation(x: Tensor, bias: Optional[Tensor], activation: int) -> None:
+def _validate_bias_activation(x: Tensor, bias: Tensor | None, activation: int) -> None:
     _check_activation(activation)
     _check_floating(x)
     check(
@@ -87,7 +85,7 @@ def _widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _input(x: Tensor, bias: Optional[Tensor]) -> Tensor:
+def _input(x: Tensor, bias: Tensor | None) -> Tensor:
     return _widened(x) if bias is None else _widened(x) + bias
 
 
@@ -114,7 +112,7 @@ def _activation_gradient(dy: Tensor, z: Tensor, activation: int) -> Tensor:
     return torch.cat((dy * F.silu(gate), torch.ops.aten.silu_backward(dy * u, gate)), dim=-1)
 
 
-def bias_activation(x: Tensor, bias: Optional[Tensor], activation: int, backend: int) -> Tensor:
+def bias_activation(x: Tensor, bias: Tensor | None, activation: int, backend: int) -> Tensor:
     """schemas.def."""
     _validate_bias_activation(x, bias, activation)
     _decide(x, "forward", backend)
@@ -128,7 +126,7 @@ def _fresh(result: Tensor, x: Tensor) -> Tensor:
 
 
 def bias_activation_backward(
-    dy: Tensor, x: Tensor, bias: Optional[Tensor], activation: int, backend: int
+    dy: Tensor, x: Tensor, bias: Tensor | None, activation: int, backend: int
 ) -> tuple[Tensor, Tensor]:
     """schemas.def."""
     _validate_bias_activation(x, bias, activation)
@@ -152,9 +150,9 @@ def bias_activation_backward(
 def _validate_mlp(
     x: Tensor,
     weight1: Tensor,
-    bias1: Optional[Tensor],
+    bias1: Tensor | None,
     weight2: Tensor,
-    bias2: Optional[Tensor],
+    bias2: Tensor | None,
     activation: int,
 ) -> None:
     _check_activation(activation)
@@ -194,16 +192,16 @@ def _widen(x: Tensor) -> Tensor:
     return x.float() if x.device.type == "cpu" and x.dtype == torch.float16 else x
 
 
-def _widen_optional(x: Optional[Tensor]) -> Optional[Tensor]:
+def _widen_optional(x: Tensor | None) -> Tensor | None:
     return None if x is None else _widen(x)
 
 
 def fused_mlp_forward(
     x: Tensor,
     weight1: Tensor,
-    bias1: Optional[Tensor],
+    bias1: Tensor | None,
     weight2: Tensor,
-    bias2: Optional[Tensor],
+    bias2: Tensor | None,
     activation: int,
     save_hidden: bool,
     backend: int,
@@ -220,7 +218,7 @@ def fused_mlp_backward(
     dout: Tensor,
     x: Tensor,
     weight1: Tensor,
-    bias1: Optional[Tensor],
+    bias1: Tensor | None,
     weight2: Tensor,
     hidden: Tensor,
     bias2_requires_grad: bool,

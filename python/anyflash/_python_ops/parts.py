@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -29,10 +28,10 @@ class Part:
     k: Tensor
     v: Tensor
     first_sequence: int
-    alibi_slopes: Optional[Tensor]  # (batch or 1, heads)
-    bias: Optional[Tensor]  # 4 dimensions, each the problem's or 1
-    len_q: Optional[Tensor] = None
-    len_k: Optional[Tensor] = None
+    alibi_slopes: Tensor | None  # (batch or 1, heads)
+    bias: Tensor | None  # 4 dimensions, each the problem's or 1
+    len_q: Tensor | None = None
+    len_k: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -71,9 +70,9 @@ class Part:
 class ViewPart(Part):
     """A part whose tensors are views: a whole dense batch, or one sequence."""
 
-    row_range: Optional[range] = None  # of the packed storage
-    sequence: Optional[int] = None  # of the dense storage
-    key_range: Optional[range] = None
+    row_range: range | None = None  # of the packed storage
+    sequence: int | None = None  # of the dense storage
+    key_range: range | None = None
 
     def rows(self, tensor: Tensor) -> Tensor:
         if self.row_range is not None:
@@ -104,13 +103,11 @@ class ViewPart(Part):
         self.keys(target).copy_(value)
 
 
-def _four_dimensions(bias: Optional[Tensor]) -> Optional[Tensor]:
+def _four_dimensions(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias[(None,) * (4 - bias.dim())]
 
 
-def bias_of(
-    bias: Optional[Tensor], sequence: int, seqlen_q: int, seqlen_k: int
-) -> Optional[Tensor]:
+def bias_of(bias: Tensor | None, sequence: int, seqlen_q: int, seqlen_k: int) -> Tensor | None:
     """The view of a four-dimensional bias that belongs to one sequence."""
     if bias is None:
         return None
@@ -120,7 +117,7 @@ def bias_of(
     return bias[..., :seqlen_k] if bias.shape[3] > 1 else bias
 
 
-def _slopes(args: AttentionArgs) -> Optional[Tensor]:
+def _slopes(args: AttentionArgs) -> Tensor | None:
     slopes = args.alibi_slopes
     return slopes if slopes is None or slopes.dim() == 2 else slopes.unsqueeze(0)
 
@@ -204,8 +201,8 @@ class Storage:
 class PaddedPart(Part):
     """All sequences of a problem; tensors that are not dense already are gathered into padded ones."""
 
-    row_storage: Optional[Storage] = None
-    key_storage: Optional[Storage] = None
+    row_storage: Storage | None = None
+    key_storage: Storage | None = None
 
     def rows(self, tensor: Tensor) -> Tensor:
         return tensor if self.row_storage is None else self.row_storage.gather(tensor)
@@ -230,7 +227,7 @@ class PaddedPart(Part):
         target.copy_(value if storage is None else storage.scatter(value, 0.0).view_as(target))
 
 
-def _key_storage(args: AttentionArgs, total: int) -> Optional[Storage]:
+def _key_storage(args: AttentionArgs, total: int) -> Storage | None:
     """Where the keys of each sequence lie; None for dense ones of full length."""
     device, batch = args.q.device, args.batch
     if args.cu_seqlens_k is not None and not args.paged:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -28,17 +27,17 @@ class AttentionArgs:
     q: Tensor
     k: Tensor
     v: Tensor
-    cu_seqlens_q: Optional[Tensor]
-    cu_seqlens_k: Optional[Tensor]
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
     max_seqlen_q: int
     max_seqlen_k: int
-    seqused_k: Optional[Tensor]
-    leftpad_k: Optional[Tensor]
-    block_table: Optional[Tensor]
-    alibi_slopes: Optional[Tensor]
-    bias: Optional[Tensor]
-    sinks: Optional[Tensor]
-    rng_state: Optional[Tensor]
+    seqused_k: Tensor | None
+    leftpad_k: Tensor | None
+    block_table: Tensor | None
+    alibi_slopes: Tensor | None
+    bias: Tensor | None
+    sinks: Tensor | None
+    rng_state: Tensor | None
     dropout_p: float
     softmax_scale: float
     window_left: int  # -1: unbounded
@@ -109,7 +108,7 @@ class BackwardArgs:
     dout: Tensor
     out: Tensor
     lse: Tensor
-    dlse: Optional[Tensor]
+    dlse: Tensor | None
     deterministic: bool
     bias_requires_grad: bool
     sinks_requires_grad: bool
@@ -122,25 +121,25 @@ class Gradients:
     dq: Tensor
     dk: Tensor
     dv: Tensor
-    dbias: Optional[Tensor] = None
-    dsinks: Optional[Tensor] = None
+    dbias: Tensor | None = None
+    dsinks: Tensor | None = None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def torch_version() -> int:
     """The running torch as a number: 213 for 2.13."""
     match = re.match(r"(\d+)\.(\d+)", torch.__version__)
     return int(match.group(1)) * 100 + int(match.group(2)) if match else 0
 
 
-@functools.lru_cache(maxsize=None)
-def compute_capability(device: Optional[int]) -> int:
+@functools.cache
+def compute_capability(device: int | None) -> int:
     """Of a CUDA device: 75, 80, 90, ..."""
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _environment_code() -> int:
     return backends.code_of(backends.environment_chain())
 
@@ -185,7 +184,7 @@ def _problem(op: str, x: Tensor, direction: str, backend: int, **fields: object)
     )
 
 
-def describe(args: AttentionArgs, grad: Optional[BackwardArgs], backend: int) -> Problem:
+def describe(args: AttentionArgs, grad: BackwardArgs | None, backend: int) -> Problem:
     """The value that the decision is made of; ``grad`` is None for the forward."""
     features = _features(args)
     if grad is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def device_text(tensor: Tensor) -> str:
     return str(tensor.device)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _check_everything() -> bool:
     return backends.is_set("ANYFLASH_CHECK")
 
@@ -188,7 +188,7 @@ def _check_query(q: Tensor, packed: bool) -> None:
 
 def _check_heads(heads: int, heads_k: int, name: str) -> None:
     check(
-        heads % heads_k == 0 if heads_k > 0 else heads == 0,
+        heads > 0 and heads_k > 0 and heads % heads_k == 0,
         "Number of heads in key/value must divide number of heads in query, got ",
         f"{heads_k} heads in {name} and {heads} in q",
     )
@@ -329,7 +329,7 @@ def _check_dropout(args: AttentionArgs) -> None:
 
 
 def _check_cumulative(
-    cu: list[int], name: str, rows: Optional[tuple[int, str]], longest: int, longest_name: str
+    cu: list[int], name: str, rows: tuple[int, str] | None, longest: int, longest_name: str
 ) -> None:
     check(cu[0] == 0, name, ": expected to start at 0, got ", cu[0])
     for i, (begin, end) in enumerate(zip(cu, cu[1:])):

@@ -22,10 +22,11 @@ BATCH = 32
 LONGEST = 256  # tokens, as the model was trained
 
 QUESTIONS = (
-    "How can I make an object callable like a function?",
-    "What happens when nobody catches an exception?",
+    "When are default arguments of a function evaluated?",
+    "When is an object garbage collected?",
     "Which values count as false in a condition?",
-    "How do I run code when leaving a block, whatever happens?",
+    "How can a program stop a loop early?",
+    "What does a decorator do to a function?",
 )
 
 
@@ -147,5 +148,5 @@ def _search(model: Any, tokenizer: Tokenizer, texts: list[str], index: torch.Ten
     scores = embed_packed(model, questions) @ index.T
     for question, row in zip(QUESTIONS, scores):
         best = int(row.argmax())
-        answer = texts[best] if len(texts[best]) <= 160 else texts[best][:157] + "..."
+        answer = texts[best] if len(texts[best]) <= 200 else texts[best][:197] + "..."
         print(f"\n  {question}\n    {row[best]:.2f}  {answer}")

@@ -33,7 +33,7 @@ def draw(path: pathlib.Path, embedded: Embedded, trained: Trained) -> None:
     curves.legend(frameon=False)
 
     gaps = [abs(a - b) for a, b in zip(trained.losses_ours, trained.losses_plain)]
-    differences.semilogy(steps, [max(gap, 1e-8) for gap in gaps], color=OURS)
+    differences.plot(steps, gaps, color=OURS, linewidth=1)
     differences.set(
         title="Difference between the two losses", xlabel="step", ylabel="absolute difference"
     )

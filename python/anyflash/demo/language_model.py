@@ -151,7 +151,7 @@ def train(
     )
     losses = []
     began = time.perf_counter()
-    for tokens, targets, lengths in (bar := tqdm(data, desc=name, unit="step")):
+    for tokens, targets, lengths in (bar := tqdm(data, desc=name, unit="step", mininterval=0.5)):
         loss = F.cross_entropy(model(tokens, lengths), targets)
         optimizer.zero_grad()
         loss.backward()

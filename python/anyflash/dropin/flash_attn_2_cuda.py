@@ -1,7 +1,7 @@
-"""The functions of flash-attn's compiled module: positional arguments in its order, buffers that the caller may give.
+"""The functions of flash-attn's compiled module: its positional arguments, buffers from the caller.
 
-They run on every device, take any head dim up to 512 and any page size, and record nothing for autograd. Shapes are those of
-``anyflash.attention``; None is allowed where an argument is Optional.
+They run on every device, take any head dim up to 512 and any page size, and record nothing for
+autograd. Shapes are those of ``anyflash.attention``; None is allowed where an argument is Optional.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def _deliver(name: str, given: Optional[Tensor], value: Tensor) -> Tensor:
         return value
     if given.shape != value.shape or given.dtype != value.dtype or given.device != value.device:
         raise RuntimeError(
-            f"{name} must have shape {tuple(value.shape)}, dtype {value.dtype} and device {value.device}, got "
-            f"{tuple(given.shape)}, {given.dtype} and {given.device}"
+            f"{name} must have shape {tuple(value.shape)}, dtype {value.dtype} and device "
+            f"{value.device}, got {tuple(given.shape)}, {given.dtype} and {given.device}"
         )
     return given.copy_(value)
 
@@ -70,9 +70,7 @@ def _attend(
     dropout_p = effective_dropout(p_dropout)
     rng_state = None
     if dropout_p > 0.0:
-        rng_state = torch.randint(
-            0, 2**62, (2,), generator=gen, dtype=torch.int64, device=q.device
-        )
+        rng_state = torch.randint(0, 2**62, (2,), generator=gen, dtype=torch.int64, device=q.device)
     result, lse = _ops.attention_forward(
         q, k, v, *lengths, block_table, alibi_slopes, None, None, rng_state, dropout_p,
         softmax_scale, is_causal, *window, softcap, backends.current_code(),
@@ -132,10 +130,10 @@ def fwd(
     gen: Optional[torch.Generator],
     /,
 ) -> list[Tensor]:
-    """[out, softmax_lse, S_dmask, rng_state] of dense attention; out is the given one where there is one.
+    """[out, softmax_lse, S_dmask, rng_state] of dense attention, out in the given buffer.
 
-    S_dmask is empty without return_softmax, else anyflash.attention_probs.signed_probabilities. rng_state (2,) int64 is what bwd
-    needs to draw the same dropout; zeros without dropout.
+    S_dmask is empty without return_softmax, else anyflash.attention_probs.signed_probabilities.
+    rng_state (2,) int64 is what bwd needs to draw the same dropout; zeros without dropout.
     """
     return _attend(
         q, k, v, out, _Lengths(), None, alibi_slopes, p_dropout, softmax_scale, is_causal,
@@ -170,7 +168,8 @@ def varlen_fwd(
 ) -> list[Tensor]:
     """fwd for packed sequences.
 
-    zero_tensors has no effect: rows that belong to no sequence are 0 always. Neither has num_splits, which 2.8.4 added.
+    zero_tensors has no effect: rows that belong to no sequence are 0 always. Neither has
+    num_splits, which 2.8.4 added.
     """
     lengths = _Lengths(
         cu_seqlens_q, cu_seqlens_k, _number(max_seqlen_q), _number(max_seqlen_k), seqused_k,
@@ -204,10 +203,10 @@ def bwd(
     rng_state: Optional[Tensor],
     /,
 ) -> list[Tensor]:
-    """[dq, dk, dv, softmax_d]: the given buffers where there are some, they may be slices of one tensor.
+    """[dq, dk, dv, softmax_d]: the given buffers where there are some, maybe slices of one tensor.
 
-    The gradients follow from the given out and softmax_lse, which may be merged from several calls. gen is not used: dropout
-    repeats from rng_state.
+    The gradients follow from the given out and softmax_lse, which may be merged from several calls.
+    gen is not used: dropout repeats from rng_state.
     """
     return _differentiate(
         (dout, q, k, v, out, softmax_lse), (dq, dk, dv), _Lengths(), alibi_slopes, p_dropout,
@@ -243,7 +242,7 @@ def varlen_bwd(
     rng_state: Optional[Tensor],
     /,
 ) -> list[Tensor]:
-    """bwd for packed sequences. zero_tensors has no effect: rows that belong to no sequence are 0 always."""
+    """bwd for packed sequences. zero_tensors has no effect: rows of no sequence are 0 always."""
     lengths = _Lengths(cu_seqlens_q, cu_seqlens_k, _number(max_seqlen_q), _number(max_seqlen_k))
     return _differentiate(
         (dout, q, k, v, out, softmax_lse), (dq, dk, dv), lengths, alibi_slopes, p_dropout,
@@ -287,6 +286,6 @@ def fwd_kvcache(
 
 
 def check_num_splits(num_splits: int) -> None:
-    """How many ways to split the keys is a hint that only rounding shows; more than 128 is refused as upstream does."""
+    """A hint that shows in rounding only; upstream refuses numbers above 128."""
     if num_splits > 128:
         raise RuntimeError(f"num_splits > 128 not supported, got {num_splits}")

@@ -5,8 +5,9 @@ import sys as _sys
 
 __version__ = "2.8.3"
 
-# FlashAttention-4 (distribution flash-attn-4) installs flash_attn/cute beside whatever owns flash_attn/. A regular package would
-# hide it, so its folder joins our path; pkgutil.extend_path would also let in the submodules of another flash-attn.
+# FlashAttention-4 (distribution flash-attn-4) installs flash_attn/cute beside whatever owns
+# flash_attn/. A regular package would hide it, so its folder joins our path; pkgutil.extend_path
+# would also let in the submodules of another flash-attn.
 for _entry in _sys.path:
     _folder = _os.path.join(_entry, "flash_attn")
     if _folder not in __path__ and _os.path.isfile(_os.path.join(_folder, "cute", "__init__.py")):

@@ -1,4 +1,4 @@
-"""The autograd.Functions that upstream's public functions run on. Ours do not; clients call and subclass these by name."""
+"""The autograd.Functions of upstream's public functions, for clients that call them by name."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _forward(
     return_softmax: bool,
     block_table: Optional[Tensor] = None,
 ) -> Any:
-    """out or (out, softmax_lse, S_dmask); lengths are cu_seqlens and max_seqlens of q and k, empty for dense tensors."""
+    """out or (out, softmax_lse, S_dmask); lengths: cu_seqlens, max_seqlens or nothing."""
     q, k, v = qkv
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     left, right = (int(side) for side in window_size)
@@ -66,9 +66,9 @@ def _backward(ctx: Any, dout: Tensor, buffers: tuple[Tensor, Tensor, Tensor]) ->
         _private_ops.backward(*tensors, *ctx.options, rng_state)
 
 
-def _gradient(tensor: Tensor, *leading: int) -> Tensor:
-    """Room for the gradient of tensors that lay beside each other: (..., parts, heads, head_dim)."""
-    return tensor.new_empty((*leading, *tensor.shape[-2:]))
+def _packed_like(tensor: Tensor, parts: int) -> Tensor:
+    """Room for the gradients of such tensors side by side: (..., parts, heads, head_dim)."""
+    return tensor.new_empty((*tensor.shape[:-2], parts, *tensor.shape[-2:]))
 
 
 def _separate_backward(ctx: Any, dout: Tensor, others: int) -> tuple[Any, ...]:
@@ -79,14 +79,13 @@ def _separate_backward(ctx: Any, dout: Tensor, others: int) -> tuple[Any, ...]:
 
 def _kvpacked_backward(ctx: Any, dout: Tensor, others: int) -> tuple[Any, ...]:
     q, k = ctx.saved_tensors[:2]
-    dq, dkv = torch.empty_like(q), _gradient(k, *k.shape[:-2], 2)
+    dq, dkv = torch.empty_like(q), _packed_like(k, 2)
     _backward(ctx, dout, (dq, *dkv.unbind(-3)))
     return (dq, dkv, *(None,) * others)
 
 
 def _qkvpacked_backward(ctx: Any, dout: Tensor, others: int) -> tuple[Any, ...]:
-    q = ctx.saved_tensors[0]
-    dqkv = _gradient(q, *q.shape[:-2], 3)
+    dqkv = _packed_like(ctx.saved_tensors[0], 3)
     _backward(ctx, dout, dqkv.unbind(-3))
     return (dqkv, *(None,) * others)
 

@@ -1,8 +1,9 @@
-"""_flash_attn_{forward, backward, varlen_forward, varlen_backward}: private upstream, used by half of its clients.
+"""_flash_attn_{forward, backward, varlen_forward, varlen_backward}: private, and widely used.
 
-Where torch can (2.4 and later) and nobody else has taken the names, they are custom operators ``flash_attn::_flash_attn_*``, as
-upstream has them: clients read ``CustomOpDef._init_fn`` and call ``torch.ops.flash_attn``. Otherwise they are plain functions.
-Nothing of anyflash depends on the registered names, because other packages register them again.
+Where torch can (2.4 and later) and nobody else has taken the names, they are custom operators
+``flash_attn::_flash_attn_*``, as upstream has them: clients read ``CustomOpDef._init_fn`` and call
+``torch.ops.flash_attn``. Otherwise they are plain functions. Nothing of anyflash depends on the
+registered names, because other packages register them again.
 """
 
 from typing import Any, Callable, Optional
@@ -154,8 +155,8 @@ def _varlen_forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, softmax_lse, s_dmask, rng_state = varlen_forward(*without)
     if return_softmax:
         q, cu_seqlens_q, max_seqlen_q, max_seqlen_k = args[0], args[3], args[5], args[6]
-        shape = (cu_seqlens_q.shape[0] - 1, q.shape[1], round_up(max_seqlen_q), round_up(max_seqlen_k))
-        s_dmask = q.new_empty(shape)
+        lengths = (round_up(max_seqlen_q), round_up(max_seqlen_k))
+        s_dmask = q.new_empty((cu_seqlens_q.shape[0] - 1, q.shape[1], *lengths))
     return out, softmax_lse, s_dmask, rng_state
 
 
@@ -163,7 +164,7 @@ _BUFFERS = ("dq", "dk", "dv")
 
 
 def _plain(function: Callable[..., Any]) -> tuple[Any, Any]:
-    """Without an operator: clients look for ``_init_fn`` on everything that is not a plain function."""
+    """Without an operator. Clients read ``_init_fn`` of whatever they find here."""
     function._init_fn = function
     return function, function
 

@@ -1,0 +1,73 @@
+"""What the pages say exists, and their generated tables are current."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from support import REPOSITORY
+
+from anyflash.__main__ import _parser
+
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *sorted(
+    str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md")
+)]  # fmt: skip
+
+
+def read(page: str) -> str:
+    return (REPOSITORY / page).read_text(encoding="utf-8")
+
+
+def test_tables_are_current():
+    command = [sys.executable, "scripts/dispatch_table.py", "--check"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_exist(page):
+    text = read(page)
+    makefile = read("Makefile")
+    for target in re.findall(r"`make ([a-z-]+)", text):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
+    commands = next(a.choices for a in _parser()._actions if a.dest == "command")
+    for command in re.findall(r"python -m anyflash (\w+)", text):
+        assert command in commands, command
+    for module in re.findall(r"python -m (benchmarks\.\w+)", text):
+        assert (REPOSITORY / f"{module.replace('.', '/')}.py").is_file(), module
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_exist(page):
+    pattern = r"`((?:csrc|kernels|python|tests|scripts|docs|benchmarks|examples|tools)/[\w./-]*)`"
+    for path in re.findall(pattern, read(page)):
+        if "results" not in path:
+            assert (REPOSITORY / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_environment_variables_are_known(page):
+    from anyflash.doctor import ENVIRONMENT
+
+    for name in re.findall(r"ANYFLASH_[A-Z_]+", read(page)):
+        assert name in ENVIRONMENT, name
+
+
+def test_explain_examples_run():
+    from anyflash.__main__ import main
+
+    for page in ("README.md", "docs/dispatch.md", "CONTRIBUTING.md"):
+        for line in re.findall(r"python -m anyflash explain ([^`\n]+)", read(page)):
+            if line[0].islower() and len(line.split()) > 2 and "answers" not in line:
+                assert main(["explain", *line.rstrip(".").split()]) in (0, 1), line
+
+
+def test_benchmark_page_is_made_of_rows():
+    from benchmarks.run import markdown
+
+    row = dict(name="a", ours=1.0, reference=None, ratio=None, goal="<= 2 s", met=False)
+    assert markdown([row]).splitlines()[-1] == "| a | 1 |  |  | <= 2 s | **no** |"
+    json.dumps(row)

@@ -1,0 +1,213 @@
+"""doctor: what it finds in healthy and in broken installations, and what it says about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import REPOSITORY, torch_version
+
+import anyflash
+from anyflash import _doctor_text, _installs, _loader, _machine, doctor
+from anyflash.__main__ import main
+
+
+def findings(report: dict, kind: str) -> str:
+    return "\n".join(f"{entry['what']} {entry['remedy']}" for entry in report[kind])
+
+
+def run_doctor(*path: Path | str, **environment: str) -> tuple[int, dict, str]:
+    """`python -m anyflash doctor --json` in a fresh interpreter: status, report, stderr."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("ANYFLASH_")}
+    env.update(PYTHONPATH=os.pathsep.join(map(str, path)), **environment)
+    command = [sys.executable, "-m", "anyflash", "doctor", "--json"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd="/", timeout=300)
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout), done.stderr
+
+
+@pytest.fixture(scope="module")
+def installation(tmp_path_factory) -> Path:
+    """A copy of the package as a pure-Python install has it; tests add what is broken."""
+    root = tmp_path_factory.mktemp("site")
+    package = root / "anyflash"
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "_build.json", "include", "cmake")
+    shutil.copytree(Path(anyflash.__file__).parent, package, ignore=ignore)
+    (package / "defs").mkdir(exist_ok=True)
+    for name in ("csrc/schemas.def", "csrc/routes.def", "kernels/instances.def"):
+        shutil.copy(REPOSITORY / name, package / "defs")
+    return root
+
+
+def test_json_has_every_section(capsys):
+    status = main(["doctor", "--json", "--no-probe"])
+    report = json.loads(capsys.readouterr().out)
+    assert status == (0 if report["healthy"] else 1)
+    sections = {"anyflash", "operators", "torch", "gpus", "flash_attn", "environment"}
+    assert sections | {"decisions", "trial", "problems", "notes"} <= set(report)
+    assert all("error" not in report[name] for name in sections if isinstance(report[name], dict))
+    assert report["trial"]["cpu"] == "ok"
+
+
+def test_text_says_what_runs(capsys):
+    main(["doctor", "--no-probe"])
+    text = capsys.readouterr().out
+    for label, _ in doctor.COMMON_SHAPES:
+        assert label in text
+    assert torch.__version__ in text
+    assert "aten_cpu" in text
+
+
+def test_decisions_are_those_of_decide():
+    rows = doctor.diagnose(probe=False).facts["decisions"]
+    for row, (_, words) in zip(rows, doctor.COMMON_SHAPES):
+        answer = anyflash.explain(words.format(dtype="bf16"), device="cpu")
+        for problem, direction in zip(answer.problems, row["routes"]):
+            decided = anyflash.decide(problem)
+            assert row["routes"][direction] == decided["route"]
+            assert list(map(tuple, row["reasons"][direction])) == list(
+                map(tuple, decided["reasons"])
+            )
+
+
+def test_every_problem_has_a_remedy(monkeypatch):
+    monkeypatch.setattr(_machine, "driver", lambda: {"cuda": "11.4", "devices": 1})
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("ANYFLASH_BACKEND", "sdpa,fast")
+    monkeypatch.setenv("ANYFLASH_BACKENDS", "sdpa")
+    report = doctor.diagnose(probe=False)
+    assert all(problem["remedy"] for problem in report.problems)
+    text = findings(report.as_dict(), "problems")
+    assert "driver knows CUDA 11.4" in text
+    assert "fast" in text
+    assert "did you mean ANYFLASH_BACKEND" in findings(report.as_dict(), "notes")
+    assert not report.healthy
+    assert "What to do" in _doctor_text.render(report)
+
+
+def test_a_torch_without_cuda_beside_a_driver(monkeypatch):
+    monkeypatch.setattr(_machine, "driver", lambda: {"cuda": "13.0", "devices": 1})
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "built without CUDA" in findings(doctor.diagnose(False).as_dict(), "problems")
+
+
+def test_a_broken_section_does_not_end_the_report(monkeypatch):
+    def fail():
+        raise OSError("no such luck")
+
+    monkeypatch.setattr(_machine, "driver", fail)
+    report = doctor.diagnose(probe=False)
+    assert "no such luck" in findings(report.as_dict(), "problems")
+    assert report.facts["decisions"]
+    assert "anyflash" in _doctor_text.render(report)
+
+
+@pytest.mark.parametrize(
+    "archs, capability, runs",
+    (
+        (["sm_80", "sm_90"], (8, 9), True),
+        (["sm_80", "sm_90"], (7, 5), False),
+        (["sm_75", "sm_80"], (9, 0), False),
+        (["sm_75", "compute_80"], (9, 0), True),
+        (["sm_90a"], (9, 0), True),
+        (["sm_120"], (12, 1), True),
+        (["sm_86"], (8, 0), False),
+    ),
+)
+def test_runs_on(archs, capability, runs):
+    assert _machine.runs_on(archs, *capability) is runs
+
+
+@pytest.mark.skipif(torch_version() < 210, reason="older torch uses the Python operators anyway")
+def test_a_missing_library(installation):
+    status, report, _ = run_doctor(installation, installation / "anyflash/dropin")
+    assert status == 1
+    assert report["operators"]["provider"] == "python"
+    assert report["trial"]["cpu"] == "ok"
+    assert "compiled operators are not there" in findings(report, "problems")
+    assert "g++" in findings(report, "problems")
+
+
+@pytest.mark.skipif(torch_version() < 210, reason="older torch uses the Python operators anyway")
+@pytest.mark.parametrize("content", (b"", b"\x7fELF" + b"\0" * 3000, b"not a library" * 500))
+def test_a_damaged_library(installation, content):
+    library = installation / "anyflash/libanyflash_ops.so"
+    library.write_bytes(content)
+    try:
+        status, report, _ = run_doctor(installation, installation / "anyflash/dropin")
+    finally:
+        library.unlink()
+    assert status == 1
+    assert report["operators"]["provider"] == "python"
+    assert report["trial"]["cpu"] == "ok"
+    assert "could not be used" in findings(report, "problems")
+    assert "reinstall" in findings(report, "problems")
+
+
+def test_python_operators_on_demand(installation):
+    path = (installation, installation / "anyflash/dropin")
+    status, report, _ = run_doctor(*path, ANYFLASH_PROVIDER="python")
+    assert status == 0
+    assert "ANYFLASH_PROVIDER=python" in findings(report, "notes")
+
+
+@pytest.fixture
+def upstream(tmp_path) -> Path:
+    """Another flash_attn, whose compiled part does not load."""
+    (tmp_path / "flash_attn").mkdir()
+    text = "raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN3c105ErrorC2')\n"
+    (tmp_path / "flash_attn/__init__.py").write_text(text)
+    metadata = tmp_path / "flash_attn-2.7.4.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.7.4\n")
+    return tmp_path
+
+
+def test_a_broken_upstream_behind_ours(installation, upstream):
+    dropin = installation / "anyflash/dropin"
+    path = (installation, dropin, upstream)
+    status, report, _ = run_doctor(*path, ANYFLASH_PROVIDER="python")
+    assert status == 0
+    assert report["flash_attn"]["ours"] is True
+    notes = findings(report, "notes")
+    assert "undefined symbol" in notes
+    assert "pip uninstall flash-attn" in notes
+
+
+def test_a_broken_upstream_before_ours(installation, upstream):
+    path = (upstream, installation, installation / "anyflash/dropin")
+    status, report, _ = run_doctor(*path, ANYFLASH_PROVIDER="python")
+    assert status == 1
+    assert report["flash_attn"]["ours"] is False
+    problems = findings(report, "problems")
+    assert "comes before anyflash" in problems
+    assert "undefined symbol" in problems
+
+
+def test_the_off_switch(installation):
+    status, report, _ = run_doctor(installation, ANYFLASH_PROVIDER="python", ANYFLASH_DROPIN="0")
+    if not report["flash_attn"]["ours"]:
+        assert status == 0 or report["flash_attn"]["winner"]
+        assert "ANYFLASH_DROPIN=0" in findings(report, "notes")
+
+
+def test_survey_names_the_drop_in_once():
+    copies = _installs.survey(probe=False)["copies"]
+    assert sum(copy["ours"] for copy in copies) == 1
+
+
+def test_info(capsys):
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["version"] == anyflash.__version__
+    assert facts["operators"] == _loader.provider
+    assert main(["info"]) == 0
+    assert anyflash.__version__ in capsys.readouterr().out

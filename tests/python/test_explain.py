@@ -1,0 +1,122 @@
+"""explain: words and keywords become the same problem, and every reason is one that decide gave."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import anyflash
+from anyflash import _defs
+from anyflash.__main__ import main
+from anyflash.explain import _FEATURE_WORDS, ROUTE_TITLES, parse_words
+
+ROUTES = [entry.fields[0] for entry in _defs.entries("routes") if entry.macro == "ROUTE"]
+FEATURES = [entry.fields[0] for entry in _defs.entries("routes") if entry.macro == "FEATURE"]
+
+
+@pytest.mark.parametrize(
+    "words, facts",
+    (
+        (
+            "bf16 causal head_dim 128 on sm_90 training",
+            dict(dtype="bf16", features=["causal"], head_dim=128, device="cuda", sm=90)
+            | dict(training=True),
+        ),
+        ("fp16, T4, inference", dict(dtype="fp16", device="cuda", sm=75, training=False)),
+        ("float32 on the CPU", dict(dtype="fp32", device="cpu")),
+        ("head dim 192/128 half", dict(head_dim=192, head_dim_v=128, dtype="fp16")),
+        ("d=64 varlen sliding window", dict(head_dim=64, features=["packed", "window", "window"])),
+        ("hd96 sm_90a torch 2.11", dict(head_dim=96, device="cuda", sm=90, torch_version=211)),
+        ("compute capability 8.6 gqa", dict(device="cuda", sm=86, features=["gqa"])),
+        ("non-causal bf16", dict(dtype="bf16")),
+        ("backend sdpa math causal", dict(backend="sdpa,math", features=["causal"])),
+        ("mlp bf16 A100", dict(op="bias_activation", dtype="bf16", device="cuda", sm=80)),
+    ),
+)
+def test_words(words, facts):
+    assert parse_words(words) == facts
+
+
+def test_words_and_keywords_say_the_same():
+    words = anyflash.explain("bf16 causal head_dim 128 on sm_90 training")
+    keywords = anyflash.explain(
+        dtype=torch.bfloat16, features=["causal"], head_dim=128, sm=90, training=True
+    )
+    assert words.problems == keywords.problems
+    assert words.decisions == keywords.decisions
+
+
+@pytest.mark.parametrize(
+    "words", ("fp32 softcap T4 training", "bf16 packed cpu", "bf16 d 264 H100")
+)
+def test_reasons_are_those_of_decide(words):
+    answer = anyflash.explain(words)
+    text = str(answer)
+    for problem, decision in zip(answer.problems, answer.decisions):
+        assert anyflash.decide(problem) == decision
+        for route, reason in decision["reasons"]:
+            assert route in text
+            assert reason in text
+
+
+def test_forward_is_not_asked_about_the_backward():
+    answer = anyflash.explain("bf16 A100 deterministic training", backend="sdpa,math")
+    forward, backward = answer.problems
+    assert "deterministic" not in forward["features"]
+    assert "deterministic" in backward["features"]
+    assert [d["route"] for d in answer.decisions] == ["aten_flash", "math"]
+
+
+def test_nothing_runs():
+    answer = anyflash.explain("fp64 H100", backend="sdpa")
+    assert not answer.runs
+    assert answer.route == "none"
+    assert "nothing in this chain" in str(answer)
+
+
+def test_the_context_manager_counts():
+    with anyflash.backend("math"):
+        assert anyflash.explain("fp32 cpu").route == "math"
+    assert anyflash.explain("fp32 cpu", backend="sdpa").route == "aten_cpu"
+
+
+def test_says_what_it_assumed():
+    assert "inference" in str(anyflash.explain("bf16 d 64 cpu"))
+    assert anyflash.explain("bf16 d 64 cpu inference").assumed == []
+
+
+@pytest.mark.parametrize(
+    "arguments, facts, message",
+    (
+        ("bf16 casual", {}, "Did you mean 'causal'"),
+        ("", {"dtype": "int8"}, "dtype must be one of"),
+        ("", {"features": ["rotary"]}, "unknown feature rotary"),
+        ("", {"device": "tpu"}, 'device must be "cpu" or "cuda"'),
+        ("", {"headdim": 64}, "unknown keyword headdim"),
+        ("", {"backend": "fast"}, "unknown back end 'fast'"),
+    ),
+)
+def test_questions_not_understood(arguments, facts, message):
+    with pytest.raises(ValueError, match=message):
+        anyflash.explain(arguments, **facts)
+
+
+def test_every_route_has_a_title_and_every_feature_a_name():
+    assert set(ROUTE_TITLES) == {"kernel", *ROUTES}
+    assert list(_FEATURE_WORDS) == FEATURES
+
+
+def test_command_line(capsys):
+    assert main(["explain", "bf16", "causal", "head_dim", "128", "on", "sm_90", "training"]) == 0
+    out = capsys.readouterr().out
+    assert "forward" in out and "backward" in out and "aten_flash" in out
+
+    flags = ["--device", "cuda", "--sm", "75", "--dtype", "fp16", "--head-dim", "64", "--json"]
+    assert main(["explain", *flags, "--feature", "causal", "--training"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [d["route"] for d in report["decisions"]] == ["aten_efficient"] * 2
+
+    assert main(["explain", "fp64", "H100", "--backend", "sdpa"]) == 1
+    assert main(["explain", "nonsense"]) == 2
