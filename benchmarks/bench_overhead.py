@@ -77,7 +77,7 @@ def _over_an_unboxed_op() -> Iterator[Row]:
 
 def _build_twin() -> torch._ops.OpOverload:
     """Compiles the twin against the running torch (about half a minute) and loads it."""
-    from torch.utils.cpp_extension import include_paths
+    from torch.utils.cpp_extension import include_paths, library_paths
 
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
@@ -87,6 +87,7 @@ def _build_twin() -> torch._ops.OpOverload:
     flags += [f"-I{path}" for path in [*include_paths(), sysconfig.get_paths()["include"]]]
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/unboxed_twin.so"
-        subprocess.run([compiler, *flags, str(TWIN), "-o", library], check=True)
+        links = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-lc10"]
+        subprocess.run([compiler, *flags, str(TWIN), "-o", library, *links], check=True)
         torch.ops.load_library(library)
     return torch.ops.anyflash_bench.attention_forward.default

@@ -28,12 +28,18 @@ Route chosen_route(const Problem& problem) {
 
 Gradients run_backward(Route route, const AttentionArgs& args, const BackwardArgs& grad) {
   switch (route) {
-    case Route::aten_cpu: return aten_cpu::backward(args, grad);
-    case Route::aten_flash: return aten_flash::backward(args, grad);
-    case Route::aten_efficient: return aten_efficient::backward(args, grad);
-    case Route::aten_cudnn: return aten_cudnn::backward(args, grad);
-    case Route::math: return math::backward(args, grad);
-    default: no_such_route(route);
+    case Route::aten_cpu:
+      return aten_cpu::backward(args, grad);
+    case Route::aten_flash:
+      return aten_flash::backward(args, grad);
+    case Route::aten_efficient:
+      return aten_efficient::backward(args, grad);
+    case Route::aten_cudnn:
+      return aten_cudnn::backward(args, grad);
+    case Route::math:
+      return math::backward(args, grad);
+    default:
+      no_such_route(route);
   }
 }
 
@@ -42,12 +48,18 @@ Gradients run_backward(Route route, const AttentionArgs& args, const BackwardArg
 ForwardResult run_forward(const AttentionArgs& args, int64_t backend) {
   const Route route = chosen_route(describe_forward(args, backend));
   switch (route) {
-    case Route::aten_cpu: return aten_cpu::forward(args);
-    case Route::aten_flash: return aten_flash::forward(args);
-    case Route::aten_efficient: return aten_efficient::forward(args);
-    case Route::aten_cudnn: return aten_cudnn::forward(args);
-    case Route::math: return math::forward(args);
-    default: no_such_route(route);
+    case Route::aten_cpu:
+      return aten_cpu::forward(args);
+    case Route::aten_flash:
+      return aten_flash::forward(args);
+    case Route::aten_efficient:
+      return aten_efficient::forward(args);
+    case Route::aten_cudnn:
+      return aten_cudnn::forward(args);
+    case Route::math:
+      return math::forward(args);
+    default:
+      no_such_route(route);
   }
 }
 
@@ -60,10 +72,23 @@ std::tuple<Tensor, Tensor> attention_forward(
     double dropout_p, double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
     double softcap, int64_t backend) {
   const NoGrad no_grad;
-  AttentionArgs args{q,         k,           v,            cu_seqlens_q, cu_seqlens_k,
-                     seqused_k, leftpad_k,   block_table,  alibi_slopes, bias,
-                     sinks,     rng_state,   max_seqlen_q, max_seqlen_k, dropout_p,
-                     softmax_scale, softcap, window_left,  window_right};
+  AttentionArgs args{q, k, v};
+  args.cu_seqlens_q = cu_seqlens_q;
+  args.cu_seqlens_k = cu_seqlens_k;
+  args.seqused_k = seqused_k;
+  args.leftpad_k = leftpad_k;
+  args.block_table = block_table;
+  args.alibi_slopes = alibi_slopes;
+  args.bias = bias;
+  args.sinks = sinks;
+  args.rng_state = rng_state;
+  args.max_seqlen_q = max_seqlen_q;
+  args.max_seqlen_k = max_seqlen_k;
+  args.dropout_p = dropout_p;
+  args.softmax_scale = softmax_scale;
+  args.softcap = softcap;
+  args.window_left = window_left;
+  args.window_right = window_right;
   normalise(args, causal);
   validate_forward(args);
   return run_forward(args, backend);
@@ -79,15 +104,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     int64_t window_left, int64_t window_right, double softcap, bool deterministic,
     bool bias_requires_grad, bool sinks_requires_grad, int64_t backend) {
   const NoGrad no_grad;
-  AttentionArgs args{q,         k,           v,            cu_seqlens_q, cu_seqlens_k,
-                     seqused_k, leftpad_k,   std::nullopt, alibi_slopes, bias,
-                     sinks,     rng_state,   max_seqlen_q, max_seqlen_k, dropout_p,
-                     softmax_scale, softcap, window_left,  window_right};
-  BackwardArgs grad{dout,          out,  lse, dlse, deterministic, bias_requires_grad,
-                    sinks_requires_grad};
+  AttentionArgs args{q, k, v};
+  args.cu_seqlens_q = cu_seqlens_q;
+  args.cu_seqlens_k = cu_seqlens_k;
+  args.seqused_k = seqused_k;
+  args.leftpad_k = leftpad_k;
+  args.alibi_slopes = alibi_slopes;
+  args.bias = bias;
+  args.sinks = sinks;
+  args.rng_state = rng_state;
+  args.max_seqlen_q = max_seqlen_q;
+  args.max_seqlen_k = max_seqlen_k;
+  args.dropout_p = dropout_p;
+  args.softmax_scale = softmax_scale;
+  args.softcap = softcap;
+  args.window_left = window_left;
+  args.window_right = window_right;
+  BackwardArgs grad{dout, out, lse, dlse, deterministic, bias_requires_grad, sinks_requires_grad};
   normalise(args, causal);
   validate_backward(args, grad);
-  // What autograd hands over may be expanded or transposed; the routes read rows of contiguous elements.
+  // What autograd hands over may be expanded or transposed; the routes read rows of contiguous
+  // elements.
   grad.dout = contiguous_last_dim(grad.dout);
   grad.out = contiguous_last_dim(grad.out);
 

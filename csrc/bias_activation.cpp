@@ -52,7 +52,8 @@ Choice chosen(const Tensor& x, Direction direction, int64_t backend) {
   return choice;
 }
 
-// ---- The route `math`: plain operators. Half precision is widened, so that only the result is rounded.
+// ---- The route `math`: plain operators. Half precision is widened, so that only the result is
+// rounded.
 
 ScalarType compute_dtype(const Tensor& x) {
   return dtypes().is_half(dtype_of(x)) ? ScalarType::Float : x.scalar_type();
@@ -68,8 +69,10 @@ std::pair<Tensor, Tensor> halves(const Tensor& z) {
   return {narrow(z, -1, 0, columns), narrow(z, -1, columns, columns)};
 }
 
-// GELU is z * Phi(z). Written out: libtorch leaks the string that its own operator takes as an argument (2.10 to 2.15).
-constexpr double kTanhScale = 1.5957691216057308;  // 2 sqrt(2 / pi): (1 + tanh(t / 2)) / 2 = sigmoid(t)
+// GELU is z * Phi(z). Written out: libtorch leaks the string that its own operator takes as an
+// argument (2.10 to 2.15).
+constexpr double kTanhScale =
+    1.5957691216057308;  // 2 sqrt(2 / pi): (1 + tanh(t / 2)) / 2 = sigmoid(t)
 constexpr double kTanhCubic = 0.044715;
 constexpr double kInvSqrt2 = 0.70710678118654752;
 constexpr double kInvSqrt2Pi = 0.39894228040143268;
@@ -97,7 +100,8 @@ Tensor gelu_derivative(const Tensor& z, Activation activation) {
     const Tensor density = aten<Tensor>("aten::exp_", "", mul_(mul(z, z), scalar(-0.5)));
     return add(probability, mul_(density, z), kInvSqrt2Pi);
   }
-  // p' = p (1 - p) t', multiplied in an order in which 0 meets infinity only where z itself overflows.
+  // p' = p (1 - p) t', multiplied in an order in which 0 meets infinity only where z itself
+  // overflows.
   const Tensor slope = affine(kTanhScale, mul(z, z), 3 * kTanhScale * kTanhCubic);
   const Tensor relative = mul_(mul_(affine(1.0, probability, -1.0), slope), z);
   return mul_(affine(1.0, relative, 1.0), probability);
@@ -106,8 +110,10 @@ Tensor gelu_derivative(const Tensor& z, Activation activation) {
 Tensor activated(const Tensor& z, Activation activation) {
   switch (activation) {
     case Activation::gelu_tanh:
-    case Activation::gelu_erf: return mul_(gelu_probability(z, activation), z);
-    case Activation::relu: return aten<Tensor>("aten::relu", "", z);
+    case Activation::gelu_erf:
+      return mul_(gelu_probability(z, activation), z);
+    case Activation::relu:
+      return aten<Tensor>("aten::relu", "", z);
     case Activation::squared_relu: {
       const Tensor positive = aten<Tensor>("aten::relu", "", z);
       return mul(positive, positive);
@@ -122,7 +128,8 @@ Tensor activated(const Tensor& z, Activation activation) {
 Tensor activation_gradient(const Tensor& dy, const Tensor& z, Activation activation) {
   switch (activation) {
     case Activation::gelu_tanh:
-    case Activation::gelu_erf: return mul_(gelu_derivative(z, activation), dy);
+    case Activation::gelu_erf:
+      return mul_(gelu_derivative(z, activation), dy);
     case Activation::relu: {
       const Tensor zero = scalar(0.0);
       return aten<Tensor>("aten::where", "self", aten<Tensor>("aten::gt", "Tensor", z, zero), dy,

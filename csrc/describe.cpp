@@ -1,9 +1,8 @@
 #include "describe.h"
 
-#include <array>
-#include <atomic>
 #include <stdexcept>
 
+#include "cuda/device.h"
 #include "environment.h"
 #include "stable/aten.h"
 #include "stable/check.h"
@@ -11,19 +10,6 @@
 
 namespace anyflash {
 namespace {
-
-// Compute capability, asked for once per device.
-int32_t sm_of(int32_t device) {
-  constexpr int32_t kKnownDevices = 64;
-  static std::array<std::atomic<int32_t>, kKnownDevices> known{};
-  if (device < 0 || device >= kKnownDevices) return anyflash_device_sm(device);
-  int32_t sm = known[device].load(std::memory_order_relaxed);
-  if (sm == 0) {
-    sm = anyflash_device_sm(device);
-    known[device].store(sm, std::memory_order_relaxed);
-  }
-  return sm;
-}
 
 Dtype kernel_dtype(const Tensor& tensor) {
   const int32_t code = dtype_of(tensor);
@@ -51,7 +37,7 @@ Problem describe(const Tensor& x, Family family, Direction direction, int64_t ba
   problem.family = family;
   problem.direction = direction;
   problem.device = x.is_cuda() ? Device::cuda : Device::cpu;
-  problem.sm = problem.device == Device::cuda ? sm_of(x.get_device_index()) : 0;
+  problem.sm = problem.device == Device::cuda ? cuda::device_sm(x.get_device_index()) : 0;
   problem.dtype = kernel_dtype(x);
   problem.torch_version = torch_version();
   problem.chain = checked_chain(backend);

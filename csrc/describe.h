@@ -6,8 +6,9 @@
 
 namespace anyflash {
 
-// Lengths and windows as AttentionArgs promises them: dense and paged lengths from the shapes, a window that reaches every key unbounded,
-// causal as window_right = 0. To be called before validation, which reads the lengths.
+// Lengths and windows as AttentionArgs promises them: dense and paged lengths from the shapes, a
+// window that reaches every key unbounded, causal as window_right = 0. To be called before
+// validation, which reads the lengths.
 void normalise(AttentionArgs& args, bool causal);
 
 Problem describe_forward(const AttentionArgs& args, int64_t backend);

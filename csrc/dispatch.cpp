@@ -10,7 +10,8 @@ namespace {
 // What the columns of routes.def mean.
 namespace column {
 using namespace Feature;
-constexpr uint32_t fp16 = uint32_t(Dtype::fp16), bf16 = uint32_t(Dtype::bf16), fp32 = uint32_t(Dtype::fp32), fp64 = uint32_t(Dtype::fp64);
+constexpr uint32_t fp16 = uint32_t(Dtype::fp16), bf16 = uint32_t(Dtype::bf16),
+                   fp32 = uint32_t(Dtype::fp32), fp64 = uint32_t(Dtype::fp64);
 constexpr uint32_t cpu = 1, cuda = 2, any = cpu | cuda;
 constexpr BackEnd named = BackEnd::unset, sdpa = BackEnd::sdpa, math = BackEnd::math;
 }  // namespace column
@@ -28,18 +29,15 @@ struct RouteRow {
   Features features[2];  // by Direction
 };
 
-constexpr RouteRow make_row(Route route, BackEnd own_name, BackEnd chain, uint32_t devices, int32_t min_sm, uint32_t dtypes,
-                            int32_t max_head_dim, int32_t head_dim_multiple, int32_t min_torch, Features forward, Features backward) {
-  return {route, own_name, chain, devices, min_sm, dtypes, max_head_dim, head_dim_multiple, min_torch, {forward, backward}};
-}
-
 constexpr RouteRow kRoutes[] = {
 #define FEATURE(name, phrase)
-#define ROUTE(name, chain, device, min_sm, dtypes, max_head_dim, multiple, min_torch, forward, backward)                             \
-  [] {                                                                                                                               \
-    using namespace column;                                                                                                          \
-    return make_row(Route::name, BackEnd::name, column::chain, device, min_sm, dtypes, max_head_dim, multiple, min_torch, (forward), \
-                    (backward));                                                                                                     \
+#define ROUTE(name, chain, device, min_sm, dtypes, max_head_dim, multiple, min_torch, forward, \
+              backward)                                                                        \
+  [] {                                                                                         \
+    using namespace column;                                                                    \
+    return RouteRow{                                                                           \
+        Route::name, BackEnd::name, column::chain, device,    min_sm,                          \
+        dtypes,      max_head_dim,  multiple,      min_torch, {(forward), (backward)}};        \
   }(),
 #include "routes.def"
 #undef ROUTE
@@ -57,7 +55,8 @@ constexpr const char* kFeaturePhrases[] = {
 constexpr struct {
   Dtype dtype;
   const char* name;
-} kDtypes[] = {{Dtype::fp16, "fp16"}, {Dtype::bf16, "bf16"}, {Dtype::fp32, "fp32"}, {Dtype::fp64, "fp64"}};
+} kDtypes[] = {
+    {Dtype::fp16, "fp16"}, {Dtype::bf16, "bf16"}, {Dtype::fp32, "fp32"}, {Dtype::fp64, "fp64"}};
 
 const char* dtype_name(Dtype dtype) {
   for (const auto& entry : kDtypes) {
@@ -66,9 +65,13 @@ const char* dtype_name(Dtype dtype) {
   return "unknown dtype";
 }
 
-const char* family_name(Family family) { return family == Family::attention ? "attention" : "bias_activation"; }
+const char* family_name(Family family) {
+  return family == Family::attention ? "attention" : "bias_activation";
+}
 
-std::string device_name(const Problem& problem) { return problem.device == Device::cpu ? "cpu" : "sm_" + std::to_string(problem.sm); }
+std::string device_name(const Problem& problem) {
+  return problem.device == Device::cpu ? "cpu" : "sm_" + std::to_string(problem.sm);
+}
 
 // "fp16, bf16 or fp32"
 std::string dtype_list(uint32_t dtypes) {
@@ -83,9 +86,12 @@ std::string dtype_list(uint32_t dtypes) {
   return list;
 }
 
-std::string version_text(int32_t version) { return std::to_string(version / 100) + "." + std::to_string(version % 100); }
+std::string version_text(int32_t version) {
+  return std::to_string(version / 100) + "." + std::to_string(version % 100);
+}
 
-// Calls obstacle(make_text) for everything that keeps the route from computing the problem. The text is only made by who wants it.
+// Calls obstacle(make_text) for everything that keeps the route from computing the problem. The
+// text is only made by who wants it.
 template <typename Obstacle>
 void visit_obstacles(const RouteRow& row, const Problem& problem, Obstacle obstacle) {
   const bool on_cuda = problem.device == Device::cuda;
@@ -94,12 +100,16 @@ void visit_obstacles(const RouteRow& row, const Problem& problem, Obstacle obsta
     return;
   }
   if (on_cuda && problem.sm < row.min_sm) {
-    obstacle([&] { return "needs sm_" + std::to_string(row.min_sm) + " or newer, this GPU is sm_" + std::to_string(problem.sm); });
+    obstacle([&] {
+      return "needs sm_" + std::to_string(row.min_sm) + " or newer, this GPU is sm_" +
+             std::to_string(problem.sm);
+    });
   } else if (row.devices == column::cuda && problem.dtype == Dtype::bf16 && problem.sm < 80) {
     obstacle([] { return std::string("bf16 needs sm_80"); });
   }
   if (!(row.dtypes & uint32_t(problem.dtype))) {
-    obstacle([&] { return "needs " + dtype_list(row.dtypes) + ", got " + dtype_name(problem.dtype); });
+    obstacle(
+        [&] { return "needs " + dtype_list(row.dtypes) + ", got " + dtype_name(problem.dtype); });
   }
   const auto check_head_dim = [&](const char* name, int32_t head_dim) {
     const auto value = [=] { return std::string(name) + " " + std::to_string(head_dim); };
@@ -107,13 +117,18 @@ void visit_obstacles(const RouteRow& row, const Problem& problem, Obstacle obsta
       obstacle([&] { return value() + " is above " + std::to_string(row.max_head_dim); });
     }
     if (head_dim % row.head_dim_multiple != 0) {
-      obstacle([&] { return value() + " is not a multiple of " + std::to_string(row.head_dim_multiple); });
+      obstacle([&] {
+        return value() + " is not a multiple of " + std::to_string(row.head_dim_multiple);
+      });
     }
   };
   check_head_dim("head_dim", problem.head_dim);
   if (problem.head_dim_v != problem.head_dim) check_head_dim("head_dim_v", problem.head_dim_v);
   if (problem.torch_version < row.min_torch) {
-    obstacle([&] { return "needs torch " + version_text(row.min_torch) + ", this is " + version_text(problem.torch_version); });
+    obstacle([&] {
+      return "needs torch " + version_text(row.min_torch) + ", this is " +
+             version_text(problem.torch_version);
+    });
   }
   const Features missing = problem.features & ~row.features[int32_t(problem.direction)];
   for (uint32_t i = 0; missing >> i != 0; ++i) {
@@ -133,39 +148,51 @@ const Instance* find_kernel(const Problem& problem, InstanceTable table, Obstacl
     if (problem.device != Device::cuda || instance.family != problem.family) continue;
     if (problem.sm < instance.min_sm || problem.sm > instance.max_sm) continue;
     for_this_gpu = true;
-    if (instance.direction != problem.direction || instance.dtype != problem.dtype || instance.head_dim != problem.head_dim) continue;
+    if (instance.direction != problem.direction || instance.dtype != problem.dtype ||
+        instance.head_dim != problem.head_dim)
+      continue;
     if (!found || instance.min_sm > found->min_sm) found = &instance;  // the newest architecture's
   }
   if (!found) {
     obstacle([&] {
-      const std::string kernel = std::string("this build has no ") + family_name(problem.family) + " kernel for ";
+      const std::string kernel =
+          std::string("this build has no ") + family_name(problem.family) + " kernel for ";
       if (!for_this_gpu) return kernel + device_name(problem);
-      return kernel + (problem.direction == Direction::backward ? "the backward in " : "") + dtype_name(problem.dtype) +
+      return kernel + (problem.direction == Direction::backward ? "the backward in " : "") +
+             dtype_name(problem.dtype) +
              (problem.head_dim ? " with head_dim " + std::to_string(problem.head_dim) : "");
     });
     return nullptr;
   }
   const bool asked_for = problem.explicit_chain && first_back_end(problem.chain) == BackEnd::kernel;
   if (!asked_for && std::strcmp(found->checked_on, "none") == 0) {
-    obstacle([] { return std::string("has not been checked on a GPU yet; naming `kernel` as the first back end selects it all the same"); });
+    obstacle([] {
+      return std::string(
+          "has not been checked on a GPU yet; naming `kernel` as the first back end selects it all "
+          "the same");
+    });
     return nullptr;
   }
   return found;
 }
 
-// Tries the routes in the chain's order and calls report(route, make_text) for each obstacle on the way.
+// Tries the routes in the chain's order and calls report(route, make_text) for each obstacle on the
+// way.
 template <typename Report>
 Choice walk_chain(const Problem& problem, InstanceTable table, Report report) {
-  for (Chain chain = problem.chain ? problem.chain : kDefaultChain; chain > 0; chain = rest_of(chain)) {
+  for (Chain chain = problem.chain ? problem.chain : kDefaultChain; chain > 0;
+       chain = rest_of(chain)) {
     const BackEnd back_end = first_back_end(chain);
     if (back_end == BackEnd::kernel) {
-      const Instance* instance = find_kernel(problem, table, [&](auto make_text) { report(Route::kernel, make_text); });
+      const Instance* instance =
+          find_kernel(problem, table, [&](auto make_text) { report(Route::kernel, make_text); });
       if (instance) return {Route::kernel, instance};
       continue;
     }
     if (problem.family != Family::attention) return {Route::math, nullptr};
     for (const RouteRow& row : kRoutes) {
-      if (back_end == BackEnd::unset || (row.chain != back_end && row.own_name != back_end)) continue;
+      if (back_end == BackEnd::unset || (row.chain != back_end && row.own_name != back_end))
+        continue;
       bool runs = true;
       visit_obstacles(row, problem, [&](auto make_text) {
         runs = false;
@@ -180,7 +207,8 @@ Choice walk_chain(const Problem& problem, InstanceTable table, Report report) {
 }  // namespace
 
 const char* route_name(Route route) {
-  constexpr const char* kNames[] = {"none", "kernel", "aten_cudnn", "aten_flash", "aten_efficient", "aten_cpu", "math"};
+  constexpr const char* kNames[] = {"none",           "kernel",   "aten_cudnn", "aten_flash",
+                                    "aten_efficient", "aten_cpu", "math"};
   return kNames[int32_t(route)];
 }
 
@@ -196,12 +224,15 @@ Choice choose(const Problem& problem, InstanceTable table) {
 
 Decision decide(const Problem& problem, InstanceTable table) {
   Decision decision;
-  decision.choice = walk_chain(problem, table, [&](Route route, auto make_text) { decision.reasons.push_back({route, make_text()}); });
+  decision.choice = walk_chain(problem, table, [&](Route route, auto make_text) {
+    decision.reasons.push_back({route, make_text()});
+  });
   return decision;
 }
 
 std::string refusal(const Problem& problem, const Decision& decision) {
-  std::string message = "anyflash: no back end of \"" + chain_text(problem.chain) + "\" can run this " + family_name(problem.family);
+  std::string message = "anyflash: no back end of \"" + chain_text(problem.chain) +
+                        "\" can run this " + family_name(problem.family);
   const char* separator = ": ";
   for (const Reason& reason : decision.reasons) {
     message += separator + std::string(route_name(reason.route)) + ": " + reason.text;
@@ -231,8 +262,10 @@ Chain parse_chain(const std::string& names) {
       if (name == kBackEndNames[i]) digits = i;
       known += std::string(", ") + kBackEndNames[i];
     }
-    if (digits == 0) throw std::invalid_argument("unknown back end '" + name + "'; known: " + known);
-    if (shift + 4 * num_digits > 60) throw std::invalid_argument("back ends: at most 15 names, got '" + names + "'");
+    if (digits == 0)
+      throw std::invalid_argument("unknown back end '" + name + "'; known: " + known);
+    if (shift + 4 * num_digits > 60)
+      throw std::invalid_argument("back ends: at most 15 names, got '" + names + "'");
     chain |= digits << shift;
     shift += 4 * num_digits;
   }
@@ -243,7 +276,8 @@ std::string chain_text(Chain chain) {
   std::string names;
   for (; chain > 0; chain = rest_of(chain)) {
     const int32_t digit = int32_t(first_back_end(chain));
-    names += (names.empty() ? "" : ",") + std::string(digit < kNumBackEnds ? kBackEndNames[digit] : "unknown");
+    names += (names.empty() ? "" : ",") +
+             std::string(digit < kNumBackEnds ? kBackEndNames[digit] : "unknown");
   }
   return names;
 }

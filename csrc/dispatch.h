@@ -1,4 +1,5 @@
-// The decision: which route computes a problem, and why not the others. A pure function of values; no torch, no environment.
+// The decision: which route computes a problem, and why not the others. A pure function of values;
+// no torch, no environment.
 #pragma once
 
 #include <string>
@@ -36,19 +37,24 @@ struct InstanceTable {
 
 InstanceTable built_instances();
 
-// The first route of the problem's chain that supports it: tens of nanoseconds, no allocation, for every call.
+// The first route of the problem's chain that supports it: tens of nanoseconds, no allocation, for
+// every call.
 //
-// Attention tries, per back end of the chain: `kernel` the instances, `sdpa` its routes in the order of routes.def, any other name the
-// route of that name. Bias-activation has a kernel or plain operators: every name but `kernel` means Route::math there.
+// Attention tries, per back end of the chain: `kernel` the instances, `sdpa` its routes in the
+// order of routes.def, any other name the route of that name. Bias-activation has a kernel or plain
+// operators: every name but `kernel` means Route::math there.
 Choice choose(const Problem& problem, InstanceTable table = built_instances());
 
-// The same choice with the reasons against every route that comes before it (all routes of the chain if there is none).
+// The same choice with the reasons against every route that comes before it (all routes of the
+// chain if there is none).
 Decision decide(const Problem& problem, InstanceTable table = built_instances());
 
-// `anyflash: no back end of "kernel" can run this attention: kernel: this build has no attention kernel for cpu`
+// `anyflash: no back end of "kernel" can run this attention: kernel: this build has no attention
+// kernel for cpu`
 std::string refusal(const Problem& problem, const Decision& decision);
 
-// "kernel,sdpa,math" -> 0x321; "auto" -> kDefaultChain. Throws std::invalid_argument: `unknown back end 'foo'; known: auto, kernel, ...`.
+// "kernel,sdpa,math" -> 0x321; "auto" -> kDefaultChain. Throws std::invalid_argument: `unknown back
+// end 'foo'; known: auto, kernel, ...`.
 Chain parse_chain(const std::string& names);
 
 std::string chain_text(Chain chain);

@@ -10,7 +10,8 @@ struct Environment {
   bool check_values;  // ANYFLASH_CHECK=1: also check what costs a device synchronisation
 };
 
-// Raises std::invalid_argument (ValueError in Python), on every call, while ANYFLASH_BACKEND names an unknown back end.
+// Raises std::invalid_argument (ValueError in Python), on every call, while ANYFLASH_BACKEND names
+// an unknown back end.
 const Environment& environment();
 
 }  // namespace anyflash

@@ -1,4 +1,5 @@
-// The operators under the original library's names and defaults, for C++ and TorchScript: the output alone comes back.
+// The operators under the original library's names and defaults, for C++ and TorchScript: the
+// output alone comes back.
 #include <array>
 #include <cmath>
 
@@ -31,8 +32,8 @@ struct Packing {
 };
 
 std::array<int64_t, 2> window_of(const std::vector<int64_t>& window_size) {
-  AF_CHECK(window_size.size() == 2, "window_size: expected (left, right), got ",
-           window_size.size(), " numbers");
+  AF_CHECK(window_size.size() == 2, "window_size: expected (left, right), got ", window_size.size(),
+           " numbers");
   return {window_size[0], window_size[1]};
 }
 
@@ -71,7 +72,8 @@ Tensor attend_dense(const Tensor& q, const Tensor& k, const Tensor& v, const Opt
   // (total, heads, head_dim) is one sequence.
   AF_CHECK(k.dim() == 3 && v.dim() == 3, "k, v: expected (seqlen_k, heads_k, head_dim) like q ",
            shape_text(q), ", got ", shape_text(k), " and ", shape_text(v));
-  return select(attend(unsqueeze(q, 0), unsqueeze(k, 0), unsqueeze(v, 0), Packing{}, options), 0, 0);
+  return select(attend(unsqueeze(q, 0), unsqueeze(k, 0), unsqueeze(v, 0), Packing{}, options), 0,
+                0);
 }
 
 // One of the tensors that lie beside each other in dimension `dim`.
@@ -105,8 +107,7 @@ Tensor flash_attn_qkvpacked_func(const Tensor& qkv, double dropout_p,
                                  const std::vector<int64_t>& window_size, double softcap,
                                  const OptionalTensor& alibi_slopes, bool /*deterministic*/) {
   return attend(part(qkv, "qkv", 2, 3, 0), part(qkv, "qkv", 2, 3, 1), part(qkv, "qkv", 2, 3, 2),
-                Packing{},
-                {dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes});
+                Packing{}, {dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes});
 }
 
 Tensor flash_attn_varlen_func(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -122,11 +123,10 @@ Tensor flash_attn_varlen_func(const Tensor& q, const Tensor& k, const Tensor& v,
 
 Tensor flash_attn_varlen_kvpacked_func(const Tensor& q, const Tensor& kv,
                                        const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                                       int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                       double dropout_p, std::optional<double> softmax_scale,
-                                       bool causal, const std::vector<int64_t>& window_size,
-                                       double softcap, const OptionalTensor& alibi_slopes,
-                                       bool /*deterministic*/) {
+                                       int64_t max_seqlen_q, int64_t max_seqlen_k, double dropout_p,
+                                       std::optional<double> softmax_scale, bool causal,
+                                       const std::vector<int64_t>& window_size, double softcap,
+                                       const OptionalTensor& alibi_slopes, bool /*deterministic*/) {
   return attend(q, part(kv, "kv", 1, 2, 0), part(kv, "kv", 1, 2, 1),
                 {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, std::nullopt},
                 {dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes});

@@ -100,7 +100,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_mlp_backward(
            "dout: expected x's shape ", shape_text(x), " with last dimension ", weight2.size(0),
            ", got ", shape_text(dout));
   const int64_t hidden_size = weight1.size(0);
-  const bool is_saved = hidden.numel() > 0 && hidden.dim() == x.dim() && hidden.size(hidden.dim() - 1) == hidden_size;
+  const bool is_saved =
+      hidden.numel() > 0 && hidden.dim() == x.dim() && hidden.size(hidden.dim() - 1) == hidden_size;
   AF_CHECK(is_saved || hidden.numel() == 0, "hidden: expected x's shape ", shape_text(x),
            " with last dimension ", hidden_size, ", or an empty tensor, got ", shape_text(hidden));
 
@@ -109,10 +110,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_mlp_backward(
   const Tensor z = is_saved ? as_rows(widen(hidden)) : linear(rows, w1, std::nullopt);
   const OptionalTensor b1 = widen(bias1);
 
-  const Tensor dweight2 =
-      mm(transpose(drows, 0, 1), bias_activation(z, b1, activation, backend));
-  const auto [dz, dbias1] =
-      bias_activation_backward(mm(drows, w2), z, b1, activation, backend);
+  const Tensor dweight2 = mm(transpose(drows, 0, 1), bias_activation(z, b1, activation, backend));
+  const auto [dz, dbias1] = bias_activation_backward(mm(drows, w2), z, b1, activation, backend);
   const Tensor dweight1 = mm(transpose(dz, 0, 1), rows);
   const Tensor dx = reshape(mm(dz, w1), with_columns(x, x.size(x.dim() - 1)));
   const ScalarType dtype = x.scalar_type();

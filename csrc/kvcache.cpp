@@ -17,7 +17,8 @@ Tensor positions_from(const Tensor& first, int64_t length) {
   return add(starts, unsqueeze(arange(length, first), 0));
 }
 
-// The caches as attention sees them. A cache whose rows are picked by cache_batch_idx is a paged one with one page per sequence.
+// The caches as attention sees them. A cache whose rows are picked by cache_batch_idx is a paged
+// one with one page per sequence.
 AttentionArgs attention_over(const KVCacheCall& call, int64_t window_left, int64_t window_right) {
   AttentionArgs args{call.q, call.k_cache, call.v_cache};
   args.seqused_k = call.cache_seqlens;
@@ -44,17 +45,18 @@ void append_and_rotate(const KVCacheCall& call, AttentionArgs& args) {
   const Tensor& first = *call.cache_seqlens;
   const Tensor positions = positions_from(first, call.seqlen_new());
   if (call.rotary_cos) {
-    const Tensor k = rotate(*call.k, *call.rotary_cos, *call.rotary_sin, positions,
-                            call.rotary_interleaved);
+    const Tensor k =
+        rotate(*call.k, *call.rotary_cos, *call.rotary_sin, positions, call.rotary_interleaved);
     append(call, k, *call.v, positions);
-    // Under a mask that moves with the query each row of q has its own position, else all stand at the end of the cache.
+    // Under a mask that moves with the query each row of q has its own position, else all stand at
+    // the end of the cache.
     const bool moving_mask = args.window_left >= 0 || args.window_right >= 0;
     const int64_t seqlen_q = call.q.size(1);
-    const Tensor q_positions =
-        moving_mask ? positions_from(first, seqlen_q)
-                    : expand(positions_from(first, 1), {call.batch(), seqlen_q});
-    args.q = rotate(call.q, *call.rotary_cos, *call.rotary_sin, q_positions,
-                    call.rotary_interleaved);
+    const Tensor q_positions = moving_mask
+                                   ? positions_from(first, seqlen_q)
+                                   : expand(positions_from(first, 1), {call.batch(), seqlen_q});
+    args.q =
+        rotate(call.q, *call.rotary_cos, *call.rotary_sin, q_positions, call.rotary_interleaved);
   } else {
     append(call, *call.k, *call.v, positions);
   }
@@ -117,13 +119,23 @@ std::tuple<Tensor, Tensor> attention_kvcache_(
     const OptionalTensor& cache_seqlens, const OptionalTensor& cache_batch_idx,
     const OptionalTensor& cache_leftpad, const OptionalTensor& block_table,
     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, double softmax_scale,
-    bool causal, int64_t window_left, int64_t window_right, double softcap,
-    bool rotary_interleaved, int64_t backend) {
+    bool causal, int64_t window_left, int64_t window_right, double softcap, bool rotary_interleaved,
+    int64_t backend) {
   const NoGrad no_grad;
-  const KVCacheCall call{q,          k_cache,       v_cache,         k,
-                         v,          rotary_cos,    rotary_sin,      cache_seqlens,
-                         cache_batch_idx, cache_leftpad, block_table, alibi_slopes,
-                         sinks,      softmax_scale, softcap,         rotary_interleaved};
+  KVCacheCall call{q, k_cache, v_cache};
+  call.k = k;
+  call.v = v;
+  call.rotary_cos = rotary_cos;
+  call.rotary_sin = rotary_sin;
+  call.cache_seqlens = cache_seqlens;
+  call.cache_batch_idx = cache_batch_idx;
+  call.cache_leftpad = cache_leftpad;
+  call.block_table = block_table;
+  call.alibi_slopes = alibi_slopes;
+  call.sinks = sinks;
+  call.softmax_scale = softmax_scale;
+  call.softcap = softcap;
+  call.rotary_interleaved = rotary_interleaved;
   validate_kvcache(call);
   AttentionArgs args = attention_over(call, window_left, window_right);
   normalise(args, causal);

@@ -5,20 +5,21 @@
 
 namespace anyflash {
 
+// Paged caches: (num_blocks, page_size, heads_k, head_dim), one row of block_table per sequence.
 struct KVCacheCall {
-  Tensor q;               // (batch, seqlen_q, heads, head_dim)
-  Tensor k_cache;         // (batch_cache, capacity, heads_k, head_dim) or, paged, (num_blocks, page_size, heads_k, head_dim)
-  Tensor v_cache;         // k_cache's shape with head_dim_v
-  OptionalTensor k;       // (batch, seqlen_new, heads_k, head_dim)
-  OptionalTensor v;       // k's shape with head_dim_v
-  OptionalTensor rotary_cos;       // (seqlen_rotary, rotary_dim / 2), q's dtype
-  OptionalTensor rotary_sin;       // like rotary_cos
-  OptionalTensor cache_seqlens;    // (batch) int32: keys in the cache before the call
-  OptionalTensor cache_batch_idx;  // (batch) int32: the row of the cache that belongs to each sequence
-  OptionalTensor cache_leftpad;    // (batch) int32
-  OptionalTensor block_table;      // (batch, max_blocks) int32
-  OptionalTensor alibi_slopes;
-  OptionalTensor sinks;
+  Tensor q;                          // (batch, seqlen_q, heads, head_dim)
+  Tensor k_cache;                    // (batch_cache, capacity, heads_k, head_dim)
+  Tensor v_cache;                    // k_cache's shape with head_dim_v
+  OptionalTensor k{};                // (batch, seqlen_new, heads_k, head_dim)
+  OptionalTensor v{};                // k's shape with head_dim_v
+  OptionalTensor rotary_cos{};       // (seqlen_rotary, rotary_dim / 2), q's dtype
+  OptionalTensor rotary_sin{};       // like rotary_cos
+  OptionalTensor cache_seqlens{};    // (batch) int32: keys in the cache before the call
+  OptionalTensor cache_batch_idx{};  // (batch) int32: which row of the cache is whose
+  OptionalTensor cache_leftpad{};    // (batch) int32
+  OptionalTensor block_table{};      // (batch, max_blocks) int32
+  OptionalTensor alibi_slopes{};
+  OptionalTensor sinks{};
   double softmax_scale = 1.0;
   double softcap = 0.0;
   bool rotary_interleaved = true;
@@ -32,11 +33,13 @@ struct KVCacheCall {
 
 void validate_kvcache(const KVCacheCall& call);
 
-// x (batch, seqlen, heads, head_dim) turned by the angles of its positions (batch, seqlen) int64; fp32 arithmetic, x's dtype.
+// x (batch, seqlen, heads, head_dim) turned by the angles of its positions (batch, seqlen) int64;
+// fp32 arithmetic, x's dtype.
 Tensor rotate(const Tensor& x, const Tensor& rotary_cos, const Tensor& rotary_sin,
               const Tensor& positions, bool interleaved);
 
-// Writes k and v (batch, seqlen_new, ...) to the rows `positions` (batch, seqlen_new) int64 of the caches. No host synchronisation.
+// Writes k and v (batch, seqlen_new, ...) to the rows `positions` (batch, seqlen_new) int64 of the
+// caches. No host synchronisation.
 void append(const KVCacheCall& call, const Tensor& k, const Tensor& v, const Tensor& positions);
 
 }  // namespace anyflash

@@ -1,4 +1,5 @@
-// anyflash._native: what is built, the decision, and the shared definitions (dropout bits, masks) as Python sees them. No torch.
+// anyflash._native: what is built, the decision, and the shared definitions (dropout bits, masks)
+// as Python sees them. No torch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -21,10 +22,13 @@ struct Name {
   Value value;
 };
 
-constexpr Name<Family> kFamilies[] = {{"attention", Family::attention}, {"bias_activation", Family::bias_activation}};
-constexpr Name<Direction> kDirections[] = {{"forward", Direction::forward}, {"backward", Direction::backward}};
+constexpr Name<Family> kFamilies[] = {{"attention", Family::attention},
+                                      {"bias_activation", Family::bias_activation}};
+constexpr Name<Direction> kDirections[] = {{"forward", Direction::forward},
+                                           {"backward", Direction::backward}};
 constexpr Name<Device> kDevices[] = {{"cpu", Device::cpu}, {"cuda", Device::cuda}};
-constexpr Name<Dtype> kDtypes[] = {{"fp16", Dtype::fp16}, {"bf16", Dtype::bf16}, {"fp32", Dtype::fp32}, {"fp64", Dtype::fp64}};
+constexpr Name<Dtype> kDtypes[] = {
+    {"fp16", Dtype::fp16}, {"bf16", Dtype::bf16}, {"fp32", Dtype::fp32}, {"fp64", Dtype::fp64}};
 constexpr Name<Features> kFeatures[] = {
 #define FEATURE(name, phrase) {#name, Feature::name},
 #define ROUTE(...)
@@ -57,34 +61,47 @@ std::string join(const std::vector<std::string>& names) {
   return joined;
 }
 
+void set_field(Problem& problem, const std::string& field, const py::handle& value) {
+  if (field == "op") {
+    problem.family = value_of("op", kFamilies, value.cast<std::string>());
+  } else if (field == "device") {
+    problem.device = value_of("device", kDevices, value.cast<std::string>());
+  } else if (field == "sm") {
+    problem.sm = value.cast<int32_t>();
+  } else if (field == "direction") {
+    problem.direction = value_of("direction", kDirections, value.cast<std::string>());
+  } else if (field == "dtype") {
+    problem.dtype = value_of("dtype", kDtypes, value.cast<std::string>());
+  } else if (field == "head_dim") {
+    problem.head_dim = value.cast<int32_t>();
+  } else if (field == "head_dim_v") {
+    problem.head_dim_v = value.cast<int32_t>();
+  } else if (field == "features") {
+    for (const py::handle feature : value) {
+      problem.features |= value_of("feature", kFeatures, feature.cast<std::string>());
+    }
+  } else if (field == "torch_version") {
+    problem.torch_version = value.cast<int32_t>();
+  } else if (field == "chain") {
+    problem.chain =
+        parse_chain(py::isinstance<py::str>(value) ? value.cast<std::string>()
+                                                   : join(value.cast<std::vector<std::string>>()));
+  } else if (field == "explicit") {
+    problem.explicit_chain = value.cast<bool>();
+  } else {
+    throw py::value_error("problem: unknown field '" + field + "'");
+  }
+}
+
 Problem problem_from(const py::dict& fields) {
   Problem problem;
   for (const auto& [key, value] : fields) {
-    const auto field = key.cast<std::string>();
-    if (field == "op") {
-      problem.family = value_of("op", kFamilies, value.cast<std::string>());
-    } else if (field == "device") {
-      problem.device = value_of("device", kDevices, value.cast<std::string>());
-    } else if (field == "sm") {
-      problem.sm = value.cast<int32_t>();
-    } else if (field == "direction") {
-      problem.direction = value_of("direction", kDirections, value.cast<std::string>());
-    } else if (field == "dtype") {
-      problem.dtype = value_of("dtype", kDtypes, value.cast<std::string>());
-    } else if (field == "head_dim") {
-      problem.head_dim = value.cast<int32_t>();
-    } else if (field == "head_dim_v") {
-      problem.head_dim_v = value.cast<int32_t>();
-    } else if (field == "features") {
-      for (const py::handle feature : value) problem.features |= value_of("feature", kFeatures, feature.cast<std::string>());
-    } else if (field == "torch_version") {
-      problem.torch_version = value.cast<int32_t>();
-    } else if (field == "chain") {
-      problem.chain = parse_chain(join(value.cast<std::vector<std::string>>()));
-    } else if (field == "explicit") {
-      problem.explicit_chain = value.cast<bool>();
-    } else {
-      throw py::value_error("unknown field '" + field + "' of a problem");
+    const auto field = py::str(key).cast<std::string>();
+    try {
+      set_field(problem, field, value);
+    } catch (const py::cast_error&) {
+      throw py::type_error("problem: " + field + " cannot be " +
+                           py::repr(value).cast<std::string>());
     }
   }
   return problem;
@@ -94,10 +111,13 @@ py::dict decide_dict(const py::dict& fields) {
   const Problem problem = problem_from(fields);
   const Decision decision = decide(problem);
   py::list reasons;
-  for (const Reason& reason : decision.reasons) reasons.append(py::make_tuple(route_name(reason.route), reason.text));
+  for (const Reason& reason : decision.reasons)
+    reasons.append(py::make_tuple(route_name(reason.route), reason.text));
   py::dict result;
   result["route"] = route_name(decision.choice.route);
-  result["instance"] = decision.choice.instance ? py::object(py::str(decision.choice.instance->name)) : py::object(py::none());
+  result["instance"] = decision.choice.instance
+                           ? py::object(py::str(decision.choice.instance->name))
+                           : py::object(py::none());
   result["reasons"] = reasons;
   if (decision.choice.route == Route::none) result["refusal"] = refusal(problem, decision);
   return result;
@@ -127,10 +147,13 @@ py::list instances() {
 py::list routes() {
   py::list rows;
 #define FEATURE(name, phrase)
-#define ROUTE(name, chain, device, min_sm, dtypes, max_head_dim, multiple, min_torch, forward, backward)                              \
-  rows.append(py::dict(py::arg("name") = #name, py::arg("chain") = #chain, py::arg("device") = #device, py::arg("min_sm") = min_sm,   \
-                       py::arg("dtypes") = #dtypes, py::arg("max_head_dim") = max_head_dim, py::arg("head_dim_multiple") = multiple,  \
-                       py::arg("min_torch") = min_torch, py::arg("forward") = #forward, py::arg("backward") = #backward));
+#define ROUTE(name, chain, device, min_sm, dtypes, max_head_dim, multiple, min_torch, forward,    \
+              backward)                                                                           \
+  rows.append(py::dict(py::arg("name") = #name, py::arg("chain") = #chain,                        \
+                       py::arg("device") = #device, py::arg("min_sm") = min_sm,                   \
+                       py::arg("dtypes") = #dtypes, py::arg("max_head_dim") = max_head_dim,       \
+                       py::arg("head_dim_multiple") = multiple, py::arg("min_torch") = min_torch, \
+                       py::arg("forward") = #forward, py::arg("backward") = #backward));
 #include "routes.def"
 #undef ROUTE
 #undef FEATURE
@@ -147,7 +170,8 @@ py::dict build_info() {
 }
 
 // One byte per element of (rows, cols), 1 = kept.
-py::bytes dropout_keep(int64_t seed, int64_t offset, uint32_t bh, uint32_t rows, uint32_t cols, double dropout_p) {
+py::bytes dropout_keep(int64_t seed, int64_t offset, uint32_t bh, uint32_t rows, uint32_t cols,
+                       double dropout_p) {
   const Dropout dropout{uint64_t(seed), uint32_t(offset), Dropout::threshold_for(dropout_p)};
   std::string kept;
   kept.reserve(size_t(rows) * cols);
@@ -158,10 +182,12 @@ py::bytes dropout_keep(int64_t seed, int64_t offset, uint32_t bh, uint32_t rows,
 }
 
 // (kv_begin, kv_end) per query row.
-std::vector<std::pair<int64_t, int64_t>> kv_ranges(int64_t seqlen_q, int64_t seqlen_k, int64_t window_left, int64_t window_right) {
+std::vector<std::pair<int64_t, int64_t>> kv_ranges(int64_t seqlen_q, int64_t seqlen_k,
+                                                   int64_t window_left, int64_t window_right) {
   const IntervalMask<int64_t> mask{seqlen_q, seqlen_k, window_left, window_right};
   std::vector<std::pair<int64_t, int64_t>> ranges;
-  for (int64_t row = 0; row < seqlen_q; ++row) ranges.emplace_back(mask.kv_begin(row), mask.kv_end(row));
+  for (int64_t row = 0; row < seqlen_q; ++row)
+    ranges.emplace_back(mask.kv_begin(row), mask.kv_end(row));
   return ranges;
 }
 
@@ -174,11 +200,13 @@ PYBIND11_MODULE(_native, m) {
   m.def("instances", &instances, "The compiled kernels, one dict per line of instances.def.");
   m.def("routes", &routes, "The rows of routes.def.");
   m.def("decide", &decide_dict, py::arg("problem"),
-        "The route for a problem: {'route', 'instance', 'reasons': [(route, text), ...]}, and 'refusal' if there is none.");
+        "The route for a problem: {'route', 'instance', 'reasons': [(route, text), ...]}, and "
+        "'refusal' if there is none.");
   m.def("build_info", &build_info, "Versions this module was built with.");
   m.def("parse_chain", &parse_chain, py::arg("names"), "'kernel,sdpa,math' -> 0x321.");
-  m.def("dropout_keep", &dropout_keep, py::arg("seed"), py::arg("offset"), py::arg("bh"), py::arg("rows"), py::arg("cols"),
-        py::arg("dropout_p"), "One byte per element of (rows, cols), 1 = kept.");
-  m.def("kv_ranges", &kv_ranges, py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("window_left"), py::arg("window_right"),
-        "(kv_begin, kv_end) per query row.");
+  m.def("dropout_keep", &dropout_keep, py::arg("seed"), py::arg("offset"), py::arg("bh"),
+        py::arg("rows"), py::arg("cols"), py::arg("dropout_p"),
+        "One byte per element of (rows, cols), 1 = kept.");
+  m.def("kv_ranges", &kv_ranges, py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("window_left"),
+        py::arg("window_right"), "(kv_begin, kv_end) per query row.");
 }

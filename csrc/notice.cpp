@@ -15,21 +15,31 @@ std::atomic<void (*)(const char*)> notice_sink{nullptr};
 
 BackEnd back_end_of(Route route) {
   switch (route) {
-    case Route::kernel: return BackEnd::kernel;
-    case Route::math: return BackEnd::math;
-    case Route::aten_cudnn: return BackEnd::aten_cudnn;
-    default: return BackEnd::sdpa;
+    case Route::kernel:
+      return BackEnd::kernel;
+    case Route::math:
+      return BackEnd::math;
+    case Route::aten_cudnn:
+      return BackEnd::aten_cudnn;
+    default:
+      return BackEnd::sdpa;
   }
 }
 
 const char* route_phrase(Route route) {
   switch (route) {
-    case Route::kernel: return "anyflash's kernel (kernel)";
-    case Route::aten_cudnn: return "cuDNN's attention in PyTorch (aten_cudnn)";
-    case Route::aten_flash: return "PyTorch's flash attention (aten_flash)";
-    case Route::aten_efficient: return "PyTorch's memory-efficient attention (aten_efficient)";
-    case Route::aten_cpu: return "PyTorch's CPU attention (aten_cpu)";
-    default: return "plain PyTorch operators (math)";
+    case Route::kernel:
+      return "anyflash's kernel (kernel)";
+    case Route::aten_cudnn:
+      return "cuDNN's attention in PyTorch (aten_cudnn)";
+    case Route::aten_flash:
+      return "PyTorch's flash attention (aten_flash)";
+    case Route::aten_efficient:
+      return "PyTorch's memory-efficient attention (aten_efficient)";
+    case Route::aten_cpu:
+      return "PyTorch's CPU attention (aten_cpu)";
+    default:
+      return "plain PyTorch operators (math)";
   }
 }
 
@@ -41,7 +51,8 @@ bool runs_on(BackEnd back_end, Route route, Family family) {
          std::string(route_name(route)) == kBackEndNames[static_cast<int32_t>(back_end)];
 }
 
-// Fallbacks already told, by a number that stands for one. A collision costs a look into the set of texts, nothing else.
+// Fallbacks already told, by a number that stands for one. A collision costs a look into the set of
+// texts, nothing else.
 class Told {
  public:
   bool contains(uint64_t number) const {

@@ -1,4 +1,5 @@
-// Nothing is silent: the first time a call does not run on the first back end of its chain, the user is told what runs, why, and what to do.
+// Nothing is silent: the first time a call does not run on the first back end of its chain, the
+// user is told what runs, why, and what to do.
 #pragma once
 
 #include "dispatch.h"

@@ -1,4 +1,5 @@
-// The operators of schemas.def as C++ functions, one per schema and in its argument order. ops.cpp registers them.
+// The operators of schemas.def as C++ functions, one per schema and in its argument order. ops.cpp
+// registers them.
 #pragma once
 
 #include <string>
@@ -34,8 +35,8 @@ std::tuple<Tensor, Tensor> attention_kvcache_(
     const OptionalTensor& cache_seqlens, const OptionalTensor& cache_batch_idx,
     const OptionalTensor& cache_leftpad, const OptionalTensor& block_table,
     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, double softmax_scale,
-    bool causal, int64_t window_left, int64_t window_right, double softcap,
-    bool rotary_interleaved, int64_t backend);
+    bool causal, int64_t window_left, int64_t window_right, double softcap, bool rotary_interleaved,
+    int64_t backend);
 
 Tensor bias_activation(const Tensor& x, const OptionalTensor& bias, int64_t activation,
                        int64_t backend);
@@ -73,11 +74,10 @@ Tensor flash_attn_varlen_func(const Tensor& q, const Tensor& k, const Tensor& v,
                               const OptionalTensor& block_table);
 Tensor flash_attn_varlen_kvpacked_func(const Tensor& q, const Tensor& kv,
                                        const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                                       int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                       double dropout_p, std::optional<double> softmax_scale,
-                                       bool causal, const std::vector<int64_t>& window_size,
-                                       double softcap, const OptionalTensor& alibi_slopes,
-                                       bool deterministic);
+                                       int64_t max_seqlen_q, int64_t max_seqlen_k, double dropout_p,
+                                       std::optional<double> softmax_scale, bool causal,
+                                       const std::vector<int64_t>& window_size, double softcap,
+                                       const OptionalTensor& alibi_slopes, bool deterministic);
 Tensor flash_attn_varlen_qkvpacked_func(const Tensor& qkv, const Tensor& cu_seqlens,
                                         int64_t max_seqlen, double dropout_p,
                                         std::optional<double> softmax_scale, bool causal,

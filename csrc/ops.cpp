@@ -8,7 +8,8 @@
 namespace anyflash {
 namespace {
 
-// The one operator with a string argument, unboxed here: the headers' conversion leaks what it returns.
+// The one operator with a string argument, unboxed here: the headers' conversion leaks what it
+// returns.
 Tensor fused_mlp_by_handle(const Tensor& x, const Tensor& weight1, const OptionalTensor& bias1,
                            const Tensor& weight2, const OptionalTensor& bias2,
                            StringHandle activation, bool recompute) {
@@ -51,7 +52,8 @@ std::string register_all() {
   return register_operators("anyflash", schemas, kernels);
 }
 
-// A static object, not a constructor attribute: that would run before the string beside it exists. No exception may leave here.
+// A static object, not a constructor attribute: that would run before the string beside it exists.
+// No exception may leave here.
 struct Registration {
   std::string error;
   Registration() {
@@ -68,7 +70,8 @@ const Registration registration;
 }  // namespace
 }  // namespace anyflash
 
-// "" when all operators are registered, else the reason. Read by Python's loader and by C++ programs.
+// "" when all operators are registered, else the reason. Read by Python's loader and by C++
+// programs.
 extern "C" __attribute__((visibility("default"))) const char* anyflash_register_error(void) {
   return anyflash::registration.error.c_str();
 }

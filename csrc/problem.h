@@ -9,13 +9,25 @@ namespace anyflash {
 
 enum class Device : int32_t { cpu, cuda };
 
-// The digits of a chain. `sdpa` stands for all routes of routes.def that belong to it, an aten_* name for that route alone.
-enum class BackEnd : int32_t { unset, kernel, sdpa, math, aten_cudnn, aten_flash, aten_efficient, aten_cpu };
+// The digits of a chain. `sdpa` stands for all routes of routes.def that belong to it, an aten_*
+// name for that route alone.
+enum class BackEnd : int32_t {
+  unset,
+  kernel,
+  sdpa,
+  math,
+  aten_cudnn,
+  aten_flash,
+  aten_efficient,
+  aten_cpu
+};
 
-constexpr const char* kBackEndNames[] = {"unset", "kernel", "sdpa", "math", "aten_cudnn", "aten_flash", "aten_efficient", "aten_cpu"};
+constexpr const char* kBackEndNames[] = {"unset",      "kernel",     "sdpa",           "math",
+                                         "aten_cudnn", "aten_flash", "aten_efficient", "aten_cpu"};
 constexpr int32_t kNumBackEnds = 8;
 
-// An ordered choice of back ends, one hexadecimal digit each, first choice in the lowest; 0 = unset.
+// An ordered choice of back ends, one hexadecimal digit each, first choice in the lowest; 0 =
+// unset.
 using Chain = int64_t;
 
 constexpr Chain kDefaultChain = 0x321;  // kernel, sdpa, math
@@ -58,7 +70,8 @@ struct Problem {
   Features features = 0;
   int32_t torch_version = 0;  // 213 = 2.13
   Chain chain = kDefaultChain;
-  bool explicit_chain = false;  // the user named the chain: by argument, context manager or environment
+  bool explicit_chain =
+      false;  // the user named the chain: by argument, context manager or environment
 };
 
 }  // namespace anyflash

@@ -43,12 +43,14 @@ void check_query(const AttentionArgs& args, const Facts& q) {
     AF_CHECK(q.rank == 4, "q: expected (batch, seqlen_q, heads, head_dim), got ",
              shape_text(args.q));
   }
-  AF_CHECK(dtypes().is_floating(q.dtype),
-           "FlashAttention only support fp16 and bf16 data type (anyflash: fp32 and fp64 too), got ",
-           "q of ", dtype_text(args.q));
+  AF_CHECK(
+      dtypes().is_floating(q.dtype),
+      "FlashAttention only support fp16 and bf16 data type (anyflash: fp32 and fp64 too), got ",
+      "q of ", dtype_text(args.q));
 }
 
-// k and v: dtype, device, layout and shape, which a message writes down as the original library does.
+// k and v: dtype, device, layout and shape, which a message writes down as the original library
+// does.
 void check_keys(const AttentionArgs& args, const KeyNames& names, const Facts& q, const Facts& k,
                 const Facts& v) {
   AF_CHECK(k.dtype == q.dtype, "query and key must have the same dtype, got q of ",
@@ -68,8 +70,8 @@ void check_keys(const AttentionArgs& args, const KeyNames& names, const Facts& q
                                        : "batch, seqlen_k";
   const int64_t head_dim = q.sizes[q.rank - 1];
   const bool batch_fits =
-      packed_keys || args.paged() || (k.rank == 4 && (k.sizes[0] == q.sizes[0] ||
-                                                      (names.spare_rows && k.sizes[0] > q.sizes[0])));
+      packed_keys || args.paged() ||
+      (k.rank == 4 && (k.sizes[0] == q.sizes[0] || (names.spare_rows && k.sizes[0] > q.sizes[0])));
   AF_CHECK(k.rank == rank && k.sizes[rank - 1] == head_dim && batch_fits, names.k,
            " must have shape ", shape, "; ", names.k, ": expected (", leading, ", heads_k, ",
            head_dim, "), got ", shape_text(args.k), " with q ", shape_text(args.q));
@@ -107,8 +109,7 @@ void check_sequences(const AttentionArgs& args) {
     check_index_vector(*args.seqused_k, "seqused_k", args.q, batch, "(batch_size)");
   }
   if (args.leftpad_k) {
-    AF_CHECK(!args.paged(),
-             "We don't support Paged KV and leftpad_k running at the same time yet");
+    AF_CHECK(!args.paged(), "We don't support Paged KV and leftpad_k running at the same time yet");
     check_index_vector(*args.leftpad_k, "leftpad_k", args.q, batch, "(batch_size)");
   }
   if (args.paged()) check_block_table(*args.block_table, args.q, batch);
@@ -141,8 +142,8 @@ void check_dropout(const AttentionArgs& args) {
   AF_CHECK(args.rng_state, "rng_state: missing, dropout_p is ", args.dropout_p);
   const Tensor& rng = *args.rng_state;
   AF_CHECK(dtype_of(rng) == dtypes().int64 && has_shape(Facts(rng), {2}) && rng.is_contiguous(),
-           "rng_state: expected a contiguous int64 tensor of shape (2,), got ", dtype_text(rng), " ",
-           shape_text(rng));
+           "rng_state: expected a contiguous int64 tensor of shape (2,), got ", dtype_text(rng),
+           " ", shape_text(rng));
   check_same_device(args.q, "q", rng, "rng_state");
 }
 
@@ -178,8 +179,7 @@ void check_values(const AttentionArgs& args) {
     cu_k.emplace(*args.cu_seqlens_k);
     const Rows rows{args.k.size(0), "k"};
     check_cumulative(*cu_k, "cu_seqlens_k", batch, args.paged() ? nullptr : &rows,
-                     args.max_seqlen_k,
-                     args.paged() ? "block_table: capacity" : "max_seqlen_k");
+                     args.max_seqlen_k, args.paged() ? "block_table: capacity" : "max_seqlen_k");
   }
   if (!args.seqused_k && !args.leftpad_k && !args.paged()) return;
 
@@ -243,8 +243,8 @@ void validate_backward(const AttentionArgs& args, const BackwardArgs& grad) {
     return packed ? has_shape(facts, {heads, size[0]})
                   : has_shape(facts, {size[0], heads, size[1]});
   };
-  const char* out_names = packed ? "(total_q, num_heads, head_size)"
-                                 : "(batch_size, seqlen_q, num_heads, head_size)";
+  const char* out_names =
+      packed ? "(total_q, num_heads, head_size)" : "(batch_size, seqlen_q, num_heads, head_size)";
   AF_CHECK(like_out(out), "out must have shape ", out_names, "; out: expected q's shape ",
            shape_text(args.q), " with last dimension ", head_dim_v, ", got ", shape_text(grad.out));
   AF_CHECK(like_out(dout), "dout must have shape ", out_names, "; dout: expected ",
@@ -331,8 +331,7 @@ void check_sinks(const Tensor& sinks, const Tensor& q, int64_t heads) {
 void check_index_vector(const Tensor& tensor, const char* name, const Tensor& q, int64_t size,
                         const char* size_text) {
   const Facts facts(tensor);
-  AF_CHECK(facts.dtype == dtypes().int32, name, " must have dtype int32, got ",
-           dtype_text(tensor));
+  AF_CHECK(facts.dtype == dtypes().int32, name, " must have dtype int32, got ", dtype_text(tensor));
   check_same_device(q, "q", tensor, name);
   AF_CHECK(tensor.is_contiguous(), name, " must be contiguous, got shape ", shape_text(tensor),
            " with stride ", facts.rank > 0 ? tensor.stride(facts.rank - 1) : 0);

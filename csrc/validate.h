@@ -1,5 +1,6 @@
-// Refuses what cannot be computed, before anything of torch or a kernel sees it: names the argument, what came, what was expected.
-// Where the original library has a text for the case, the message begins with it.
+// Refuses what cannot be computed, before anything of torch or a kernel sees it: names the
+// argument, what came, what was expected. Where the original library has a text for the case, the
+// message begins with it.
 #pragma once
 
 #include "attention.h"
@@ -8,7 +9,8 @@ namespace anyflash {
 
 constexpr int64_t kMaxHeadDim = 512;
 
-// Shapes, dtypes, devices and options; values of index tensors on the CPU, and with ANYFLASH_CHECK=1 on CUDA too.
+// Shapes, dtypes, devices and options; values of index tensors on the CPU, and with
+// ANYFLASH_CHECK=1 on CUDA too.
 void validate_forward(const AttentionArgs& args);
 void validate_backward(const AttentionArgs& args, const BackwardArgs& grad);
 
@@ -35,7 +37,8 @@ void check_block_table(const Tensor& table, const Tensor& q, int64_t batch);
 // True where the values of index tensors on q's device are to be read.
 bool values_are_checked(const Tensor& q);
 
-// An int32 tensor read on the host: in place on the CPU, else through a copy that waits for the device.
+// An int32 tensor read on the host: in place on the CPU, else through a copy that waits for the
+// device.
 class HostInts {
  public:
   explicit HostInts(const Tensor& tensor);

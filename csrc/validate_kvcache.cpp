@@ -18,13 +18,13 @@ void check_new_keys(const KVCacheCall& call) {
   check_same_device(call.q, "q", k, "k");
   check_same_device(call.q, "q", v, "v");
   const int64_t heads_k = call.k_cache.size(2);
-  const auto check_shape = [&](const Tensor& x, const char* name, int64_t seqlen, int64_t head_dim) {
+  const auto check_shape = [&](const Tensor& x, const char* name, int64_t seqlen,
+                               int64_t head_dim) {
     const bool fits = x.dim() == 4 && x.size(0) == call.batch() && x.size(2) == heads_k &&
                       x.size(3) == head_dim && (seqlen < 0 || x.size(1) == seqlen);
-    AF_CHECK(fits, name,
-             " must have shape (batch_size, seqlen_knew, num_heads_k, head_size); ", name,
-             ": expected (", call.batch(), ", ", seqlen < 0 ? "seqlen_new" : text(seqlen), ", ",
-             heads_k, ", ", head_dim, "), got ", shape_text(x));
+    AF_CHECK(fits, name, " must have shape (batch_size, seqlen_knew, num_heads_k, head_size); ",
+             name, ": expected (", call.batch(), ", ", seqlen < 0 ? "seqlen_new" : text(seqlen),
+             ", ", heads_k, ", ", head_dim, "), got ", shape_text(x));
   };
   check_shape(k, "k", -1, call.k_cache.size(3));
   check_shape(v, "v", k.size(1), call.v_cache.size(3));
@@ -36,9 +36,10 @@ void check_new_keys(const KVCacheCall& call) {
 void check_rotary(const KVCacheCall& call) {
   AF_CHECK(call.rotary_cos, "If rotary sin is provided, rotary cos must also be provided");
   AF_CHECK(call.rotary_sin, "If rotary cos is provided, rotary sin must also be provided");
-  AF_CHECK(call.k,
-           "If rotary cos/sin are provided, new key / value to be appended to KV cache must also be "
-           "provided");
+  AF_CHECK(
+      call.k,
+      "If rotary cos/sin are provided, new key / value to be appended to KV cache must also be "
+      "provided");
   const Tensor &cos = *call.rotary_cos, &sin = *call.rotary_sin;
   AF_CHECK(cos.dim() == 2, "rotary_cos: expected (seqlen_rotary, rotary_dim / 2), got ",
            shape_text(cos));
@@ -100,8 +101,8 @@ void check_values(const KVCacheCall& call) {
     }
     if (rows) {
       AF_CHECK((*rows)[b] >= 0 && (*rows)[b] < call.k_cache.size(0),
-               "cache_batch_idx: expected 0 to ", call.k_cache.size(0) - 1, ", the rows of k_cache, got ",
-               (*rows)[b], " for sequence ", b);
+               "cache_batch_idx: expected 0 to ", call.k_cache.size(0) - 1,
+               ", the rows of k_cache, got ", (*rows)[b], " for sequence ", b);
     }
     if (leftpad) {
       AF_CHECK((*leftpad)[b] >= 0, "cache_leftpad: expected 0 or more, got ", (*leftpad)[b],

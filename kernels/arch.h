@@ -5,8 +5,9 @@
 
 namespace anyflash {
 
-// Compute capabilities are written as major * 10 + minor. An Arch covers an interval of them: code without
-// architecture-specific instructions runs on every later GPU (as PTX where no SASS fits), sm_90a code on sm_90 alone.
+// Compute capabilities are written as major * 10 + minor. An Arch covers an interval of them: code
+// without architecture-specific instructions runs on every later GPU (as PTX where no SASS fits),
+// sm_90a code on sm_90 alone.
 struct Arch {
   const char* name;
   int32_t min_sm;

@@ -27,9 +27,16 @@ constexpr Arch sm75 = kSm75;
 namespace {
 
 constexpr Instance kInstances[] = {
-#define BIAS_ACTIVATION(arch_name, direction, dtype, checked_on)                                                           \
-  {"bias_activation_" #direction "_" #dtype "_" #arch_name, Family::bias_activation, arch::arch_name.name,                 \
-   arch::arch_name.min_sm, arch::arch_name.max_sm, Direction::direction, Dtype::dtype, 0, #checked_on,                     \
+#define BIAS_ACTIVATION(arch_name, direction, dtype, checked_on) \
+  {"bias_activation_" #direction "_" #dtype "_" #arch_name,      \
+   Family::bias_activation,                                      \
+   arch::arch_name.name,                                         \
+   arch::arch_name.min_sm,                                       \
+   arch::arch_name.max_sm,                                       \
+   Direction::direction,                                         \
+   Dtype::dtype,                                                 \
+   0,                                                            \
+   #checked_on,                                                  \
    bias_activation_##direction##_##dtype##_##arch_name},
 #include "kernels/instances.def"
 #undef BIAS_ACTIVATION
@@ -39,7 +46,8 @@ constexpr int32_t kNumInstances = sizeof(kInstances) / sizeof(Instance);
 }  // namespace
 
 int32_t launch_on_device(const void* kernel, Grid grid, void** arguments, void* stream) {
-  return cudaLaunchKernel(kernel, dim3(grid.x, grid.y), dim3(grid.threads), arguments, 0, static_cast<cudaStream_t>(stream));
+  return cudaLaunchKernel(kernel, dim3(grid.x, grid.y), dim3(grid.threads), arguments, 0,
+                          static_cast<cudaStream_t>(stream));
 }
 
 #else

@@ -1,4 +1,5 @@
-// The kernel library as its users see it: a table of compiled kernels and one way to launch them. C linkage, no torch, no CUDA types.
+// The kernel library as its users see it: a table of compiled kernels and one way to launch them. C
+// linkage, no torch, no CUDA types.
 #pragma once
 
 #include "kernels/params.h"
@@ -10,7 +11,12 @@ namespace anyflash {
 
 enum class Family : int32_t { attention, bias_activation };
 enum class Direction : int32_t { forward, backward };
-enum class Dtype : int32_t { fp16 = 1, bf16 = 2, fp32 = 4, fp64 = 8 };  // one bit each: routes list several
+enum class Dtype : int32_t {
+  fp16 = 1,
+  bf16 = 2,
+  fp32 = 4,
+  fp64 = 8
+};  // one bit each: routes list several
 
 // One line of instances.def.
 struct Instance {
@@ -40,11 +46,14 @@ ANYFLASH_EXPORT const anyflash::Instance* anyflash_instances(int32_t* count);
 // The instance of that name, or null.
 ANYFLASH_EXPORT const anyflash::Instance* anyflash_find_instance(const char* name);
 
-// Queues the kernel on `stream` (a CUstream) of the current device. `params` is the family's struct of params.h.
-ANYFLASH_EXPORT int32_t anyflash_launch(const anyflash::Instance* instance, const void* params, void* stream);
+// Queues the kernel on `stream` (a CUstream) of the current device. `params` is the family's struct
+// of params.h.
+ANYFLASH_EXPORT int32_t anyflash_launch(const anyflash::Instance* instance, const void* params,
+                                        void* stream);
 
 // Bytes of workspace for a backward that returns dbias.
-ANYFLASH_EXPORT int64_t anyflash_bias_activation_workspace(int64_t rows, int64_t cols, anyflash::Activation activation);
+ANYFLASH_EXPORT int64_t anyflash_bias_activation_workspace(int64_t rows, int64_t cols,
+                                                           anyflash::Activation activation);
 
 // Compute capability of a device as major * 10 + minor, or a negative number if it cannot be told.
 ANYFLASH_EXPORT int32_t anyflash_device_sm(int32_t device);

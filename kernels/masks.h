@@ -1,5 +1,6 @@
-// Every mask of the attention interface keeps one interval of keys per query row: kv_begin(row) <= key < kv_end(row), both ends never
-// decreasing with the row. Tile ranges and the element test follow from these two formulas.
+// Every mask of the attention interface keeps one interval of keys per query row: kv_begin(row) <=
+// key < kv_end(row), both ends never decreasing with the row. Tile ranges and the element test
+// follow from these two formulas.
 #pragma once
 
 #include "kernels/portable.h"
@@ -23,7 +24,8 @@ struct TileRange {
   Index end;
 };
 
-// Lengths are those of one sequence (after seqused_k and leftpad_k); windows as normalised: negative = unbounded, causal = right 0.
+// Lengths are those of one sequence (after seqused_k and leftpad_k); windows as normalised:
+// negative = unbounded, causal = right 0.
 template <typename Index>
 struct IntervalMask {
   Index seqlen_q;
@@ -42,7 +44,9 @@ struct IntervalMask {
     return window_right < 0 ? seqlen_k : smaller<Index>(seqlen_k, row + shift() + window_right + 1);
   }
 
-  ANYFLASH_HOST_DEVICE bool visible(Index row, Index key) const { return kv_begin(row) <= key && key < kv_end(row); }
+  ANYFLASH_HOST_DEVICE bool visible(Index row, Index key) const {
+    return kv_begin(row) <= key && key < kv_end(row);
+  }
 
   // Key tiles in which some row of row_begin <= row < row_end sees a key.
   ANYFLASH_HOST_DEVICE TileRange<Index> tiles(Index row_begin, Index row_end, Index tile) const {
@@ -52,7 +56,8 @@ struct IntervalMask {
   }
 
   // Key tiles in which each of these rows sees every key, so that no element needs a test.
-  ANYFLASH_HOST_DEVICE TileRange<Index> full_tiles(Index row_begin, Index row_end, Index tile) const {
+  ANYFLASH_HOST_DEVICE TileRange<Index> full_tiles(Index row_begin, Index row_end,
+                                                   Index tile) const {
     const Index first = kv_begin(row_end - 1);
     const Index last = larger<Index>(0, kv_end(row_begin));
     return {(first + tile - 1) / tile, last / tile};

@@ -15,8 +15,9 @@ enum class Activation : int32_t {
 
 constexpr int32_t kNumActivations = 5;
 
-// y = activation(x + bias), and backwards dx, dbias from dy. All tensors have the instance's dtype; the arithmetic is fp32.
-// in_cols = cols, for silu_gate 2 * cols. Columns are contiguous, rows may have any stride. Nothing may overlap.
+// y = activation(x + bias), and backwards dx, dbias from dy. All tensors have the instance's dtype;
+// the arithmetic is fp32. in_cols = cols, for silu_gate 2 * cols. Columns are contiguous, rows may
+// have any stride. Nothing may overlap.
 struct BiasActivationParams {
   const void* x;     // (rows, in_cols)
   const void* bias;  // (in_cols), or null
@@ -24,7 +25,8 @@ struct BiasActivationParams {
   const void* dy;    // (rows, cols); backward
   void* dx;          // (rows, in_cols); backward
   void* dbias;       // (in_cols), or null if not wanted; backward
-  void* workspace;   // anyflash_bias_activation_workspace() bytes, 16-byte aligned; backward with dbias
+  void* workspace;   // anyflash_bias_activation_workspace() bytes, 16-byte aligned; backward with
+                     // dbias
   int64_t rows;
   int64_t cols;
   int64_t x_row_stride;

@@ -1,4 +1,5 @@
-// The dropout bits of every back end: Philox-4x32 counters, one 16-bit number per attention probability.
+// The dropout bits of every back end: Philox-4x32 counters, one 16-bit number per attention
+// probability.
 #pragma once
 
 #include "kernels/portable.h"
@@ -9,7 +10,8 @@ struct PhiloxWords {
   uint32_t w[4];
 };
 
-// Philox-4x32 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011). Ours has 7 rounds, the published vectors 10.
+// Philox-4x32 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011). Ours has 7
+// rounds, the published vectors 10.
 template <int kRounds>
 ANYFLASH_HOST_DEVICE PhiloxWords philox_4x32(PhiloxWords counter, uint32_t key0, uint32_t key1) {
   for (int round = 0; round < kRounds; ++round) {
@@ -23,11 +25,12 @@ ANYFLASH_HOST_DEVICE PhiloxWords philox_4x32(PhiloxWords counter, uint32_t key0,
   return counter;
 }
 
-// Decides for row i, column j of sequence-and-head `bh` = sequence * heads + head whether a probability is kept. Rows and columns
-// count from the sequence's first query and first visible key (after leftpad_k).
+// Decides for row i, column j of sequence-and-head `bh` = sequence * heads + head whether a
+// probability is kept. Rows and columns count from the sequence's first query and first visible key
+// (after leftpad_k).
 //
-// One Philox call serves rows {i, i + 8} x columns {j, j + 1, j + 8, j + 9} of a 16 x 16 tile: what one thread holds of an mma.m16n8
-// pair of fragments, so a kernel draws no bit twice.
+// One Philox call serves rows {i, i + 8} x columns {j, j + 1, j + 8, j + 9} of a 16 x 16 tile: what
+// one thread holds of an mma.m16n8 pair of fragments, so a kernel draws no bit twice.
 struct Dropout {
   uint64_t seed;
   uint32_t offset;     // low half of rng_state[1]
@@ -45,7 +48,8 @@ struct Dropout {
   }
 
   // The half of words(bh, row, col) that belongs to this element.
-  static ANYFLASH_HOST_DEVICE uint32_t bits16(const PhiloxWords& words, uint32_t row, uint32_t col) {
+  static ANYFLASH_HOST_DEVICE uint32_t bits16(const PhiloxWords& words, uint32_t row,
+                                              uint32_t col) {
     const uint32_t half = row % 16 / 8 * 4 + col % 16 / 8 * 2 + col % 2;
     return words.w[half / 2] >> (half % 2 * 16) & 0xFFFFu;
   }

@@ -22,7 +22,8 @@ std::string text(const Parts&... parts) {
 [[noreturn]] void raise_runtime_error(const std::string& message);
 [[noreturn]] void raise_call_failed(const char* what);
 
-// Shim calls return a code; the text behind it is fetched where libtorch (2.13 or newer) can tell it.
+// Shim calls return a code; the text behind it is fetched where libtorch (2.13 or newer) can tell
+// it.
 inline void check_code(AOTITorchError code, const char* what) {
   if (__builtin_expect(code != AOTI_TORCH_SUCCESS, 0)) raise_call_failed(what);
 }
@@ -36,10 +37,11 @@ std::string device_text(const torch::stable::Tensor& tensor);
 
 }  // namespace anyflash
 
-// A broken contract of a tensor argument: RuntimeError in Python. The message parts are evaluated only when it is broken.
-#define AF_CHECK(condition, ...)                                          \
-  do {                                                                    \
-    if (__builtin_expect(!(condition), 0)) {                              \
-      ::anyflash::raise_runtime_error(::anyflash::text(__VA_ARGS__));     \
-    }                                                                     \
+// A broken contract of a tensor argument: RuntimeError in Python. The message parts are evaluated
+// only when it is broken.
+#define AF_CHECK(condition, ...)                                      \
+  do {                                                                \
+    if (__builtin_expect(!(condition), 0)) {                          \
+      ::anyflash::raise_runtime_error(::anyflash::text(__VA_ARGS__)); \
+    }                                                                 \
   } while (0)

@@ -1,4 +1,5 @@
-// CUDA as libtorch sees it: the current device and stream. Everything here raises where libtorch has no CUDA.
+// CUDA as libtorch sees it: the current device and stream. Everything here raises where libtorch
+// has no CUDA.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// Calls into aten from inside an operator must not record a graph of their own: the operator's gradient is its backward operator.
+// Calls into aten from inside an operator must not record a graph of their own: the operator's
+// gradient is its backward operator.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -7,7 +7,8 @@
 namespace anyflash {
 namespace {
 
-// Libraries opened by one registration. Taken back unless committed; committed ones live until the process ends.
+// Libraries opened by one registration. Taken back unless committed; committed ones live until the
+// process ends.
 class Libraries {
  public:
   ~Libraries() {

@@ -1,5 +1,6 @@
-// Symbols that cannot be linked: those newer than TORCH_TARGET_VERSION and those of libtorch_cuda.so, which a CPU build of torch
-// does not have, and which in Python lies outside the scope of a library that needs libtorch_cpu.so alone.
+// Symbols that cannot be linked: those newer than TORCH_TARGET_VERSION and those of
+// libtorch_cuda.so, which a CPU build of torch does not have, and which in Python lies outside the
+// scope of a library that needs libtorch_cpu.so alone.
 #pragma once
 
 #include <dlfcn.h>
@@ -14,7 +15,8 @@ class LateSymbol {
   explicit constexpr LateSymbol(const char* name, const char* library = nullptr)
       : name_(name), library_(library) {}
 
-  // Null where the symbol is missing. Only a hit is kept: a C++ program may load libtorch_cuda.so later.
+  // Null where the symbol is missing. Only a hit is kept: a C++ program may load libtorch_cuda.so
+  // later.
   Function* find() {
     Function* found = found_.load(std::memory_order_relaxed);
     if (found != nullptr) return found;

@@ -13,7 +13,8 @@ struct Grid {
 
 #if defined(__CUDACC__)
 
-int32_t launch_on_device(const void* kernel, Grid grid, void** arguments, void* stream);  // launch.cpp
+int32_t launch_on_device(const void* kernel, Grid grid, void** arguments,
+                         void* stream);  // launch.cpp
 
 template <typename Params>
 int32_t launch_kernel(void (*kernel)(Params), Grid grid, Params params, void* stream) {

@@ -1,5 +1,5 @@
-// One PTX instruction, one function; and the 16-bit number formats, which need a few of them. Compiled for a CPU (tests only), the same
-// names come from simt.h beside the tests.
+// One PTX instruction, one function; and the 16-bit number formats, which need a few of them.
+// Compiled for a CPU (tests only), the same names come from simt.h beside the tests.
 #pragma once
 
 #include "kernels/portable.h"
@@ -44,7 +44,9 @@ __device__ __forceinline__ uint16_t fp32_to_fp16(float x) {
   return y;
 }
 
-__device__ __forceinline__ float bf16_to_fp32(uint16_t x) { return __uint_as_float(uint32_t{x} << 16); }
+__device__ __forceinline__ float bf16_to_fp32(uint16_t x) {
+  return __uint_as_float(uint32_t{x} << 16);
+}
 
 __device__ __forceinline__ uint16_t fp32_to_bf16(float x) {
 #if __CUDA_ARCH__ >= 800
@@ -59,12 +61,16 @@ __device__ __forceinline__ uint16_t fp32_to_bf16(float x) {
 
 __device__ __forceinline__ Words16 load_16(const void* global) {
   Words16 x;
-  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.w[0]), "=r"(x.w[1]), "=r"(x.w[2]), "=r"(x.w[3]) : "l"(global));
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.w[0]), "=r"(x.w[1]), "=r"(x.w[2]), "=r"(x.w[3])
+               : "l"(global));
   return x;
 }
 
 __device__ __forceinline__ void store_16(void* global, const Words16& x) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(x.w[0]), "r"(x.w[1]), "r"(x.w[2]), "r"(x.w[3]) : "memory");
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(x.w[0]), "r"(x.w[1]),
+               "r"(x.w[2]), "r"(x.w[3])
+               : "memory");
 }
 
 }  // namespace anyflash::ptx

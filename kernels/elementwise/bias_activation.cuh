@@ -1,9 +1,11 @@
-// y = activation(x + bias) and its gradients. Bound by memory: 16-byte accesses, two rows of every operand in flight per thread, bias and its
-// gradient in registers.
+// y = activation(x + bias) and its gradients. Bound by memory: 16-byte accesses, two rows of every
+// operand in flight per thread, bias and its gradient in registers.
 //
-// A block of 8 warps works on kTileCols columns. Warps take rows in turn, lanes neighbouring 16-byte packs of columns, so a thread keeps
-// its columns from row to row. The bias gradient is summed per thread, then over the block's warps into one row of the workspace
-// (one row per blockIdx.y), then over those rows by a second kernel: a fixed order, hence the same bits in every run.
+// A block of 8 warps works on kTileCols columns. Warps take rows in turn, lanes neighbouring
+// 16-byte packs of columns, so a thread keeps its columns from row to row. The bias gradient is
+// summed per thread, then over the block's warps into one row of the workspace (one row per
+// blockIdx.y), then over those rows by a second kernel: a fixed order, hence the same bits in every
+// run.
 #pragma once
 
 #include "kernels/common/launch_kernel.h"
@@ -27,7 +29,7 @@ constexpr int kPack = 16 / sizeof(T);  // elements of one thread in one row
 template <typename T>
 constexpr int kTileCols = kLanes * kPack<T>;
 
-// ---- activations ------------------------------------------------------------------------------------------------------------------
+// ---- activations ----
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kTwoSqrt2OverPi = 1.5957691216057308f;  // 2 sqrt(2 / pi)
@@ -41,7 +43,8 @@ __device__ __forceinline__ float sigmoid(float z) { return ptx::rcp(1.f + ptx::e
 template <Activation kActivation>
 __device__ __forceinline__ float activate(float z) {
   if constexpr (kActivation == Activation::gelu_tanh) {
-    return z * sigmoid(kTwoSqrt2OverPi * (z + kGeluCubic * z * z * z));  // (1 + tanh(t)) / 2 = sigmoid(2t)
+    // (1 + tanh(t)) / 2 = sigmoid(2t)
+    return z * sigmoid(kTwoSqrt2OverPi * (z + kGeluCubic * z * z * z));
   } else if constexpr (kActivation == Activation::gelu_erf) {
     return 0.5f * z * (1.f + erff(kSqrtHalf * z));
   } else if constexpr (kActivation == Activation::relu) {
@@ -71,7 +74,7 @@ __device__ __forceinline__ float slope(float z) {
   }
 }
 
-// ---- one thread's elements of a row -------------------------------------------------------------------------------------------------
+// ---- one thread's elements of a row ----
 
 template <typename T>
 union Pack {
@@ -79,14 +82,17 @@ union Pack {
   T values[kPack<T>];
 };
 
-// The columns of a thread: kPack neighbours where 16-byte accesses are possible, else every 32nd, so that a warp's accesses still join.
+// The columns of a thread: kPack neighbours where 16-byte accesses are possible, else every 32nd,
+// so that a warp's accesses still join.
 template <typename T, bool kVectorised>
 struct Columns {
   int64_t first;
   int64_t cols;
 
   __device__ __forceinline__ static int offset(int i) { return kVectorised ? i : i * kLanes; }
-  __device__ __forceinline__ static int first_in_tile(int lane) { return kVectorised ? lane * kPack<T> : lane; }
+  __device__ __forceinline__ static int first_in_tile(int lane) {
+    return kVectorised ? lane * kPack<T> : lane;
+  }
 
   __device__ __forceinline__ bool has(int i) const { return first + offset(i) < cols; }
 
@@ -114,14 +120,15 @@ struct Columns {
     }
   }
 
-  __device__ __forceinline__ void load_bias(const void* bias, int64_t begin, float (&values)[kPack<T>]) const {
+  __device__ __forceinline__ void load_bias(const void* bias, int64_t begin,
+                                            float (&values)[kPack<T>]) const {
     const Pack<T> pack = bias ? load(static_cast<const T*>(bias) + begin) : Pack<T>{};
 #pragma unroll
     for (int i = 0; i < kPack<T>; ++i) values[i] = to_fp32(pack.values[i]);
   }
 };
 
-// ---- kernels ------------------------------------------------------------------------------------------------------------------------
+// ---- kernels ----
 
 // Grid: (column tiles, at most row tiles).
 template <typename T, Activation kActivation, bool kVectorised>
@@ -137,7 +144,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(BiasActivationParams 
   columns.load_bias(p.bias, 0, bias);
   if constexpr (kGated) columns.load_bias(p.bias, p.cols, gate_bias);
 
-  for (int64_t tile = int64_t{blockIdx.y} * kTileRows; tile < p.rows; tile += int64_t{gridDim.y} * kTileRows) {
+  for (int64_t tile = int64_t{blockIdx.y} * kTileRows; tile < p.rows;
+       tile += int64_t{gridDim.y} * kTileRows) {
     Pack<T> x[kRowsPerThread];
     Pack<T> gate[kRowsPerThread];
 #pragma unroll
@@ -157,7 +165,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(BiasActivationParams 
       for (int i = 0; i < kPack<T>; ++i) {
         const float z = to_fp32(x[r].values[i]) + bias[i];
         if constexpr (kGated) {
-          from_fp32(z * activate<kActivation>(to_fp32(gate[r].values[i]) + gate_bias[i]), y.values[i]);
+          from_fp32(z * activate<kActivation>(to_fp32(gate[r].values[i]) + gate_bias[i]),
+                    y.values[i]);
         } else {
           from_fp32(activate<kActivation>(z), y.values[i]);
         }
@@ -167,16 +176,19 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(BiasActivationParams 
   }
 }
 
-// Adds the warps' sums of one tile of columns into a row of the workspace. Called by all threads of a block.
+// Adds the warps' sums of one tile of columns into a row of the workspace. Called by all threads of
+// a block.
 template <typename T, bool kVectorised>
-__device__ __forceinline__ void store_partial(const float (&sum)[kPack<T>], int64_t cols, float* partial) {
+__device__ __forceinline__ void store_partial(const float (&sum)[kPack<T>], int64_t cols,
+                                              float* partial) {
   __shared__ float sums[kWarps][kTileCols<T>];
   const int lane = threadIdx.x % kLanes;
   const int warp = threadIdx.x / kLanes;
   using Cols = Columns<T, kVectorised>;
   __syncthreads();  // an earlier call may still read
 #pragma unroll
-  for (int i = 0; i < kPack<T>; ++i) sums[warp][Cols::first_in_tile(lane) + Cols::offset(i)] = sum[i];
+  for (int i = 0; i < kPack<T>; ++i)
+    sums[warp][Cols::first_in_tile(lane) + Cols::offset(i)] = sum[i];
   __syncthreads();
   const int64_t col = int64_t{blockIdx.x} * kTileCols<T> + threadIdx.x;
   if (threadIdx.x >= kTileCols<T> || col >= cols) return;
@@ -186,7 +198,8 @@ __device__ __forceinline__ void store_partial(const float (&sum)[kPack<T>], int6
   partial[col] = total;
 }
 
-// Grid: (column tiles, rows of the workspace). Writes dx and, if dbias is wanted, the workspace: (gridDim.y, in_cols) fp32.
+// Grid: (column tiles, rows of the workspace). Writes dx and, if dbias is wanted, the workspace:
+// (gridDim.y, in_cols) fp32.
 template <typename T, Activation kActivation, bool kVectorised>
 __global__ void __launch_bounds__(kThreads) backward_kernel(BiasActivationParams p) {
   constexpr bool kGated = kActivation == Activation::silu_gate;
@@ -202,7 +215,8 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(BiasActivationParams
   float dbias[kPack<T>] = {};
   float dgate_bias[kPack<T>] = {};
 
-  for (int64_t tile = int64_t{blockIdx.y} * kTileRows; tile < p.rows; tile += int64_t{gridDim.y} * kTileRows) {
+  for (int64_t tile = int64_t{blockIdx.y} * kTileRows; tile < p.rows;
+       tile += int64_t{gridDim.y} * kTileRows) {
     Pack<T> dy[kRowsPerThread];
     Pack<T> x[kRowsPerThread];
     Pack<T> gate[kRowsPerThread];
@@ -277,7 +291,7 @@ __global__ void __launch_bounds__(kThreads) sum_partials_kernel(SumParams p) {
   from_fp32(total, static_cast<T*>(p.sum)[col]);
 }
 
-// ---- launchers ----------------------------------------------------------------------------------------------------------------------
+// ---- launchers ----
 
 #if !defined(__CUDACC_RTC__)
 
@@ -317,24 +331,28 @@ struct BackwardKernels {
   }
 };
 
-// 16-byte accesses need every row of the operand, and its second half if it has one, to start at a multiple of 16 bytes.
+// 16-byte accesses need every row of the operand, and its second half if it has one, to start at a
+// multiple of 16 bytes.
 template <typename T>
 bool rows_aligned(const void* pointer, int64_t row_stride, int64_t second_half) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && row_stride % kPack<T> == 0 && second_half % kPack<T> == 0;
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && row_stride % kPack<T> == 0 &&
+         second_half % kPack<T> == 0;
 }
 
 template <typename T>
 int32_t launch_forward(const BiasActivationParams& p, void* stream) {
   if (p.rows == 0 || p.cols == 0) return 0;
   const int64_t second_half = p.activation == Activation::silu_gate ? p.cols : 0;
-  const bool vectorised = rows_aligned<T>(p.x, p.x_row_stride, second_half) && rows_aligned<T>(p.bias, 0, second_half) &&
+  const bool vectorised = rows_aligned<T>(p.x, p.x_row_stride, second_half) &&
+                          rows_aligned<T>(p.bias, 0, second_half) &&
                           rows_aligned<T>(p.y, p.y_row_stride, 0);
-  const Kernel kernel =
-      vectorised ? kernel_for(p.activation, ForwardKernels<T, true>{}) : kernel_for(p.activation, ForwardKernels<T, false>{});
+  const Kernel kernel = vectorised ? kernel_for(p.activation, ForwardKernels<T, true>{})
+                                   : kernel_for(p.activation, ForwardKernels<T, false>{});
   if (!kernel) return kErrorInvalidParams;
   constexpr int64_t kMostBlocks = 65535;  // along y
   const int64_t row_tiles = ceil_div(p.rows, kTileRows);
-  const Grid grid{uint32_t(ceil_div(p.cols, kTileCols<T>)), uint32_t(row_tiles < kMostBlocks ? row_tiles : kMostBlocks), kThreads};
+  const Grid grid{uint32_t(ceil_div(p.cols, kTileCols<T>)),
+                  uint32_t(row_tiles < kMostBlocks ? row_tiles : kMostBlocks), kThreads};
   return launch_kernel(kernel, grid, p, stream);
 }
 
@@ -343,10 +361,12 @@ int32_t launch_backward(const BiasActivationParams& p, void* stream) {
   if (p.cols == 0) return 0;
   const bool gated = p.activation == Activation::silu_gate;
   const int64_t second_half = gated ? p.cols : 0;
-  const bool vectorised = rows_aligned<T>(p.x, p.x_row_stride, second_half) && rows_aligned<T>(p.bias, 0, second_half) &&
-                          rows_aligned<T>(p.dy, p.dy_row_stride, 0) && rows_aligned<T>(p.dx, p.dx_row_stride, second_half);
-  const Kernel kernel =
-      vectorised ? kernel_for(p.activation, BackwardKernels<T, true>{}) : kernel_for(p.activation, BackwardKernels<T, false>{});
+  const bool vectorised = rows_aligned<T>(p.x, p.x_row_stride, second_half) &&
+                          rows_aligned<T>(p.bias, 0, second_half) &&
+                          rows_aligned<T>(p.dy, p.dy_row_stride, 0) &&
+                          rows_aligned<T>(p.dx, p.dx_row_stride, second_half);
+  const Kernel kernel = vectorised ? kernel_for(p.activation, BackwardKernels<T, true>{})
+                                   : kernel_for(p.activation, BackwardKernels<T, false>{});
   if (!kernel) return kErrorInvalidParams;
   const int64_t partials = num_partials(p.rows, p.cols);
   if (partials > 0) {
@@ -356,7 +376,8 @@ int32_t launch_backward(const BiasActivationParams& p, void* stream) {
   if (!p.dbias) return 0;
   const int64_t in_cols = gated ? 2 * p.cols : p.cols;
   const SumParams sum{static_cast<const float*>(p.workspace), p.dbias, partials, in_cols};
-  return launch_kernel(sum_partials_kernel<T>, Grid{uint32_t(ceil_div(in_cols, kLanes)), 1, kThreads}, sum, stream);
+  return launch_kernel(sum_partials_kernel<T>,
+                       Grid{uint32_t(ceil_div(in_cols, kLanes)), 1, kThreads}, sum, stream);
 }
 
 #endif  // !__CUDACC_RTC__

@@ -35,11 +35,11 @@ def decide(problem: dict[str, Any]) -> dict[str, Any]:
     """Which route runs a problem, and why those before it do not.
 
     Args:
-        problem: plain data, as in csrc/problem.h: op, device, sm, direction, dtype, head_dim, head_dim_v,
-            features, torch_version, chain, explicit.
+        problem: plain data, as in csrc/problem.h: op, device, sm, direction, dtype, head_dim,
+            head_dim_v, features, torch_version, chain, explicit.
 
     Returns:
-        ``{"route": str, "reasons": [(route, text), ...]}``; the route is ``"none"`` if nothing runs.
+        ``{"route": str, "reasons": [(route, text), ...]}``; route ``"none"`` if nothing runs.
 
     Raises:
         ValueError: names that do not exist.

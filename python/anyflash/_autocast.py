@@ -23,7 +23,8 @@ def _dtype(x: Tensor) -> torch.dtype:
 
 
 def cast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Floating tensors in the autocast dtype of the first one's device; fp64, bool and None stay."""
+    """Floating tensors in the autocast dtype of the first one's device; fp64, bool and None
+    stay."""
     first = tensors[0]
     assert first is not None
     dtype = _dtype(first)

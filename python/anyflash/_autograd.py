@@ -31,10 +31,11 @@ def _distinct(args: tuple[Any, ...]) -> list[Any]:
 
 
 def applier(function: type[Function]) -> Callable[..., Any]:
-    """``function.apply`` for eager mode, without what it does for functorch (30 of 40 microseconds).
+    """``function.apply`` for eager mode, without what it does for functorch (30 of 40 us).
 
-    The short cut is private to torch, so it is taken only where torch has it. It is also the way inside an autograd kernel
-    that a functorch transform called: there the key of functorch's front is both included and excluded.
+    The short cut is private to torch, so it is taken only where torch has it. It is also the way
+    inside an autograd kernel that a functorch transform called, where the key of functorch's front
+    is both included and excluded.
     """
     try:
         direct = torch._C._FunctionBase.__dict__["apply"].__get__(None, function)
@@ -61,7 +62,8 @@ def applier(function: type[Function]) -> Callable[..., Any]:
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
-    """True where a call is to be recorded, or, under forward-mode differentiation, refused by the Function."""
+    """True where a call is to be recorded, or, under forward-mode differentiation, refused by the
+    Function."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
@@ -163,7 +165,8 @@ class BiasActivationFunction(Function):
 
 
 class FusedMLPFunction(Function):
-    """fused_mlp_forward and its backward: (x, weight1, bias1, weight2, bias2, activation, save_hidden, backend)."""
+    """fused_mlp_forward and its backward: (x, weight1, bias1, weight2, bias2, activation,
+    save_hidden, backend)."""
 
     generate_vmap_rule = True
 

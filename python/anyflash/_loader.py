@@ -1,7 +1,8 @@
-"""Brings the operators into the process: those of the binary where it can be used, else those written in Python.
+"""Brings the operators into the process: those of the binary where it can be used, else those
+written in Python.
 
-The choice is made before anything is opened. Nothing here raises: what went wrong is kept in ``reasons`` for
-``python -m anyflash doctor``.
+The choice is made before anything is opened. Nothing here raises: what went wrong is kept in
+``reasons`` for ``python -m anyflash doctor``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ MIN_TORCH = (2, 10)  # the stable ABI that the binary is built against
 _PROVIDERS = ("auto", "binary", "python")
 _PROBE = "anyflash::attention_forward"
 
-#: Whose operators are in use: "binary", "python", or "none" before load() and when even Python's could not be defined.
+#: Whose operators are in use: "binary", "python", or "none": before load(), or when even Python's
+#: could not be defined.
 provider = "none"
 #: Why the binary is not in use, and anything else that did not go as planned.
 reasons: list[str] = []

@@ -1,4 +1,5 @@
-"""What the operators need from Python whoever provides them: fake kernels, and autograd for the public ones."""
+"""What the operators need from Python whoever provides them: fake kernels, and autograd for the
+public ones."""
 
 from __future__ import annotations
 
@@ -135,7 +136,8 @@ def _window(window_size: Sequence[int]) -> tuple[int, int]:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, options: Sequence[Any], **lengths: Any) -> Tensor:
-    """anyflash.attention with the options of a public operator, those at the end left out when default."""
+    """anyflash.attention with the options of a public operator, those at the end left out when
+    default."""
     from .attention import attention
 
     names = ("dropout_p", "softmax_scale", "causal", "window_size", "softcap", "alibi_slopes")
@@ -209,7 +211,8 @@ DIFFERENTIABLE: dict[str, Callable[..., Tensor]] = {
 
 
 def _autograd_kernel(name: str, differentiable: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The operator under autograd: recorded through the autograd.Functions where a gradient is asked for."""
+    """The operator under autograd: recorded through the autograd.Functions where a gradient is
+    asked for."""
 
     def kernel(*args: Any) -> Tensor:
         if needs_autograd(*(arg for arg in args if isinstance(arg, Tensor))):
@@ -230,7 +233,8 @@ def _register_fake(library: torch.library.Library, name: str, fake: Callable[...
 
 
 def register() -> None:
-    """Gives the operators their fake and autograd kernels; what fails is a reason for doctor, not an error."""
+    """Gives the operators their fake and autograd kernels; what fails is a reason for doctor, not
+    an error."""
     library = torch.library.Library("anyflash", "IMPL")
     _keep_alive.append(library)
     try:

@@ -1,4 +1,5 @@
-"""anyflash.attention: dense, packed and paged attention with everything flash_attn knows, bias and sinks besides."""
+"""anyflash.attention: dense, packed and paged attention with everything flash_attn knows, bias and
+sinks besides."""
 
 from __future__ import annotations
 
@@ -62,8 +63,9 @@ def attention(
     """softmax(q k^T) v, differentiable in q, k, v, bias and sinks.
 
     Args:
-        q: (batch, seqlen_q, heads, head_dim); (total_q, heads, head_dim) with cu_seqlens_q; three dimensions
-            without cu_seqlens_q are one sequence. fp16, bf16, fp32 or fp64; head_dim 1 to 512.
+        q: (batch, seqlen_q, heads, head_dim); (total_q, heads, head_dim) with cu_seqlens_q; three
+            dimensions without cu_seqlens_q are one sequence. fp16, bf16, fp32 or fp64; head_dim 1
+            to 512.
         k: (batch, seqlen_k, heads_k, head_dim), (total_k, heads_k, head_dim), or with block_table
             (num_blocks, page_size, heads_k, head_dim). heads_k divides heads.
         v: k's shape; its last dimension may differ.
@@ -75,7 +77,8 @@ def attention(
         leftpad_k: (batch,) int32, leading keys to skip.
         block_table: (batch, max_blocks) int32, the pages of each sequence.
         alibi_slopes: (heads,) or (batch, heads) fp32.
-        bias: additive, or boolean with true = visible; broadcasts to (batch, heads, seqlen_q, seqlen_k).
+        bias: additive, or boolean with true = visible; broadcasts to (batch, heads, seqlen_q,
+            seqlen_k).
         sinks: (heads,), one more logit per head, without a value.
         dropout_p: in [0, 1).
         softmax_scale: None: head_dim ** -0.5.
@@ -88,11 +91,12 @@ def attention(
         backend: comma list of back ends to try for this call (anyflash.backends).
 
     Returns:
-        out in q's shape and layout with v's head dim; with return_lse (out, lse), lse fp32 (fp64 for fp64)
-        of (batch, heads, seqlen_q), packed (heads, total_q).
+        out in q's shape and layout with v's head dim; with return_lse (out, lse), lse fp32 (fp64
+        for fp64) of (batch, heads, seqlen_q), packed (heads, total_q).
 
     Raises:
-        RuntimeError: arguments that do not fit together, or no back end of the choice can run the call.
+        RuntimeError: arguments that do not fit together, or no back end of the choice can run the
+            call.
         ValueError: an unknown back end.
         TypeError: q, k or v is not a tensor.
     """
@@ -113,6 +117,8 @@ def attention(
         softmax_scale = q.size(-1) ** -0.5 if q.size(-1) else 1.0
     if dropout_p > 0.0 and rng_state is None:
         rng_state = draw_rng_state(q.device)
+    if len(window_size) != 2:
+        raise RuntimeError(f"window_size: expected (left, right), got {len(window_size)} numbers")
     window_left, window_right = window_size
     code = backends.resolve(backend)
     if needs_autograd(q, k, v, bias, sinks):

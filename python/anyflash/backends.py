@@ -1,7 +1,8 @@
 """Which back end computes a call: names, chains, and the context manager that chooses.
 
-A chain is an ordered choice, ``"kernel,sdpa,math"``. The order of precedence is the ``backend=`` argument of a call, then
-``with anyflash.backend(...)``, then ``ANYFLASH_BACKEND``, then the default chain.
+A chain is an ordered choice, ``"kernel,sdpa,math"``. The order of precedence is the ``backend=``
+argument of a call, then ``with anyflash.backend(...)``, then ``ANYFLASH_BACKEND``, then the
+default chain.
 """
 
 from __future__ import annotations
@@ -122,7 +123,8 @@ def current_code() -> int:
     return _chosen.get()
 
 
-# torch.compile evaluates the function while it traces and keeps the result: the choice is that of the first call.
+# torch.compile evaluates the function while it traces and keeps the result: the choice is that of
+# the first call.
 current_code._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

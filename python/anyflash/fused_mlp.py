@@ -1,6 +1,7 @@
 """anyflash.fused_mlp and anyflash.bias_activation."""
 
-from __future__ import annotations  # evaluated by torch.jit.script: Optional[X], not X | None
+# ruff: noqa: UP045  (torch.jit.script evaluates the annotations, also on Python 3.9)
+from __future__ import annotations
 
 from typing import Optional
 
@@ -97,7 +98,8 @@ def bias_activation(
     Args:
         x: (..., columns).
         bias: (columns,) or None.
-        activation: as in fused_mlp; "silu_gate" gives u * silu(g) for (u, g) = halves of the last dimension.
+        activation: as in fused_mlp; "silu_gate" gives u * silu(g) for (u, g) = halves of the last
+            dimension.
         backend: comma list of back ends to try for this call.
 
     Returns:

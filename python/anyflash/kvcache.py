@@ -36,18 +36,20 @@ def attention_kvcache(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Writes k and v behind each sequence of the caches, then computes attention of q over the caches.
+    """Writes k and v behind each sequence of the caches, then computes attention of q over the
+    caches.
 
     Args:
         q: (batch, seqlen_q, heads, head_dim).
-        k_cache: (batch_cache, capacity, heads_k, head_dim); with block_table (num_blocks, page_size, heads_k, head_dim).
-            Changed in place.
+        k_cache: (batch_cache, capacity, heads_k, head_dim); with block_table (num_blocks,
+            page_size, heads_k, head_dim). Changed in place.
         v_cache: k_cache's shape; its last dimension may differ. Changed in place.
         k: (batch, seqlen_new, heads_k, head_dim) to append, at rows cache_seqlens and following.
         v: like k.
         rotary_cos: (seqlen_rotary, rotary_dim / 2) in q's dtype; with it, q and k are rotated.
         rotary_sin: like rotary_cos.
-        cache_seqlens: (batch,) int32, keys in the cache before the call; an int for all; None: the whole cache.
+        cache_seqlens: (batch,) int32, keys in the cache before the call; an int for all; None: the
+            whole cache.
         cache_batch_idx: (batch,) int32, the row of the cache that belongs to each sequence.
         cache_leftpad: (batch,) int32, leading rows to skip.
         block_table: (batch, max_blocks) int32, the pages of each sequence.
@@ -60,11 +62,12 @@ def attention_kvcache(
         backend: comma list of back ends to try for this call.
 
     Returns:
-        out (batch, seqlen_q, heads, head_dim_v); with return_lse (out, lse), lse (batch, heads, seqlen_q).
+        out (batch, seqlen_q, heads, head_dim_v); with return_lse (out, lse), lse (batch, heads,
+        seqlen_q).
 
     Raises:
-        RuntimeError: arguments that do not fit together, a cache that overflows, or inputs that require a
-            gradient while gradients are recorded: there is none.
+        RuntimeError: arguments that do not fit together, a cache that overflows, or inputs that
+            require a gradient while gradients are recorded: there is none.
         ValueError: an unknown back end.
         TypeError: q or a cache is not a tensor.
     """

@@ -121,68 +121,17 @@ def _make_bias(case: Case, generator: torch.Generator) -> Tensor:
     return bias.to(DTYPES[case.dtype])
 
 
-def make_inputs(case: Case, device: str = "cpu") -> Inputs:
-    """The tensors of a case: the same for every call, NaN where the operators must not look.
-
-    Args:
-        case: the problem.
-        device: "cpu" or "cuda".
-
-    Returns:
-        Inputs whose q, k, v are leaves without requires_grad.
-    """
-    generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
-    batch, head_dim_v = len(case.seqlens_q), case.head_dim_v or case.head_dim
-    total_q, total_k = sum(case.seqlens_q) + case.slack, sum(case.seqlens_k) + case.slack
-    used = case.seqused_k or case.seqlens_k
-    first = case.leftpad_k or (0,) * batch
+def _make_options(case: Case, generator: torch.Generator) -> dict[str, Any]:
+    """The keyword arguments of a case, but for the block table."""
+    batch = len(case.seqlens_q)
     options: dict[str, Any] = {"causal": case.causal, "window_size": case.window}
-
-    rows_q = (total_q,) if case.packed else (batch, case.seqlens_q[0])
-    rows_k: tuple[int, ...] = (total_k,) if case.packed else (batch, case.seqlens_k[0])
-    if case.paged:
-        blocks_each = -(-max(case.seqlens_k) // case.page_size) + 1
-        rows_k = (batch * blocks_each + 1, case.page_size)
-    q, k, v = _make_qkv(
-        case,
-        [
-            (*rows_q, case.heads, case.head_dim),
-            (*rows_k, case.heads_k, case.head_dim),
-            (*rows_k, case.heads_k, head_dim_v),
-        ],
-    )
-
-    def fill(rows: Tensor) -> None:
-        rows.copy_(torch.randn(rows.shape, generator=generator, dtype=torch.float64))
-
-    fill(q[: sum(case.seqlens_q)] if case.packed else q)
     if case.packed:
         options.update(cu_seqlens_q=_cumulative(case.seqlens_q), max_seqlen_q=max(case.seqlens_q))
         options.update(cu_seqlens_k=_cumulative(case.seqlens_k), max_seqlen_k=max(case.seqlens_k))
-    if case.paged:
-        order = torch.randperm(rows_k[0] - 1, generator=generator).to(torch.int32)
-        table = order.reshape(batch, blocks_each).clone()
-        for b in range(batch):
-            table[b, -(-used[b] // case.page_size) :] = -1
-            for row in range(used[b]):
-                fill(k[table[b, row // case.page_size], row % case.page_size])
-                fill(v[table[b, row // case.page_size], row % case.page_size])
-        options["block_table"] = table
-        if not case.packed:
-            options["seqused_k"] = torch.tensor(used, dtype=torch.int32)
-    elif case.strides == "expanded":
-        fill(k[0])
-        fill(v[0])
-    else:
-        starts = _cumulative(case.seqlens_k).tolist()
-        for b in range(batch):
-            for tensor in (k, v):
-                rows = tensor[starts[b] : starts[b + 1]] if case.packed else tensor[b]
-                fill(rows[first[b] : used[b]])
-    if case.seqused_k is not None:
-        options["seqused_k"] = torch.tensor(case.seqused_k, dtype=torch.int32)
-    if case.leftpad_k is not None:
-        options["leftpad_k"] = torch.tensor(case.leftpad_k, dtype=torch.int32)
+    used = case.seqlens_k if case.layout == "paged" else case.seqused_k
+    for name, lengths in (("seqused_k", used), ("leftpad_k", case.leftpad_k)):
+        if lengths is not None:
+            options[name] = torch.tensor(lengths, dtype=torch.int32)
     if case.alibi:
         shape = (case.heads,) if case.alibi == "heads" else (batch, case.heads)
         options["alibi_slopes"] = torch.rand(shape, generator=generator) * 0.3
@@ -197,6 +146,68 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
         options["softcap"] = case.softcap
     if case.softmax_scale is not None:
         options["softmax_scale"] = case.softmax_scale
+    return options
+
+
+def _make_block_table(case: Case, pages: int, generator: torch.Generator) -> Tensor:
+    """Pages in random order; -1 where no key is."""
+    order = torch.randperm(pages - 1, generator=generator).to(torch.int32)
+    table = order.reshape(len(case.seqlens_k), -1).clone()
+    for b, length in enumerate(case.seqlens_k):
+        table[b, -(-length // case.page_size) :] = -1
+    return table
+
+
+def _key_rows(case: Case, tensor: Tensor, table: Tensor | None, sequence: int) -> list[Tensor]:
+    """Views of the rows of a sequence that hold keys or values."""
+    begin = case.leftpad_k[sequence] if case.leftpad_k else 0
+    end = (case.seqused_k or case.seqlens_k)[sequence]
+    if table is not None:
+        size = case.page_size
+        return [tensor[table[sequence, row // size], row % size] for row in range(begin, end)]
+    if case.packed:
+        start = sum(case.seqlens_k[:sequence])
+        return [tensor[start + begin : start + end]]
+    return [tensor[sequence, begin:end]]
+
+
+def make_inputs(case: Case, device: str = "cpu") -> Inputs:
+    """The tensors of a case: the same for every call, NaN where the operators must not look.
+
+    Args:
+        case: the problem.
+        device: "cpu" or "cuda".
+
+    Returns:
+        Inputs whose q, k, v are leaves without requires_grad.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
+    batch, head_dim_v = len(case.seqlens_q), case.head_dim_v or case.head_dim
+    total_q, total_k = sum(case.seqlens_q) + case.slack, sum(case.seqlens_k) + case.slack
+    rows_q = (total_q,) if case.packed else (batch, case.seqlens_q[0])
+    rows_k: tuple[int, ...] = (total_k,) if case.packed else (batch, case.seqlens_k[0])
+    options, table = _make_options(case, generator), None
+    if case.paged:
+        pages = batch * (-(-max(case.seqlens_k) // case.page_size) + 1) + 1
+        rows_k = (pages, case.page_size)
+        options["block_table"] = table = _make_block_table(case, pages, generator)
+    q, k, v = _make_qkv(
+        case,
+        [
+            (*rows_q, case.heads, case.head_dim),
+            (*rows_k, case.heads_k, case.head_dim),
+            (*rows_k, case.heads_k, head_dim_v),
+        ],
+    )
+
+    def fill(rows: Tensor) -> None:
+        rows.copy_(torch.randn(rows.shape, generator=generator, dtype=torch.float64))
+
+    fill(q[: sum(case.seqlens_q)] if case.packed else q)
+    for b in range(1 if case.strides == "expanded" else batch):
+        for tensor in (k, v):
+            for rows in _key_rows(case, tensor, table, b):
+                fill(rows)
 
     lse_dtype = torch.float64 if case.dtype == "fp64" else torch.float32
     dout = torch.randn(*q.shape[:-1], head_dim_v, generator=generator, dtype=torch.float64)

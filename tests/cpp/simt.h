@@ -1,8 +1,10 @@
-// Runs a kernel's source on the CPU: a fiber per thread, __syncthreads a switch to the next fiber. For kernels that use no more of CUDA
-// than thread indices, barriers, shared arrays and the functions below; blocks run one after the other.
+// Runs a kernel's source on the CPU: a fiber per thread, __syncthreads a switch to the next fiber.
+// For kernels that use no more of CUDA than thread indices, barriers, shared arrays and the
+// functions below; blocks run one after the other.
 //
-// kernels/common/ptx.cuh includes this file when no CUDA compiler is at work. A missing barrier shows as a wrong result in one of the two
-// thread orders; a barrier that only part of a block reaches, as an exception.
+// kernels/common/ptx.cuh includes this file when no CUDA compiler is at work. A missing barrier
+// shows as a wrong result in one of the two thread orders; a barrier that only part of a block
+// reaches, as an exception.
 #pragma once
 
 #include <ucontext.h>
@@ -68,7 +70,8 @@ inline void run_block(std::vector<Fiber>& fibers) {
       swapcontext(&scheduler, &running->context);
       finished += running->finished;
     }
-    if (finished != 0 && finished != fibers.size()) throw std::runtime_error("only part of the block reached a barrier");
+    if (finished != 0 && finished != fibers.size())
+      throw std::runtime_error("only part of the block reached a barrier");
     waiting = finished == 0;
   }
 }
@@ -102,7 +105,8 @@ int32_t launch_kernel(void (*kernel)(Params), Grid grid, Params params, void*) {
   static std::vector<simt::Fiber> fibers;
   if (fibers.size() != grid.threads) fibers = std::vector<simt::Fiber>(grid.threads);
   for (simt::block_idx.y = 0; simt::block_idx.y < grid.y; ++simt::block_idx.y) {
-    for (simt::block_idx.x = 0; simt::block_idx.x < grid.x; ++simt::block_idx.x) simt::run_block(fibers);
+    for (simt::block_idx.x = 0; simt::block_idx.x < grid.x; ++simt::block_idx.x)
+      simt::run_block(fibers);
   }
   return 0;
 }
@@ -113,7 +117,8 @@ inline float ex2(float x) { return std::exp2(x); }
 inline float rcp(float x) { return 1.f / x; }
 
 inline void check_aligned(const void* global) {
-  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) std::abort();  // exceptions cannot leave a fiber
+  if (reinterpret_cast<uintptr_t>(global) % 16 != 0)
+    std::abort();  // exceptions cannot leave a fiber
 }
 
 inline float fp16_to_fp32(uint16_t x) {
@@ -130,7 +135,7 @@ inline uint16_t fp32_to_fp16(float x) {
   const uint32_t magnitude = simt::as_bits(x) & 0x7FFFFFFFu;
   if (x != x) return 0x7FFF;
   if (magnitude >= 0x47800000u) return uint16_t(sign | 0x7C00u);  // 2^16 and above
-  if (magnitude < 0x38800000u) {                                  // subnormal: adding 1/2 rounds to multiples of 2^-24
+  if (magnitude < 0x38800000u) {  // subnormal: adding 1/2 rounds to multiples of 2^-24
     return uint16_t(sign | (simt::as_bits(simt::as_float(magnitude) + 0.5f) - 0x3F000000u));
   }
   return uint16_t(sign | (magnitude - 0x38000000u + 0xFFFu + (magnitude >> 13 & 1u)) >> 13);

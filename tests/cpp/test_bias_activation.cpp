@@ -1,4 +1,5 @@
-// Executes kernels/elementwise/bias_activation.cuh, launchers included, on the CPU (simt.h) against a float64 reference.
+// Executes kernels/elementwise/bias_activation.cuh, launchers included, on the CPU (simt.h) against
+// a float64 reference.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -35,17 +36,20 @@ constexpr double relative_error<fp16> = 1.0 / 1024;
 template <>
 constexpr double relative_error<bf16> = 1.0 / 128;
 
-// A matrix that ends at an unreadable page. What lies between its rows is NaN; written elements start as NaN too.
+// A matrix that ends at an unreadable page. What lies between its rows is NaN; written elements
+// start as NaN too.
 template <typename T>
 class Matrix {
  public:
-  Matrix(int64_t rows, int64_t cols, int64_t row_stride, int64_t offset) : rows_(rows), cols_(cols), stride_(row_stride) {
+  Matrix(int64_t rows, int64_t cols, int64_t row_stride, int64_t offset)
+      : rows_(rows), cols_(cols), stride_(row_stride) {
     const int64_t count = offset + (rows > 0 ? (rows - 1) * row_stride + cols : 0);
     const size_t page = size_t(sysconf(_SC_PAGESIZE));
     // 16-byte aligned apart from the offset, so up to 15 bytes short of the page's end.
     const size_t bytes = (size_t(count) * sizeof(T) + 15) / 16 * 16;
     mapped_ = (bytes + page - 1) / page * page + page;
-    base_ = static_cast<char*>(mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    base_ = static_cast<char*>(
+        mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     mprotect(base_ + mapped_ - page, page, PROT_NONE);
     T* begin = reinterpret_cast<T*>(base_ + mapped_ - page - bytes);
     data_ = begin + offset;
@@ -57,12 +61,15 @@ class Matrix {
 
   T* data() const { return data_; }
   int64_t row_stride() const { return stride_; }
-  double at(int64_t row, int64_t col) const { return anyflash::to_fp32(data_[row * stride_ + col]); }
+  double at(int64_t row, int64_t col) const {
+    return anyflash::to_fp32(data_[row * stride_ + col]);
+  }
 
   void randomise(std::mt19937& generator) {
     std::normal_distribution<double> normal(0.0, 2.0);
     for (int64_t row = 0; row < rows_; ++row) {
-      for (int64_t col = 0; col < cols_; ++col) data_[row * stride_ + col] = make<T>(normal(generator));
+      for (int64_t col = 0; col < cols_; ++col)
+        data_[row * stride_ + col] = make<T>(normal(generator));
     }
   }
 
@@ -106,7 +113,8 @@ double reference_slope(Activation activation, double z) {
       return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * c * (1 + 3 * 0.044715 * z * z);
     }
     case Activation::gelu_erf:
-      return 0.5 * (1 + std::erf(z / std::sqrt(2.0))) + z * std::exp(-0.5 * z * z) / std::sqrt(2 * M_PI);
+      return 0.5 * (1 + std::erf(z / std::sqrt(2.0))) +
+             z * std::exp(-0.5 * z * z) / std::sqrt(2 * M_PI);
     case Activation::relu:
       return z > 0 ? 1 : 0;
     case Activation::squared_relu:
@@ -132,7 +140,8 @@ class Worst {
  public:
   explicit Worst(double relative) : relative_(relative) {}
   void add(double got, double expected, double scale = 1) {
-    const double units = std::abs(got - expected) / (relative_ * std::abs(expected) + 1e-6 * scale + kSmallestFp16);
+    const double units =
+        std::abs(got - expected) / (relative_ * std::abs(expected) + 1e-6 * scale + kSmallestFp16);
     if (!(units <= worst_)) worst_ = units;  // NaN stays
   }
   double value() const { return worst_; }
@@ -147,10 +156,13 @@ template <typename T>
 void check_case(Activation activation, const Case& c) {
   const bool gated = activation == Activation::silu_gate;
   const int64_t in_cols = gated ? 2 * c.cols : c.cols;
-  CAPTURE(int(activation), sizeof(T), c.rows, c.cols, c.padding, c.offset, c.with_bias, c.with_dbias);
+  CAPTURE(int(activation), sizeof(T), c.rows, c.cols, c.padding, c.offset, c.with_bias,
+          c.with_dbias);
   std::mt19937 generator(17);
-  Matrix<T> x(c.rows, in_cols, in_cols + c.padding, c.offset), dx(c.rows, in_cols, in_cols + c.padding, c.offset);
-  Matrix<T> y(c.rows, c.cols, c.cols + c.padding, c.offset), dy(c.rows, c.cols, c.cols + c.padding, c.offset);
+  Matrix<T> x(c.rows, in_cols, in_cols + c.padding, c.offset),
+      dx(c.rows, in_cols, in_cols + c.padding, c.offset);
+  Matrix<T> y(c.rows, c.cols, c.cols + c.padding, c.offset),
+      dy(c.rows, c.cols, c.cols + c.padding, c.offset);
   Matrix<T> bias(1, in_cols, in_cols, c.offset), dbias(1, in_cols, in_cols, c.offset);
   for (Matrix<T>* input : {&x, &dy, &bias}) input->randomise(generator);
   Matrix<float> workspace(1, bias_activation::num_partials(c.rows, c.cols) * in_cols, 0, 0);
@@ -173,7 +185,9 @@ void check_case(Activation activation, const Case& c) {
   REQUIRE(bias_activation::launch_forward<T>(p, nullptr) == 0);
   REQUIRE(bias_activation::launch_backward<T>(p, nullptr) == 0);
 
-  const auto z = [&](int64_t row, int64_t col) { return x.at(row, col) + (c.with_bias ? bias.at(0, col) : 0.0); };
+  const auto z = [&](int64_t row, int64_t col) {
+    return x.at(row, col) + (c.with_bias ? bias.at(0, col) : 0.0);
+  };
   Worst forward(relative_error<T>), backward(relative_error<T>), bias_gradient(relative_error<T>);
   for (int64_t col = 0; col < c.cols; ++col) {
     double sum = 0, gate_sum = 0, magnitude = 0;
@@ -208,9 +222,23 @@ void check_case(Activation activation, const Case& c) {
 }
 
 const Case kCases[] = {
-    {1, 1},   {3, 7},           {5, 8},           {2, 16, 8},      {17, 256},           {16, 264, 8, 8}, {33, 257},
-    {40, 33}, {9, 40, 3, 0},    {9, 40, 0, 1},    {7, 300, 4, 4},  {4, 24, 0, 0, false}, {5, 19, 1, 3, false}, {3, 24, 0, 0, true, false},
-    {0, 5},   {5, 0},           {150, 9},
+    {1, 1},
+    {3, 7},
+    {5, 8},
+    {2, 16, 8},
+    {17, 256},
+    {16, 264, 8, 8},
+    {33, 257},
+    {40, 33},
+    {9, 40, 3, 0},
+    {9, 40, 0, 1},
+    {7, 300, 4, 4},
+    {4, 24, 0, 0, false},
+    {5, 19, 1, 3, false},
+    {3, 24, 0, 0, true, false},
+    {0, 5},
+    {5, 0},
+    {150, 9},
 };
 
 template <typename T>
@@ -227,7 +255,9 @@ void check_all(bool reverse_order) {
 TEST_CASE("bias_activation: fp16 on the CPU", "[bias_activation]") { check_all<fp16>(false); }
 TEST_CASE("bias_activation: bf16 on the CPU", "[bias_activation]") { check_all<bf16>(false); }
 TEST_CASE("bias_activation: fp32 on the CPU", "[bias_activation]") { check_all<fp32>(false); }
-TEST_CASE("bias_activation: threads in reverse order", "[bias_activation]") { check_all<bf16>(true); }
+TEST_CASE("bias_activation: threads in reverse order", "[bias_activation]") {
+  check_all<bf16>(true);
+}
 
 TEST_CASE("bias_activation: more row tiles than blocks", "[bias_activation]") {
   check_case<fp32>(Activation::gelu_tanh, {256 * 16 + 37, 3});
@@ -258,9 +288,11 @@ TEST_CASE("bias_activation: extreme values", "[bias_activation]") {
   }
 }
 
-TEST_CASE("bias_activation: the bias gradient has the same bits in every run", "[bias_activation]") {
+TEST_CASE("bias_activation: the bias gradient has the same bits in every run",
+          "[bias_activation]") {
   constexpr int64_t kRows = 200, kCols = 40;
-  std::vector<float> x(kRows * kCols), dy(kRows * kCols), dx(kRows * kCols), first(kCols), again(kCols);
+  std::vector<float> x(kRows * kCols), dy(kRows * kCols), dx(kRows * kCols), first(kCols),
+      again(kCols);
   std::vector<float> workspace(size_t(bias_activation::num_partials(kRows, kCols) * kCols));
   std::mt19937 generator(3);
   for (float& value : x) value = std::normal_distribution<float>()(generator);
@@ -292,10 +324,13 @@ TEST_CASE("bias_activation: an unknown activation is an error", "[bias_activatio
   CHECK(bias_activation::launch_backward<fp32>(p, nullptr) == anyflash::kErrorInvalidParams);
 }
 
-TEST_CASE("bias_activation: the shared-memory stand-in notices a barrier that not all threads reach", "[bias_activation]") {
+TEST_CASE(
+    "bias_activation: the shared-memory stand-in notices a barrier that not all threads reach",
+    "[bias_activation]") {
   struct Nothing {};
   const auto diverging = +[](Nothing) {
     if (threadIdx.x == 0) __syncthreads();
   };
-  CHECK_THROWS_WITH(anyflash::launch_kernel(diverging, {1, 1, 32}, Nothing{}, nullptr), ContainsSubstring("part of the block"));
+  CHECK_THROWS_WITH(anyflash::launch_kernel(diverging, {1, 1, 32}, Nothing{}, nullptr),
+                    ContainsSubstring("part of the block"));
 }

@@ -46,7 +46,9 @@ Problem on_cpu(Features features = 0, Direction direction = Direction::forward) 
   return problem;
 }
 
-std::string route_of(const Problem& problem, InstanceTable table = kNoKernels) { return route_name(choose(problem, table).route); }
+std::string route_of(const Problem& problem, InstanceTable table = kNoKernels) {
+  return route_name(choose(problem, table).route);
+}
 
 // The reasons against one route, joined by "; ".
 std::string reasons(const Problem& problem, Route route, InstanceTable table = kNoKernels) {
@@ -59,9 +61,10 @@ std::string reasons(const Problem& problem, Route route, InstanceTable table = k
 
 int32_t never_run(const void*, void*) { return 0; }
 
-Instance instance(Family family, int32_t min_sm, int32_t max_sm, Direction direction, Dtype dtype, int32_t head_dim,
-                  const char* checked_on) {
-  return {"an instance", family, "sm", min_sm, max_sm, direction, dtype, head_dim, checked_on, never_run};
+Instance instance(Family family, int32_t min_sm, int32_t max_sm, Direction direction, Dtype dtype,
+                  int32_t head_dim, const char* checked_on) {
+  return {"an instance", family, "sm",     min_sm,     max_sm,
+          direction,     dtype,  head_dim, checked_on, never_run};
 }
 
 }  // namespace
@@ -86,7 +89,8 @@ TEST_CASE("dispatch: plain attention on every GPU", "[dispatch]") {
 
 TEST_CASE("dispatch: every GPU and feature ends on a route that lists the feature", "[dispatch]") {
   using namespace Feature;
-  const Features flash[] = {packed | seqused_k | causal | window | alibi | gqa, packed | causal | window | gqa};
+  const Features flash[] = {packed | seqused_k | causal | window | alibi | gqa,
+                            packed | causal | window | gqa};
   const Features efficient = packed | causal | bias | gqa | unequal_head_dims;
   for (const int32_t sm : kGpus) {
     for (const NamedFeature& feature : kFeatures) {
@@ -94,9 +98,10 @@ TEST_CASE("dispatch: every GPU and feature ends on a route that lists the featur
         const bool caches = feature.bit == paged;  // no gradient
         if (caches && direction == Direction::backward) continue;
         CAPTURE(sm, feature.phrase, int(direction));
-        const std::string expected = sm >= 80 && (flash[int(direction)] & feature.bit) ? "aten_flash"
-                                     : efficient & feature.bit                         ? "aten_efficient"
-                                                                                       : "math";
+        const std::string expected = sm >= 80 && (flash[int(direction)] & feature.bit)
+                                         ? "aten_flash"
+                                     : efficient & feature.bit ? "aten_efficient"
+                                                               : "math";
         CHECK(route_of(on_gpu(sm, feature.bit, direction)) == expected);
       }
     }
@@ -105,13 +110,15 @@ TEST_CASE("dispatch: every GPU and feature ends on a route that lists the featur
 
 TEST_CASE("dispatch: every feature on the CPU", "[dispatch]") {
   using namespace Feature;
-  const Features cpu[] = {packed | paged | seqused_k | leftpad_k | causal | window | bias | gqa,
-                          packed | seqused_k | leftpad_k | causal | window | bias | gqa | deterministic};
+  const Features cpu[] = {
+      packed | paged | seqused_k | leftpad_k | causal | window | bias | gqa,
+      packed | seqused_k | leftpad_k | causal | window | bias | gqa | deterministic};
   for (const NamedFeature& feature : kFeatures) {
     for (const Direction direction : {Direction::forward, Direction::backward}) {
       if (feature.bit == paged && direction == Direction::backward) continue;
       CAPTURE(feature.phrase, int(direction));
-      CHECK(route_of(on_cpu(feature.bit, direction)) == (cpu[int(direction)] & feature.bit ? "aten_cpu" : "math"));
+      CHECK(route_of(on_cpu(feature.bit, direction)) ==
+            (cpu[int(direction)] & feature.bit ? "aten_cpu" : "math"));
     }
   }
 }
@@ -129,7 +136,8 @@ TEST_CASE("dispatch: the quick choice is the explained one", "[dispatch]") {
         Problem problem = on_gpu(sm, features);
         problem.dtype = dtype;
         const Decision decision = decide(problem, kNoKernels);
-        if (choose(problem, kNoKernels).route != decision.choice.route) FAIL("sm_" << sm << ", features " << features);
+        if (choose(problem, kNoKernels).route != decision.choice.route)
+          FAIL("sm_" << sm << ", features " << features);
       }
     }
   }
@@ -160,11 +168,13 @@ TEST_CASE("dispatch: reasons", "[dispatch]") {
   problem.head_dim_v = 300;
   problem.features = Feature::unequal_head_dims;
   CHECK(reasons(problem, Route::aten_flash) ==
-        "head_dim_v 300 is above 256; head_dim_v 300 is not a multiple of 8; does not support head_dim of v different from q and k");
+        "head_dim_v 300 is above 256; head_dim_v 300 is not a multiple of 8; does not support "
+        "head_dim of v different from q and k");
 
   problem = on_gpu(90, Feature::softcap);
   problem.torch_version = 204;
-  CHECK(reasons(problem, Route::aten_flash) == "needs torch 2.5, this is 2.4; does not support softcap");
+  CHECK(reasons(problem, Route::aten_flash) ==
+        "needs torch 2.5, this is 2.4; does not support softcap");
   CHECK(route_of(problem) == "math");
 }
 
@@ -172,12 +182,14 @@ TEST_CASE("dispatch: nothing in the chain can run", "[dispatch]") {
   Problem problem = on_cpu();
   problem.chain = parse_chain("kernel");
   CHECK(refusal(problem, decide(problem, kNoKernels)) ==
-        "anyflash: no back end of \"kernel\" can run this attention: kernel: this build has no attention kernel for cpu");
+        "anyflash: no back end of \"kernel\" can run this attention: kernel: this build has no "
+        "attention kernel for cpu");
   problem = on_gpu(75, Feature::softcap);
   problem.chain = parse_chain("aten_flash,aten_efficient");
   CHECK(refusal(problem, decide(problem, kNoKernels)) ==
         "anyflash: no back end of \"aten_flash,aten_efficient\" can run this attention: "
-        "aten_flash: needs sm_80 or newer, this GPU is sm_75; aten_flash: does not support softcap; aten_efficient: does not support softcap");
+        "aten_flash: needs sm_80 or newer, this GPU is sm_75; aten_flash: does not support "
+        "softcap; aten_efficient: does not support softcap");
 }
 
 TEST_CASE("dispatch: an aten route by its own name", "[dispatch]") {
@@ -222,14 +234,16 @@ TEST_CASE("dispatch: kernels of the table", "[dispatch]") {
 
   Problem problem = on_gpu(80);
   problem.dtype = Dtype::bf16;
-  CHECK(reasons(problem, Route::kernel, table) == "this build has no attention kernel for bf16 with head_dim 64");
+  CHECK(reasons(problem, Route::kernel, table) ==
+        "this build has no attention kernel for bf16 with head_dim 64");
   CHECK(reasons(on_gpu(80, 0, Direction::backward), Route::kernel, table) ==
         "this build has no attention kernel for the backward in fp16 with head_dim 64");
 
   problem = on_gpu(80);
   problem.head_dim = problem.head_dim_v = 128;
   CHECK(route_of(problem, table) == "aten_flash");
-  CHECK_THAT(reasons(problem, Route::kernel, table), ContainsSubstring("has not been checked on a GPU"));
+  CHECK_THAT(reasons(problem, Route::kernel, table),
+             ContainsSubstring("has not been checked on a GPU"));
   problem.explicit_chain = true;
   CHECK(choose(problem, table).instance == &instances[2]);
   problem.chain = parse_chain("sdpa,kernel");
@@ -256,7 +270,8 @@ TEST_CASE("dispatch: bias_activation", "[dispatch]") {
   problem.chain = parse_chain("kernel");
   problem.sm = 70;
   CHECK(refusal(problem, decide(problem, table)) ==
-        "anyflash: no back end of \"kernel\" can run this bias_activation: kernel: this build has no bias_activation kernel for sm_70");
+        "anyflash: no back end of \"kernel\" can run this bias_activation: kernel: this build has "
+        "no bias_activation kernel for sm_70");
   problem.device = Device::cpu;
   problem.chain = kDefaultChain;
   CHECK(route_of(problem, table) == "math");
@@ -284,6 +299,7 @@ TEST_CASE("chains: names and numbers", "[dispatch]") {
   CHECK(chain_text(parse_chain("math")) == "math");
   CHECK(strict(parse_chain("sdpa,math")) == parse_chain("sdpa"));
   CHECK_THROWS_WITH(parse_chain("sdpa,foo"),
-                    "unknown back end 'foo'; known: auto, kernel, sdpa, math, aten_cudnn, aten_flash, aten_efficient, aten_cpu");
+                    "unknown back end 'foo'; known: auto, kernel, sdpa, math, aten_cudnn, "
+                    "aten_flash, aten_efficient, aten_cpu");
   CHECK_THROWS_AS(parse_chain("auto,auto,auto,auto,auto,auto"), std::invalid_argument);
 }

@@ -30,7 +30,8 @@ bool has_gpu() { return std::ifstream("/dev/nvidiactl").good(); }
 
 }  // namespace
 
-TEST_CASE("instances: the table holds the lines of instances.def, or none without CUDA", "[instances]") {
+TEST_CASE("instances: the table holds the lines of instances.def, or none without CUDA",
+          "[instances]") {
   int32_t lines = 0;
 #define BIAS_ACTIVATION(arch, direction, dtype, checked_on) ++lines;
 #include "kernels/instances.def"
@@ -44,7 +45,10 @@ TEST_CASE("instances: names are unique and found", "[instances]") {
     CAPTURE(instance.name);
     CHECK(names.insert(instance.name).second);
     CHECK(anyflash_find_instance(instance.name) == &instance);
-    CHECK(std::regex_match(instance.name, std::regex("(attention|bias_activation)_(forward|backward)_(fp16|bf16|fp32)(_\\d+)?_sm\\d+a?")));
+    CHECK(std::regex_match(
+        instance.name,
+        std::regex(
+            "(attention|bias_activation)_(forward|backward)_(fp16|bf16|fp32)(_\\d+)?_sm\\d+a?")));
   }
   CHECK(anyflash_find_instance("no such kernel") == nullptr);
 }
@@ -52,8 +56,10 @@ TEST_CASE("instances: names are unique and found", "[instances]") {
 TEST_CASE("instances: what can be chosen for a problem is unique", "[instances]") {
   std::set<std::string> keys;
   for (const Instance& instance : Table()) {
-    const std::string key = std::to_string(int(instance.family)) + instance.arch + std::to_string(int(instance.direction)) + "/" +
-                            std::to_string(int(instance.dtype)) + "/" + std::to_string(instance.head_dim);
+    const std::string key = std::to_string(int(instance.family)) + instance.arch +
+                            std::to_string(int(instance.direction)) + "/" +
+                            std::to_string(int(instance.dtype)) + "/" +
+                            std::to_string(instance.head_dim);
     CHECK(keys.insert(key).second);
   }
 }
@@ -68,12 +74,14 @@ TEST_CASE("instances: each names the GPU it was checked on, or none", "[instance
 
 TEST_CASE("instances: architectures", "[instances]") {
   CHECK(!anyflash::kSm75.runs_on(70));
-  for (const int32_t sm : {75, 80, 86, 89, 90, 100, 103, 110, 120, 121}) CHECK(anyflash::kSm75.runs_on(sm));
+  for (const int32_t sm : {75, 80, 86, 89, 90, 100, 103, 110, 120, 121})
+    CHECK(anyflash::kSm75.runs_on(sm));
 }
 
 TEST_CASE("launch: null arguments are an error", "[launch]") {
   CHECK(anyflash_launch(nullptr, nullptr, nullptr) == anyflash::kErrorInvalidParams);
-  CHECK(std::string(anyflash_error_string(anyflash::kErrorInvalidParams)) == "invalid kernel parameters");
+  CHECK(std::string(anyflash_error_string(anyflash::kErrorInvalidParams)) ==
+        "invalid kernel parameters");
   CHECK(!std::string(anyflash_error_string(0)).empty());
 }
 

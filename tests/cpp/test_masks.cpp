@@ -8,7 +8,8 @@ namespace {
 // The definition in words: key j is visible to row i if it lies in the window around i + shift.
 bool visible(int row, int key, const IntervalMask<int>& mask) {
   const int diagonal = row + mask.seqlen_k - mask.seqlen_q;
-  return (mask.window_left < 0 || key >= diagonal - mask.window_left) && (mask.window_right < 0 || key <= diagonal + mask.window_right);
+  return (mask.window_left < 0 || key >= diagonal - mask.window_left) &&
+         (mask.window_right < 0 || key <= diagonal + mask.window_right);
 }
 
 template <typename Check>
@@ -16,7 +17,8 @@ void for_every_mask(Check check) {
   for (int seqlen_q = 1; seqlen_q <= 9; ++seqlen_q) {
     for (int seqlen_k = 0; seqlen_k <= 9; ++seqlen_k) {
       for (int left = -1; left <= 10; ++left) {
-        for (int right = -1; right <= 10; ++right) check(IntervalMask<int>{seqlen_q, seqlen_k, left, right});
+        for (int right = -1; right <= 10; ++right)
+          check(IntervalMask<int>{seqlen_q, seqlen_k, left, right});
       }
     }
   }
@@ -28,7 +30,8 @@ TEST_CASE("masks: an interval per row is the definition", "[masks]") {
   int wrong = 0;
   for_every_mask([&](const IntervalMask<int>& mask) {
     for (int row = 0; row < mask.seqlen_q; ++row) {
-      for (int key = 0; key < mask.seqlen_k; ++key) wrong += mask.visible(row, key) != visible(row, key, mask);
+      for (int key = 0; key < mask.seqlen_k; ++key)
+        wrong += mask.visible(row, key) != visible(row, key, mask);
     }
   });
   CHECK(wrong == 0);
@@ -38,13 +41,16 @@ TEST_CASE("masks: both ends never decrease", "[masks]") {
   int wrong = 0;
   for_every_mask([&](const IntervalMask<int>& mask) {
     for (int row = 1; row < mask.seqlen_q; ++row) {
-      wrong += mask.kv_begin(row) < mask.kv_begin(row - 1) || mask.kv_end(row) < mask.kv_end(row - 1);
+      wrong +=
+          mask.kv_begin(row) < mask.kv_begin(row - 1) || mask.kv_end(row) < mask.kv_end(row - 1);
     }
   });
   CHECK(wrong == 0);
 }
 
-TEST_CASE("masks: tiles holds every tile with a visible key, full_tiles only tiles without a hidden one", "[masks]") {
+TEST_CASE(
+    "masks: tiles holds every tile with a visible key, full_tiles only tiles without a hidden one",
+    "[masks]") {
   int missing = 0, useless = 0, not_full = 0, full_missed = 0;
   for_every_mask([&](const IntervalMask<int>& mask) {
     for (int row_begin = 0; row_begin < mask.seqlen_q; ++row_begin) {

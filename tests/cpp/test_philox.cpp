@@ -13,8 +13,10 @@ bool same(const PhiloxWords& a, const PhiloxWords& b) {
 
 // The contract's formulas, written once more without the header's arrangement.
 uint32_t element_bits(int64_t seed, int64_t offset, uint32_t bh, uint32_t i, uint32_t j) {
-  const PhiloxWords counter{{(j / 16) * 4 + (j % 8) / 2, (i / 16) * 8 + i % 8, bh, uint32_t(uint64_t(offset) & 0xFFFFFFFFu)}};
-  const PhiloxWords words = philox_4x32<7>(counter, uint32_t(uint64_t(seed) & 0xFFFFFFFFu), uint32_t(uint64_t(seed) >> 32));
+  const PhiloxWords counter{{(j / 16) * 4 + (j % 8) / 2, (i / 16) * 8 + i % 8, bh,
+                             uint32_t(uint64_t(offset) & 0xFFFFFFFFu)}};
+  const PhiloxWords words = philox_4x32<7>(counter, uint32_t(uint64_t(seed) & 0xFFFFFFFFu),
+                                           uint32_t(uint64_t(seed) >> 32));
   uint32_t halves[8];
   for (int n = 0; n < 4; ++n) {
     halves[2 * n] = words.w[n] & 0xFFFFu;
@@ -26,16 +28,21 @@ uint32_t element_bits(int64_t seed, int64_t offset, uint32_t bh, uint32_t i, uin
 }  // namespace
 
 TEST_CASE("philox: published vectors of Philox-4x32-10", "[philox]") {
-  CHECK(same(philox_4x32<10>({{0, 0, 0, 0}}, 0, 0), {{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}}));
+  CHECK(same(philox_4x32<10>({{0, 0, 0, 0}}, 0, 0),
+             {{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}}));
   const uint32_t ones = 0xFFFFFFFFu;
-  CHECK(same(philox_4x32<10>({{ones, ones, ones, ones}}, ones, ones), {{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}}));
-  CHECK(same(philox_4x32<10>({{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}}, 0xa4093822, 0x299f31d0),
-             {{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}}));
+  CHECK(same(philox_4x32<10>({{ones, ones, ones, ones}}, ones, ones),
+             {{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}}));
+  CHECK(same(
+      philox_4x32<10>({{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}}, 0xa4093822, 0x299f31d0),
+      {{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}}));
 }
 
 TEST_CASE("philox: vectors of our 7 rounds", "[philox]") {
-  CHECK(same(philox_4x32<7>({{0, 0, 0, 0}}, 0, 0), {{0x5f6fb709, 0x0d893f64, 0x4f121f81, 0x4f730a48}}));
-  CHECK(same(philox_4x32<7>({{1, 2, 3, 4}}, 5, 6), {{0xcceb838b, 0x94b8d4ab, 0x3b19758c, 0x0e1a9304}}));
+  CHECK(same(philox_4x32<7>({{0, 0, 0, 0}}, 0, 0),
+             {{0x5f6fb709, 0x0d893f64, 0x4f121f81, 0x4f730a48}}));
+  CHECK(same(philox_4x32<7>({{1, 2, 3, 4}}, 5, 6),
+             {{0xcceb838b, 0x94b8d4ab, 0x3b19758c, 0x0e1a9304}}));
 }
 
 TEST_CASE("philox: dropout bits of an element", "[philox]") {
@@ -45,7 +52,8 @@ TEST_CASE("philox: dropout bits of an element", "[philox]") {
     const Dropout dropout{uint64_t(seed), uint32_t(int64_t{7} << 33 | 9), 0};
     for (uint32_t i = 0; i < 50; ++i) {
       for (uint32_t j = 0; j < 50; ++j) {
-        wrong += Dropout::bits16(dropout.words(3, i, j), i, j) != element_bits(seed, int64_t{7} << 33 | 9, 3, i, j);
+        wrong += Dropout::bits16(dropout.words(3, i, j), i, j) !=
+                 element_bits(seed, int64_t{7} << 33 | 9, 3, i, j);
       }
     }
   }
@@ -66,13 +74,15 @@ TEST_CASE("philox: one call serves the eight elements of an mma fragment pair", 
   }
 }
 
-TEST_CASE("philox: the elements of a fragment pair use each of its eight numbers once", "[philox]") {
+TEST_CASE("philox: the elements of a fragment pair use each of its eight numbers once",
+          "[philox]") {
   const PhiloxWords numbered{{0x00010000, 0x00030002, 0x00050004, 0x00070006}};  // half n holds n
   for (uint32_t row = 0; row < 8; ++row) {
     for (uint32_t col = 0; col < 8; col += 2) {
       uint32_t used = 0;
       for (const uint32_t i : {row, row + 8}) {
-        for (const uint32_t j : {col, col + 1, col + 8, col + 9}) used |= 1u << Dropout::bits16(numbered, i, j);
+        for (const uint32_t j : {col, col + 1, col + 8, col + 9})
+          used |= 1u << Dropout::bits16(numbered, i, j);
       }
       CHECK(used == 0xFF);
     }

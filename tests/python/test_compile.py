@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
-
 import anyflash
 
 pytestmark = pytest.mark.providers
+
+NO_MORE_GRAPHS = torch._dynamo.config.patch(error_on_recompile=True)
 
 
 @pytest.fixture(autouse=True)
@@ -43,19 +43,28 @@ def test_inductor_forward_and_backward(device):
 
 
 def test_dynamic_lengths_are_one_graph(device):
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(_block, fullgraph=True, dynamic=True, backend=counter)
-    for seqlen in (24, 31, 48, 7):
-        _compare(_block, compiled, _qkv(device, seqlen))
-    assert counter.frame_count == 1
+    compiled = torch.compile(_block, fullgraph=True, dynamic=True, backend="aot_eager")
+    _compare(_block, compiled, _qkv(device, 24))
+    with NO_MORE_GRAPHS:
+        for seqlen in (31, 48, 7):
+            _compare(_block, compiled, _qkv(device, seqlen))
 
 
 def test_lengths_become_dynamic_by_themselves(device):
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(_block, fullgraph=True, backend=counter)
-    for seqlen in (24, 31, 48, 7, 100):
+    compiled = torch.compile(_block, fullgraph=True, backend="aot_eager")
+    for seqlen in (24, 31):
         _compare(_block, compiled, _qkv(device, seqlen))
-    assert counter.frame_count <= 2
+    with NO_MORE_GRAPHS:
+        for seqlen in (48, 7, 100):
+            _compare(_block, compiled, _qkv(device, seqlen))
+
+
+def test_changing_options_are_new_graphs(device):
+    """Guards the tests above: a new graph is an error there."""
+    compiled = torch.compile(anyflash.attention, fullgraph=True, backend="aot_eager")
+    compiled(*_qkv(device), causal=True)
+    with NO_MORE_GRAPHS, pytest.raises(RuntimeError, match="[Rr]ecompil"):
+        compiled(*_qkv(device), causal=False)
 
 
 def test_packed_with_changing_batches(device):
@@ -72,9 +81,9 @@ def test_packed_with_changing_batches(device):
             window_size=(8, 0),
         )
 
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(packed, fullgraph=True, dynamic=True, backend=counter)
-    for lengths in ((5, 9), (12, 3, 20), (30, 2, 2, 9)):
+    compiled = torch.compile(packed, fullgraph=True, dynamic=True, backend="aot_eager")
+
+    def check(*lengths):
         total, longest = sum(lengths), max(lengths)
         tensors = [torch.randn(total, 2, 16, device=device, requires_grad=True) for _ in "qkv"]
         cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=device)
@@ -83,7 +92,11 @@ def test_packed_with_changing_batches(device):
             lambda q, k, v, cu=cu, m=longest: compiled(q, k, v, cu, m),
             tensors,
         )
-    assert counter.frame_count <= 2  # the number of sequences may be specialised once
+
+    check(5, 9)
+    with NO_MORE_GRAPHS:
+        check(12, 3, 20)
+        check(30, 2, 2, 9)
 
 
 def test_public_operators(device):

@@ -41,7 +41,8 @@ def test_embeddings_equal_the_models_own(embedding):
     torch.testing.assert_close(ours, own, atol=2e-3, rtol=0)
 
 
-def test_training_lies_on_plain_sdpa():
+def test_training_lies_on_plain_sdpa(monkeypatch):
+    monkeypatch.setattr(language_model, "PROMPTS", ("a ",))
     trained = language_model.run(["a text to learn from. " * 40] * 3, steps=4)
     figures = trained.figures()
     assert figures["max_loss_difference"] < 1e-4

@@ -154,15 +154,27 @@ def test_dropin_has_no_algorithms():
             assert word not in re.sub(r'""".*?"""', "", text, flags=re.DOTALL), f"{path}: {word}"
 
 
+# Who may read a tensor on the host: checks that ANYFLASH_CHECK asks for, and what runs on CPUs only.
+HOST_READERS = {
+    "validate.py": "_check_values",
+    "kvcache.py": "_check_values",
+    "parts.py": "_sequences",
+}
+
+
 def test_no_device_synchronisation_in_the_operators():
-    """.item(), .tolist() and .cpu() wait for a GPU. Where a CPU route reads lengths, the line says so."""
+    """.item(), .tolist() and .cpu() wait for a GPU: allowed in the functions listed, nowhere else."""
     waits = re.compile(r"\.(item|tolist|cpu|numpy|nonzero)\(")
-    for path in (PACKAGE / "_python_ops").rglob("*.py"):
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            if waits.search(line):
-                assert "# cpu" in line.lower() or "# check" in line.lower(), (
-                    f"{path}:{number}: {line}"
-                )
+    for path in [*PACKAGE.glob("[!t_]*.py"), *(PACKAGE / "_python_ops").rglob("*.py")]:
+        if path.name in ("doctor.py", "explain.py"):
+            continue
+        text = path.read_text()
+        allowed = set()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.name == HOST_READERS.get(path.name):
+                allowed |= set(range(node.lineno, node.end_lineno + 1))
+        for number, line in enumerate(text.splitlines(), 1):
+            assert number in allowed or not waits.search(line), f"{path}:{number}: {line}"
 
 
 HOSTS = r"pypi\.org|pythonhosted\.org|pypi\.nvidia\.com|download\.pytorch\.org|conda\.anaconda\.org"
@@ -204,7 +216,8 @@ def test_files_and_functions_stay_readable(folder):
         assert text.count("\n") <= limit, f"{path}: {text.count(chr(10))} lines"
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                length = node.end_lineno - node.lineno + 1
+                code = [s for s in node.body if not isinstance(getattr(s, "value", None), ast.Constant)]
+                length = node.end_lineno - code[0].lineno + 1 if code else 0
                 assert length <= LONGEST_FUNCTION, f"{path}: {node.name} has {length} lines"
 
 

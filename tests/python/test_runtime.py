@@ -193,12 +193,21 @@ def test_nothing_is_saved_when_no_gradient_is_needed(device):
     assert anyflash.attention(q, k, v, return_lse=True)[1].grad_fn is None
 
 
-def test_double_backward_is_refused_clearly(device):
+@pytest.mark.parametrize("loss", [torch.sum, torch.linalg.vector_norm])
+def test_gradient_penalty_is_refused(loss, device):
+    """There is no second derivative: an error, never a penalty that silently does nothing."""
     leaves = _qkv(device, grad=True)
     out = anyflash.attention(*leaves)
-    with pytest.raises(RuntimeError, match="once_differentiable|double|twice|second"):
-        grads = torch.autograd.grad(out.sum(), leaves, create_graph=True)
-        torch.autograd.grad(sum(g.sum() for g in grads), leaves)
+    grads = torch.autograd.grad(loss(out), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|second derivative"):
+        (loss(out) + sum(g.square().sum() for g in grads)).backward()
+
+
+def test_create_graph_alone_is_no_error(device):
+    leaves = _qkv(device, grad=True)
+    out = anyflash.attention(*leaves)
+    plain = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), leaves, create_graph=True), plain)
 
 
 def test_functional_gradients(device):

@@ -1,4 +1,5 @@
-"""The Python provider: the operators of schemas.def for torch 2.0 and later, where the binary cannot be used."""
+"""The Python provider: the operators of schemas.def for torch 2.0 and later, where the binary
+cannot be used."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 
 
 def _isolated(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as a kernel: what it calls is neither recorded by autograd nor touched by autocast."""
+    """The function as a kernel: what it calls is neither recorded by autograd nor touched by
+    autocast."""
 
     @functools.wraps(function)
     def kernel(*args: Any) -> Any:

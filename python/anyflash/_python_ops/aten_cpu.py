@@ -1,4 +1,5 @@
-"""PyTorch's CPU flash attention. It knows square causal masks and explicit ones; everything else is cut into pieces."""
+"""PyTorch's CPU flash attention. It knows square causal masks and explicit ones; everything else
+is cut into pieces."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """PyTorch's memory-efficient attention on CUDA: old GPUs, fp32, biases.
 
-Key heads are repeated for their query heads, and its log-sum-exp is padded to multiples of 32 rows, one row of blocks per sequence.
+Key heads are repeated for their query heads, and its log-sum-exp is padded to multiples of 32
+rows, one row of blocks per sequence.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def _batched(args: AttentionArgs, x: Tensor) -> Tensor:
 
 
 def _bias(args: AttentionArgs) -> Tensor | None:
-    """The bias in q's dtype, (batch, heads, seqlen_q, seqlen_k), rows padded to an aligned length."""
+    """The bias in q's dtype, (batch, heads, seqlen_q, seqlen_k), rows padded to an aligned
+    length."""
     bias = args.bias
     if bias is None:
         return None

@@ -1,4 +1,5 @@
-"""PyTorch's CUDA flash attention, through the operators that know packed sequences, windows and bottom-right causal masks."""
+"""PyTorch's CUDA flash attention, through the operators that know packed sequences, windows and
+bottom-right causal masks."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from .problem import AttentionArgs, BackwardArgs, Gradients
 def _one_sided(args: AttentionArgs) -> bool:
     """A left window without a right end, which this attention closes at the key length.
 
-    Where a sequence has more queries than keys that hides keys; lengths are on the device, so it cannot be known here.
+    Where a sequence has more queries than keys that hides keys; lengths are on the device, so it
+    cannot be known here.
     """
     return args.window_left >= 0 and args.window_right < 0
 

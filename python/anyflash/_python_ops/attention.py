@@ -115,7 +115,8 @@ def attention_backward(
     )
     args.normalise(causal)
     validate_backward(args, grad)
-    # What autograd hands over may be expanded or transposed; the routes read rows of contiguous elements.
+    # What autograd hands over may be expanded or transposed; the routes read rows of contiguous
+    # elements.
     grad.dout, grad.out = _contiguous_last_dim(dout), _contiguous_last_dim(out)
     result = _ROUTES[_route(describe(args, grad, backend))].backward(args, grad)
     dbias = q.new_empty(0) if result.dbias is None else result.dbias
@@ -124,7 +125,8 @@ def attention_backward(
 
 
 def random_state(q: Tensor, dropout_p: float) -> Tensor | None:
-    """Seed and offset of a call's dropout, drawn from the default generator; None without dropout."""
+    """Seed and offset of a call's dropout, drawn from the default generator; None without
+    dropout."""
     if dropout_p <= 0.0:
         return None
     return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=q.device)

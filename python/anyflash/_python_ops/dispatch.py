@@ -1,7 +1,9 @@
-"""The decision, as csrc/dispatch.cpp makes it: which route computes a problem, and why not the others.
+"""The decision, as csrc/dispatch.cpp makes it: which route computes a problem, and why not the
+others.
 
-A pure function of values. A problem is a dict with the keys ``op``, ``device``, ``sm``, ``direction``, ``dtype``, ``head_dim``,
-``head_dim_v``, ``features``, ``torch_version``, ``chain`` and ``explicit``; csrc/problem.h says what they mean.
+A pure function of values. A problem is a dict with the keys ``op``, ``device``, ``sm``,
+``direction``, ``dtype``, ``head_dim``, ``head_dim_v``, ``features``, ``torch_version``, ``chain``
+and ``explicit``; csrc/problem.h says what they mean.
 """
 
 from __future__ import annotations
@@ -143,7 +145,8 @@ def _walk(problem: Problem) -> Iterator[tuple[str, list[str]]]:
 
 @functools.lru_cache(maxsize=1024)
 def choose(problem: Problem) -> Decision:
-    """The first route of the problem's chain without an obstacle, with the reasons against those before it.
+    """The first route of the problem's chain without an obstacle, with the reasons against those
+    before it.
 
     Kernels live in the binary, so for this provider the back end ``kernel`` has none.
     """
@@ -166,7 +169,8 @@ def decide(problem: dict[str, Any]) -> dict[str, Any]:
     """The decision for a problem given as a dict.
 
     Returns:
-        ``{"route": str, "reasons": [(route, text), ...]}``; the route is ``"none"`` if nothing runs.
+        ``{"route": str, "reasons": [(route, text), ...]}``; the route is ``"none"`` if nothing
+        runs.
 
     Raises:
         ValueError: an unknown key, back end, feature, dtype, direction or device.

@@ -1,4 +1,5 @@
-"""The public operators, under the original library's names and defaults: the output alone comes back (csrc/flash_attn_api.cpp)."""
+"""The public operators, under the original library's names and defaults: the output alone comes
+back (csrc/flash_attn_api.cpp)."""
 
 from __future__ import annotations
 

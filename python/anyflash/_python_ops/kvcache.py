@@ -299,7 +299,8 @@ def _append_and_rotate(call: KVCacheCall, args: AttentionArgs) -> None:
     if call.rotary_cos is not None and call.rotary_sin is not None:
         tables = (call.rotary_cos, call.rotary_sin)
         k = rotate(k, *tables, positions, call.rotary_interleaved)
-        # Under a mask that moves with the query each row of q has its own position, else all stand at the end of the cache.
+        # Under a mask that moves with the query each row of q has its own position, else all stand
+        # at the end of the cache.
         seqlen_q = call.q.shape[1]
         if args.window_left >= 0 or args.window_right >= 0:
             q_positions = positions_from(seqlen_q)

@@ -1,6 +1,8 @@
-"""Attention composed from plain operators, in chunks of queries: everything, on every device, in every dtype.
+"""Attention composed from plain operators, in chunks of queries: everything, on every device, in
+every dtype.
 
-Scores exist for one chunk at a time, so memory grows with the sequence length and not with its square.
+Scores exist for one chunk at a time, so memory grows with the sequence length and not with its
+square.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ def _flat_heads(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _grouped(x: Tensor, heads_k: int, dtype: torch.dtype) -> Tensor:
-    """Rows of all query heads of one key head together: (batch, rows, heads, dim) -> (batch * heads_k, group * rows, dim)."""
+    """Rows of all query heads of one key head together: (batch, rows, heads, dim) -> (batch *
+    heads_k, group * rows, dim)."""
     batch, rows, heads, dim = x.shape
     return x.transpose(1, 2).to(dtype).reshape(batch * heads_k, heads // heads_k * rows, dim)
 
@@ -83,7 +86,8 @@ class Scorer:
         return storage[first * heads_k : last * heads_k, block.columns.start : block.columns.stop]
 
     def queries(self, x: Tensor, block: Block) -> Tensor:
-        """Of a tensor of q's or out's shape, a block's rows grouped by key head, in the dtype of computation."""
+        """Of a tensor of q's or out's shape, a block's rows grouped by key head, in the dtype of
+        computation."""
         b, rows = block.sequences, block.rows
         chunk = x[b.start : b.stop, rows.start : rows.stop]
         return _grouped(chunk, self.args.heads_k, self.dtype)
@@ -98,7 +102,8 @@ class Scorer:
         return x.view(len(block.sequences), self.args.heads, len(block.rows), len(block.columns))
 
     def _positions(self, block: Block) -> tuple[Tensor, Tensor]:
-        """Each row's aligned position i + shift, (sequences or 1, 1, rows, 1), and the columns (1, 1, 1, columns)."""
+        """Each row's aligned position i + shift, (sequences or 1, 1, rows, 1), and the columns (1,
+        1, 1, columns)."""
         part = self.part
         rows = torch.arange(block.rows.start, block.rows.stop, device=self.device)
         columns = torch.arange(block.columns.start, block.columns.stop, device=self.device)
@@ -153,7 +158,8 @@ class Scorer:
         return bias
 
     def scores(self, block: Block) -> tuple[Tensor, Tensor | None]:
-        """Scores (sequences, heads, rows, columns), -inf where hidden, and tanh of the softcap if there is one."""
+        """Scores (sequences, heads, rows, columns), -inf where hidden, and tanh of the softcap if
+        there is one."""
         args, part = self.args, self.part
         queries = self.queries(part.q, block) * args.softmax_scale
         s = self.by_head(queries @ self.of_block(self.keys, block).transpose(1, 2), block)
@@ -317,7 +323,8 @@ def _part_backward(
 
 
 def _sinks_gradient(args: AttentionArgs, lse: Tensor, delta: Tensor) -> Tensor:
-    """(heads,): each row that sees a key gives exp(sink - lse) * -delta; lse is +inf for the others."""
+    """(heads,): each row that sees a key gives exp(sink - lse) * -delta; lse is +inf for the
+    others."""
     sinks = args.sinks.to(lse.dtype)[:, None]  # type: ignore[union-attr]
     return -(torch.exp(sinks - lse) * delta).sum(dim=(0, 2))
 

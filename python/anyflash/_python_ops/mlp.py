@@ -1,4 +1,5 @@
-"""Fused MLP and bias + activation, from plain operators. Half precision is widened, so that only the result is rounded."""
+"""Fused MLP and bias + activation, from plain operators. Half precision is widened, so that only
+the result is rounded."""
 
 from __future__ import annotations
 

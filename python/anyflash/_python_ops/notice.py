@@ -1,4 +1,5 @@
-"""Nothing is silent: the first time a call does not run on the first back end of its chain, one line says so (csrc/notice.cpp)."""
+"""Nothing is silent: the first time a call does not run on the first back end of its chain, one
+line says so (csrc/notice.cpp)."""
 
 from __future__ import annotations
 
@@ -30,11 +31,16 @@ def _back_end_of(problem: Problem, route: str) -> str:
 
 def notice_text(problem: Problem, decision: Decision) -> str:
     """``anyflash: attention runs on ..., because ...``."""
-    why = "; ".join(f"{route}: {text}" for route, text in decision.reasons)
+    why = "; ".join(
+        f"{route}: {text}"
+        for route, text in decision.reasons
+        if not text.startswith("runs on ")  # another device's route is no news
+    )
+    last_resort = problem.op == "attention" and decision.route == "math"
+    remedy = 'with anyflash.backend("math")' if last_resort else "ANYFLASH_BACKEND=sdpa,math"
     return (
         f"anyflash: {problem.op} runs on {_PHRASES[decision.route]}, because {why}. "
-        f"To choose it yourself: ANYFLASH_BACKEND={_back_end_of(problem, decision.route)}. "
-        "To make it an error: ANYFLASH_STRICT=1. "
+        f"To choose it yourself: {remedy}. To make it an error: ANYFLASH_STRICT=1. "
         "The whole decision: python -m anyflash explain. This is said once."
     )
 

@@ -1,7 +1,8 @@
 """Cuts a problem into dense ones, so that no back end sees cu_seqlens, pages or paddings.
 
-On the CPU lengths can be read, and every sequence becomes a part made of views. Elsewhere reading them would wait for the device,
-so one part holds all sequences, gathered into padded tensors with indices computed on the device.
+On the CPU lengths can be read, and every sequence becomes a part made of views. Elsewhere reading
+them would wait for the device, so one part holds all sequences, gathered into padded tensors with
+indices computed on the device.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ INFINITY = float("inf")
 
 @dataclass
 class Part:
-    """A dense problem: q (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, heads_k, ...).
+    """A dense problem: q (batch, seqlen_q, heads, head_dim), k and v (batch, seqlen_k, heads_k,
+    ...).
 
-    ``len_q`` and ``len_k`` (batch,) int64 tell how many rows of each sequence exist; None: all. k and v are zero beyond them.
+    ``len_q`` and ``len_k`` (batch,) int64 tell how many rows of each sequence exist; None: all. k
+    and v are zero beyond them.
     """
 
     q: Tensor
@@ -184,7 +187,8 @@ class Storage:
         return flat[index].masked_fill_(~valid.view(*valid.shape, *trailing), 0)
 
     def scatter(self, padded: Tensor, fill: float) -> Tensor:
-        """The inverse of gather, itself a gather so that nothing depends on an order; ``fill`` elsewhere."""
+        """The inverse of gather, itself a gather so that nothing depends on an order; ``fill``
+        elsewhere."""
         shape = (self.total, *padded.shape[2:])
         if self.seqlen == 0 or padded.shape[0] == 0:
             return padded.new_full(shape, fill)
@@ -199,7 +203,8 @@ class Storage:
 
 @dataclass
 class PaddedPart(Part):
-    """All sequences of a problem; tensors that are not dense already are gathered into padded ones."""
+    """All sequences of a problem; tensors that are not dense already are gathered into padded
+    ones."""
 
     row_storage: Storage | None = None
     key_storage: Storage | None = None

@@ -1,6 +1,8 @@
-"""The dropout bits, defined once for every back end (kernels/philox.h): Philox-4x32 with 7 rounds, composed from int64 tensors.
+"""The dropout bits, defined once for every back end (kernels/philox.h): Philox-4x32 with 7 rounds,
+composed from int64 tensors.
 
-One call gives 8 halves of 16 bits and serves the rows {i, i + 8} and columns {j, j + 1, j + 8, j + 9} of a 16 x 16 tile.
+One call gives 8 halves of 16 bits and serves the rows {i, i + 8} and columns {j, j + 1, j + 8, j +
+9} of a 16 x 16 tile.
 """
 
 from __future__ import annotations

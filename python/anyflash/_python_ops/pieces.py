@@ -1,4 +1,5 @@
-"""Cuts one attention into calls of an attention that knows no mask, the top-left causal mask, or an explicit one.
+"""Cuts one attention into calls of an attention that knows no mask, the top-left causal mask, or
+an explicit one.
 
 The same plan as csrc/fallback/pieces.cpp.
 """
@@ -11,7 +12,8 @@ from typing import NamedTuple
 
 # Up to this many rows, one call with a mask is faster than two merged calls without.
 _MERGE_MIN_ROWS = 32
-# Rows per piece where masks are explicit: few enough to skip most invisible keys, enough to keep the threads busy.
+# Rows per piece where masks are explicit: few enough to skip most invisible keys, enough to keep
+# the threads busy.
 _CHUNK_MIN_ROWS = 64
 _CHUNK_MAX_ROWS = 512
 
@@ -21,7 +23,8 @@ INTERVAL = "interval"  # the element test of the IntervalMask
 
 
 class IntervalMask(NamedTuple):
-    """Row i sees the keys kv_begin(i) <= j < kv_end(i); both ends never decrease (kernels/masks.h)."""
+    """Row i sees the keys kv_begin(i) <= j < kv_end(i); both ends never decrease
+    (kernels/masks.h)."""
 
     seqlen_q: int
     seqlen_k: int
@@ -51,7 +54,8 @@ class Piece(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Pieces in the order of their rows, each visible element in exactly one; other rows see no key."""
+    """Pieces in the order of their rows, each visible element in exactly one; other rows see no
+    key."""
 
     row_begin: int
     row_end: int
@@ -94,7 +98,8 @@ class _Planner:
         if begin >= end:
             return
         mask = self.mask
-        # Rows before `full` see one key more than their predecessor; `full` is the first that sees the last key.
+        # Rows before `full` see one key more than their predecessor; `full` is the first that sees
+        # the last key.
         full = self.first_row(lambda row: mask.kv_end(row) == mask.seqlen_k, begin)
         if full > begin:
             growing_end = min(end, full + 1)
@@ -138,7 +143,8 @@ def plan_pieces(mask: IntervalMask, explicit_masks: bool) -> Plan:
 
     Args:
         mask: lengths and window.
-        explicit_masks: no causal and no merging pieces, for callers who mask the scores anyway (bias).
+        explicit_masks: no causal and no merging pieces, for callers who mask the scores anyway
+            (bias).
     """
     if mask.seqlen_q <= 0 or mask.seqlen_k <= 0:
         return Plan(0, 0, ())

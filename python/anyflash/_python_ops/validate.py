@@ -1,7 +1,7 @@
 """Refuses what cannot be computed, with the checks and the texts of csrc/validate.cpp.
 
-Every function raises RuntimeError with a message that names the argument, what came and what was expected; where the original
-library has a text for the case, the message begins with it.
+Every function raises RuntimeError with a message that names the argument, what came and what was
+expected; where the original library has a text for the case, the message begins with it.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Where torch can (2.4 and later) and nobody else has taken the names, they are cu
 registered names, because other packages register them again.
 """
 
+import inspect
 from typing import Any, Callable, Optional
 
 import flash_attn_2_cuda as flash_attn_gpu
@@ -146,17 +147,17 @@ def _forward_fake(
     return out, softmax_lse, s_dmask, rng_state
 
 
-_RETURN_SOFTMAX = 14  # its place among the arguments of varlen_forward
+_VARLEN_FORWARD = inspect.signature(varlen_forward)
 
 
 def _varlen_forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return_softmax = args[_RETURN_SOFTMAX]
-    without = (*args[:_RETURN_SOFTMAX], False, *args[_RETURN_SOFTMAX + 1 :])
-    out, softmax_lse, s_dmask, rng_state = varlen_forward(*without)
+    given = _VARLEN_FORWARD.bind(*args).arguments  # defaults at the end do not arrive
+    return_softmax = given.pop("return_softmax", False)
+    out, softmax_lse, s_dmask, rng_state = varlen_forward(**given)
     if return_softmax:
-        q, cu_seqlens_q, max_seqlen_q, max_seqlen_k = args[0], args[3], args[5], args[6]
-        lengths = (round_up(max_seqlen_q), round_up(max_seqlen_k))
-        s_dmask = q.new_empty((cu_seqlens_q.shape[0] - 1, q.shape[1], *lengths))
+        q, batch = given["q"], given["cu_seqlens_q"].shape[0] - 1
+        lengths = (round_up(given["max_seqlen_q"]), round_up(given["max_seqlen_k"]))
+        s_dmask = q.new_empty((batch, q.shape[1], *lengths))
     return out, softmax_lse, s_dmask, rng_state
 
 

@@ -1,0 +1,296 @@
+#include "fallback/dense.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "fallback/runs.h"
+
+namespace anyflash {
+
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr int64_t kScoreBytes = int64_t{64} << 20;  // of one chunk's scores; a handful of tensors of this size live at a time
+
+Tensor exp_(const Tensor& x) { return aten<Tensor>("aten::exp_", "", x); }
+Tensor mul_(const Tensor& x, const Tensor& y) { return aten<Tensor>("aten::mul_", "Tensor", x, y); }
+Tensor mul_(const Tensor& x, double factor) { return factor == 1 ? x : mul_(x, scalar(factor)); }
+Tensor less(const Tensor& a, const Tensor& b) { return aten<Tensor>("aten::lt", "Tensor", a, b); }
+Tensor equal(const Tensor& a, double b) { return aten<Tensor>("aten::eq", "Tensor", a, scalar(b)); }
+void mask_(const Tensor& x, const Tensor& where, double value) {
+  aten<Tensor>("aten::masked_fill_", "Tensor", x, where, scalar(value));
+}
+
+Tensor four_dims(Tensor x) {
+  while (x.dim() < 4) x = unsqueeze(x, 0);
+  return x;
+}
+
+// (n, keys, heads_k, d) -> (n * heads_k, keys, d), contiguous
+Tensor flat_keys(const Tensor& x, ScalarType dtype) {
+  const Tensor result = empty({x.size(0), x.size(2), x.size(1), x.size(3)}, x, dtype);
+  copy_(result, transpose(x, 1, 2));
+  return view(result, {x.size(0) * x.size(2), x.size(1), x.size(3)}, {x.size(1) * x.size(3), x.size(3), 1});
+}
+
+// (n * heads_k, keys, d) -> (n, keys, heads_k, d)
+void store_keys(const Tensor& destination, const Tensor& x) {
+  copy_(destination, transpose(split_dim(x, 0, destination.size(2)), 1, 2));
+}
+
+// sum[.., keys of the chunk, ..] += a b
+void add_product(const Tensor& sum, const Tensor& a, const Tensor& b) { copy_(sum, add(sum, bmm(a, b))); }
+
+}  // namespace
+
+DenseAttention::DenseAttention(const AttentionArgs& args, const DenseBatch& batch)
+    : args_(args),
+      batch_(batch),
+      dtype_(accumulator_type(args.q)),
+      sequences_(batch.q.size(0)),
+      heads_(args.heads()),
+      heads_k_(args.heads_k()),
+      group_(heads_ / heads_k_),
+      mask_{batch.q.size(1), batch.k.size(1), args.window_left, args.window_right},
+      keys_(flat_keys(batch.k, dtype_)),
+      values_(flat_keys(batch.v, dtype_)) {
+  const auto own_sequences = [&](const Tensor& x) { return narrow_broadcast(x, 0, batch.sequence, sequences_); };
+  if (args.alibi_slopes) {
+    const Tensor slopes = args.alibi_slopes->dim() == 1 ? unsqueeze(*args.alibi_slopes, 0) : *args.alibi_slopes;
+    slopes_ = to_dtype(own_sequences(unsqueeze(unsqueeze(slopes, -1), -1)), dtype_);
+  }
+  if (args.bias) bias_ = own_sequences(four_dims(*args.bias));
+  if (args.sinks) sinks_ = to_dtype(unsqueeze(unsqueeze(unsqueeze(*args.sinks, 0), -1), -1), dtype_);
+  if (args.dropout_p > 0) dropout_.emplace(args);
+}
+
+// Rows at multiples of a dropout tile, and as many as keep the scores below kScoreBytes.
+std::vector<DenseAttention::Chunk> DenseAttention::chunks() const {
+  const int64_t row_bytes = std::max<int64_t>(sequences_ * heads_ * mask_.seqlen_k * (dtype_ == ScalarType::Double ? 8 : 4), 1);
+  const int64_t rows = std::max(kScoreBytes / row_bytes / Dropout::kTile, int64_t{1}) * Dropout::kTile;
+  std::vector<Chunk> result;
+  for (int64_t row = 0; row < mask_.seqlen_q; row += rows) {
+    Chunk chunk{row, std::min(rows, mask_.seqlen_q - row), 0, mask_.seqlen_k};
+    if (!batch_.lengths_k) {
+      const int64_t begin = std::min(mask_.kv_begin(row), mask_.seqlen_k) / Dropout::kTile * Dropout::kTile;
+      const int64_t end = std::max<int64_t>(mask_.kv_end(row + chunk.rows - 1), 0);
+      chunk.key = begin;
+      chunk.keys = std::max<int64_t>(end - begin, 0);
+    }
+    result.push_back(chunk);
+  }
+  return result;
+}
+
+// Heads that share keys side by side: (n, rows of x, heads, d) -> (n * heads_k, group * rows, d), contiguous, in dtype_.
+Tensor DenseAttention::grouped_rows(const Tensor& x, const Chunk& chunk) const {
+  const Tensor result = empty({sequences_, heads_, chunk.rows, x.size(3)}, x, dtype_);
+  copy_(result, transpose(narrow(x, 1, chunk.row, chunk.rows), 1, 2));
+  return by_group(result, chunk, x.size(3));
+}
+
+// The reverse of grouped_rows into the chunk's rows of `destination`.
+void DenseAttention::store_rows(const Tensor& destination, const Chunk& chunk, const Tensor& x) const {
+  copy_(transpose(narrow(destination, 1, chunk.row, chunk.rows), 1, 2), by_head(x, chunk, destination.size(3)));
+}
+
+Tensor DenseAttention::chunk_keys(const Tensor& x, const Chunk& chunk) const { return narrow(x, 1, chunk.key, chunk.keys); }
+
+// Contiguous (n * heads_k, group * rows, columns) as (n, heads, rows, columns), and back.
+Tensor DenseAttention::by_head(const Tensor& x, const Chunk& chunk, int64_t columns) const {
+  const int64_t head = chunk.rows * columns;
+  return view(x, {sequences_, heads_, chunk.rows, columns}, {heads_ * head, head, columns, 1});
+}
+Tensor DenseAttention::by_group(const Tensor& x, const Chunk& chunk, int64_t columns) const {
+  const int64_t rows = group_ * chunk.rows;
+  return view(x, {sequences_ * heads_k_, rows, columns}, {rows * columns, columns, 1});
+}
+
+Tensor DenseAttention::lse_rows(const Tensor& lse, const Chunk& chunk) const {
+  return unsqueeze(narrow(lse, 2, chunk.row, chunk.rows), -1);
+}
+
+// The key that each row is aligned with, row + seqlen_k - seqlen_q: (n or 1, 1, rows, 1).
+Tensor DenseAttention::diagonal(const Chunk& chunk) const {
+  const Tensor rows = unsqueeze(to_dtype(arange(chunk.rows, batch_.q), dtype_), -1);
+  if (!batch_.lengths_k) return four_dims(add(rows, scalar(static_cast<double>(chunk.row + mask_.shift()))));
+  Tensor shift = add(to_dtype(*batch_.lengths_k, dtype_), scalar(static_cast<double>(chunk.row)));
+  shift = batch_.lengths_q ? sub(shift, to_dtype(*batch_.lengths_q, dtype_))
+                           : sub(shift, scalar(static_cast<double>(mask_.seqlen_q)));
+  return add(four_dims(rows), unsqueeze(unsqueeze(unsqueeze(shift, -1), -1), -1));
+}
+
+// (keys)
+Tensor DenseAttention::key_numbers(const Chunk& chunk) const {
+  return to_dtype(add(arange(chunk.keys, batch_.q), scalar(static_cast<double>(chunk.key))), dtype_);
+}
+
+Tensor DenseAttention::alibi(const Tensor& diagonal, const Chunk& chunk) const {
+  const Tensor keys = key_numbers(chunk);
+  if (args_.purely_causal()) return mul(*slopes_, keys);
+  return mul(mul(*slopes_, -1), aten<Tensor>("aten::abs", "", sub(diagonal, keys)));
+}
+
+// kernels/masks.h for tensors of lengths: which keys a row does not see, broadcastable to (n, heads, rows, keys); unset if it sees all.
+OptionalTensor DenseAttention::hidden(const Tensor& diagonal, const Chunk& chunk) const {
+  const Tensor keys = key_numbers(chunk);
+  OptionalTensor result;
+  const auto also = [&](const Tensor& x) { result = result ? aten<Tensor>("aten::bitwise_or", "Tensor", *result, x) : x; };
+  if (args_.window_left >= 0) also(less(keys, sub(diagonal, scalar(static_cast<double>(args_.window_left)))));
+  if (args_.window_right >= 0) also(less(add(diagonal, scalar(static_cast<double>(args_.window_right))), keys));
+  if (batch_.lengths_k) {
+    const Tensor lengths = to_dtype(unsqueeze(unsqueeze(unsqueeze(*batch_.lengths_k, -1), -1), -1), dtype_);
+    also(aten<Tensor>("aten::ge", "Tensor", keys, lengths));
+  }
+  return result;
+}
+
+Tensor DenseAttention::bias_chunk(const Tensor& bias, const Chunk& chunk) const {
+  return narrow_broadcast(narrow_broadcast(bias, 2, chunk.row, chunk.rows), 3, chunk.key, chunk.keys);
+}
+
+OptionalTensor DenseAttention::dropped(const Chunk& chunk) const {
+  if (!dropout_) return std::nullopt;
+  const Tensor result = dropout_->dropped(batch_.sequence, sequences_, chunk.row, chunk.rows, chunk.key, chunk.keys);
+  return split_dim(result, 0, heads_);
+}
+
+// `queries`: grouped_rows times the softmax scale.
+DenseAttention::Scores DenseAttention::scores(const Tensor& queries, const Chunk& chunk, bool keep_tanh) const {
+  Scores result{by_head(bmm(queries, transpose(chunk_keys(keys_, chunk), 1, 2)), chunk, chunk.keys), std::nullopt};
+  Tensor& s = result.values;
+  if (args_.softcap > 0) {
+    const Tensor tanh = aten<Tensor>("aten::tanh_", "", mul_(s, 1 / args_.softcap));
+    if (keep_tanh) {
+      result.tanh = tanh;
+      s = mul(tanh, args_.softcap);
+    } else {
+      s = mul_(tanh, args_.softcap);
+    }
+  }
+  const bool everything_visible = !batch_.lengths_k && args_.window_left < 0 && args_.window_right < 0;
+  if (slopes_ || !everything_visible) {
+    const Tensor rows = diagonal(chunk);
+    if (slopes_) s = add(s, alibi(rows, chunk));
+    if (const OptionalTensor mask = hidden(rows, chunk)) mask_(s, *mask, -kInfinity);
+  }
+  if (bias_) {
+    const Tensor bias = bias_chunk(*bias_, chunk);
+    if (bias.scalar_type() == ScalarType::Bool) {
+      mask_(s, aten<Tensor>("aten::logical_not", "", bias), -kInfinity);
+    } else {
+      s = add(s, to_dtype(bias, dtype_));
+    }
+  }
+  return result;
+}
+
+void DenseAttention::forward_chunk(const Chunk& chunk, const Tensor& out, const Tensor& lse) const {
+  const Tensor queries = mul_(grouped_rows(batch_.q, chunk), args_.softmax_scale);
+  const Tensor s = scores(queries, chunk, /*keep_tanh=*/false).values;
+  Tensor max = amax(s, -1, true);
+  const Tensor dead = equal(max, -kInfinity);  // no visible key
+  if (sinks_) max = aten<Tensor>("aten::maximum", "", max, *sinks_);
+  mask_(max, dead, 0);
+  const Tensor p = exp_(sub(s, max));
+  Tensor total = sum(p, {-1}, true);
+  if (sinks_) total = add(total, exp_(sub(*sinks_, max)));
+  const Tensor row_lse = add(aten<Tensor>("aten::log", "", total), max);
+  mask_(row_lse, dead, kInfinity);
+  copy_(lse_rows(lse, chunk), row_lse);
+
+  if (const OptionalTensor drop = dropped(chunk)) {
+    mask_(p, *drop, 0);
+    total = mul_(total, 1 / dropout_->kept_scale());
+  }
+  const Tensor sums = by_head(bmm(by_group(p, chunk, chunk.keys), chunk_keys(values_, chunk)), chunk, out.size(3));
+  const Tensor row_out = aten<Tensor>("aten::div_", "Tensor", sums, total);
+  mask_(row_out, dead, 0);
+  store_rows(out, chunk, row_out);
+}
+
+void DenseAttention::forward(const Tensor& out, const Tensor& lse) const {
+  for (const Chunk& chunk : chunks()) {
+    if (chunk.keys > 0) {
+      forward_chunk(chunk, out, lse);
+    } else {
+      fill_(narrow(out, 1, chunk.row, chunk.rows), 0);
+      fill_(narrow(lse, 2, chunk.row, chunk.rows), kInfinity);
+    }
+  }
+}
+
+namespace {
+
+// Sums `x` over the dimensions that `like` broadcasts.
+Tensor reduce_like(const Tensor& x, const Tensor& like) {
+  std::vector<int64_t> dims;
+  for (int64_t dim = 0; dim < 4; ++dim) {
+    if (like.size(dim) == 1 && x.size(dim) != 1) dims.push_back(dim);
+  }
+  return dims.empty() ? x : sum(x, dims, true);
+}
+
+void accumulate(const Tensor& destination, const Tensor& x) { copy_(destination, add(destination, x)); }
+
+}  // namespace
+
+void DenseAttention::backward_chunk(const Chunk& chunk, const DenseGrad& grad, const DenseGradResult& result,
+                                    const Tensor& sum_dk, const Tensor& sum_dv) const {
+  const Tensor queries = mul_(grouped_rows(batch_.q, chunk), args_.softmax_scale);
+  const Tensor lse = lse_rows(grad.lse, chunk);
+  const Tensor dead = equal(lse, kInfinity);
+  const Tensor dout = grouped_rows(grad.dout, chunk);
+  mask_(by_head(dout, chunk, dout.size(2)), dead, 0);
+  // d score = p (dp - offset), offset = sum over keys of p dp, less the gradient of the log-sum-exp
+  Tensor offset = sum(mul(by_head(dout, chunk, dout.size(2)), by_head(grouped_rows(grad.out, chunk), chunk, dout.size(2))), {-1}, true);
+  if (grad.dlse) {
+    const Tensor dlse = mul(lse_rows(*grad.dlse, chunk), 1);
+    mask_(dlse, dead, 0);
+    offset = sub(offset, dlse);
+  }
+  if (result.dsinks) {
+    const Tensor sink_p = exp_(sub(*sinks_, lse));
+    accumulate(*result.dsinks, sum(mul(sink_p, mul(offset, -1)), {0, 2, 3}));
+  }
+
+  const Scores scores = this->scores(queries, chunk, /*keep_tanh=*/true);
+  const Tensor p = exp_(sub(scores.values, lse));
+  Tensor dp = by_head(bmm(dout, transpose(chunk_keys(values_, chunk), 1, 2)), chunk, chunk.keys);
+  if (const OptionalTensor drop = dropped(chunk)) {
+    mask_(dp, *drop, 0);
+    mul_(dp, dropout_->kept_scale());
+    const Tensor kept = mul(p, dropout_->kept_scale());
+    mask_(kept, *drop, 0);
+    add_product(chunk_keys(sum_dv, chunk), transpose(by_group(kept, chunk, chunk.keys), 1, 2), dout);
+  } else {
+    add_product(chunk_keys(sum_dv, chunk), transpose(by_group(p, chunk, chunk.keys), 1, 2), dout);
+  }
+  dp = sub(dp, offset);
+  const Tensor ds = mul_(dp, p);
+  if (result.dbias) {
+    const Tensor part = bias_chunk(*result.dbias, chunk);
+    accumulate(part, reduce_like(ds, part));
+  }
+  if (scores.tanh) mul_(ds, sub(scalar(1.0), mul_(*scores.tanh, *scores.tanh)));
+
+  const Tensor flat_ds = by_group(ds, chunk, chunk.keys);
+  store_rows(result.dq, chunk, mul_(bmm(flat_ds, chunk_keys(keys_, chunk)), args_.softmax_scale));
+  add_product(chunk_keys(sum_dk, chunk), transpose(flat_ds, 1, 2), queries);
+}
+
+void DenseAttention::backward(const DenseGrad& grad, const DenseGradResult& result) const {
+  const Tensor sum_dk = full(keys_.sizes(), 0, keys_, dtype_);
+  const Tensor sum_dv = full(values_.sizes(), 0, values_, dtype_);
+  for (const Chunk& chunk : chunks()) {
+    if (chunk.keys > 0) {
+      backward_chunk(chunk, grad, result, sum_dk, sum_dv);
+    } else {
+      fill_(narrow(result.dq, 1, chunk.row, chunk.rows), 0);
+    }
+  }
+  store_keys(result.dk, sum_dk);
+  store_keys(result.dv, sum_dv);
+}
+
+}  // namespace anyflash

@@ -1,0 +1,88 @@
+// Attention over one dense batch, composed from plain operators in chunks of query rows: all features, any device, no host sync.
+#pragma once
+
+#include "attention.h"
+#include "fallback/philox.h"
+#include "kernels/masks.h"
+#include "stable/aten.h"
+
+namespace anyflash {
+
+// Sequences [sequence, sequence + q.size(0)) of a problem. Where their lengths differ they are padded: with rows and keys of zeros, and
+// the true lengths in tensors, which stay on their device.
+struct DenseBatch {
+  int64_t sequence;
+  Tensor q;                  // (n, rows, heads, head_dim)
+  Tensor k;                  // (n, keys, heads_k, head_dim)
+  Tensor v;                  // (n, keys, heads_k, head_dim_v)
+  OptionalTensor lengths_q;  // (n), unset: every length is q.size(1)
+  OptionalTensor lengths_k;  // (n), unset: every length is k.size(1)
+};
+
+// What the backward has beside the batch: rows that belong to no sequence hold dout 0, lse +inf, dlse 0.
+struct DenseGrad {
+  Tensor dout;          // (n, rows, heads, head_dim_v)
+  Tensor out;           // the same
+  Tensor lse;           // (n, heads, rows)
+  OptionalTensor dlse;  // the same
+};
+
+// Where gradients go. dq, dk, dv are overwritten, dbias and dsinks are added to.
+struct DenseGradResult {
+  Tensor dq, dk, dv;      // shapes of q, k, v
+  OptionalTensor dbias;   // 4-D, bias's broadcast shape
+  OptionalTensor dsinks;  // (heads)
+};
+
+class DenseAttention {
+ public:
+  DenseAttention(const AttentionArgs& args, const DenseBatch& batch);
+
+  // out (n, rows, heads, head_dim_v) of any type and strides, lse (n, heads, rows)
+  void forward(const Tensor& out, const Tensor& lse) const;
+  void backward(const DenseGrad& grad, const DenseGradResult& result) const;
+
+ private:
+  // Rows against the keys that any of them sees.
+  struct Chunk {
+    int64_t row, rows;
+    int64_t key, keys;
+  };
+  struct Scores {
+    Tensor values;        // (n, heads, rows, keys), hidden ones at -inf
+    OptionalTensor tanh;  // of the soft cap: its derivative is 1 - tanh^2
+  };
+
+  std::vector<Chunk> chunks() const;
+  Tensor grouped_rows(const Tensor& x, const Chunk& chunk) const;
+  void store_rows(const Tensor& destination, const Chunk& chunk, const Tensor& x) const;
+  Tensor chunk_keys(const Tensor& x, const Chunk& chunk) const;
+  Tensor by_head(const Tensor& x, const Chunk& chunk, int64_t columns) const;
+  Tensor by_group(const Tensor& x, const Chunk& chunk, int64_t columns) const;
+
+  Scores scores(const Tensor& queries, const Chunk& chunk, bool keep_tanh) const;
+  Tensor alibi(const Tensor& diagonal, const Chunk& chunk) const;
+  OptionalTensor hidden(const Tensor& diagonal, const Chunk& chunk) const;
+  Tensor diagonal(const Chunk& chunk) const;
+  Tensor key_numbers(const Chunk& chunk) const;
+  Tensor lse_rows(const Tensor& lse, const Chunk& chunk) const;
+  OptionalTensor dropped(const Chunk& chunk) const;
+  Tensor bias_chunk(const Tensor& bias, const Chunk& chunk) const;
+  void forward_chunk(const Chunk& chunk, const Tensor& out, const Tensor& lse) const;
+  void backward_chunk(const Chunk& chunk, const DenseGrad& grad, const DenseGradResult& result, const Tensor& sum_dk,
+                      const Tensor& sum_dv) const;
+
+  const AttentionArgs& args_;
+  const DenseBatch& batch_;
+  const ScalarType dtype_;  // of everything computed here
+  const int64_t sequences_, heads_, heads_k_, group_;
+  const IntervalMask<int64_t> mask_;  // exact where no lengths are given
+  Tensor keys_;                       // (n * heads_k, keys, head_dim)
+  Tensor values_;                     // (n * heads_k, keys, head_dim_v)
+  OptionalTensor slopes_;             // (n or 1, heads, 1, 1)
+  OptionalTensor bias_;               // (n or 1, heads or 1, rows or 1, keys or 1)
+  OptionalTensor sinks_;              // (1, heads, 1, 1)
+  std::optional<Dropout> dropout_;
+};
+
+}  // namespace anyflash
