@@ -65,6 +65,7 @@ build() {
   nvcc --version
   ANYFLASH_BUILD=1 ANYFLASH_CUDA=1 "$PYTHON" -m pip install -v --no-index --no-build-isolation --no-deps . || return
   "$PYTHON" -m anyflash info
+  "$PYTHON" -c 'import anyflash._loader as l; print(*l.reasons); assert l.provider == "binary", l.provider'
 }
 
 tests() {

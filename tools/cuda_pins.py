@@ -3,7 +3,7 @@
 Every one is pinned: nvcc's own metadata asks for the others without versions, which would pair
 this ptxas with a newer front end whose output it cannot read.
 
-usage: cuda_pins.py          prints the packages, or nothing where this machine has an nvcc
+usage: cuda_pins.py          prints the packages, or nothing where this machine has a usable nvcc
        cuda_pins.py --root   prints the folder of the installed packages, or nothing
 """
 
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
+import subprocess
 import sys
 
 PINS = [
@@ -23,12 +25,21 @@ PINS = [
 ]
 
 
+OLDEST = (12, 0)  # knows all our architectures
+
+
 def has_nvcc() -> bool:
-    """Whether FindNvcc.cmake will find a compiler without the packages."""
+    """Whether this machine has an nvcc that is new enough, or the user names one."""
+    if os.environ.get("CUDACXX"):
+        return True
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    return bool(os.environ.get("CUDACXX") or shutil.which("nvcc")) or any(
-        home and os.path.exists(os.path.join(home, "bin", "nvcc")) for home in homes
-    )
+    places = [os.path.join(home, "bin") for home in homes if home]
+    nvcc = shutil.which("nvcc", path=os.pathsep.join([*places, os.environ.get("PATH", "")]))
+    if nvcc is None:
+        return False
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", said)
+    return found is not None and tuple(map(int, found.groups())) >= OLDEST
 
 
 def package_root() -> str | None:

@@ -16,8 +16,9 @@ Tensor exp_(const Tensor& x) { return aten<Tensor>("aten::exp_", "", x); }
 Tensor mul_(const Tensor& x, const Tensor& y) { return aten<Tensor>("aten::mul_", "Tensor", x, y); }
 Tensor mul_(const Tensor& x, double factor) { return factor == 1 ? x : mul_(x, scalar(factor)); }
 Tensor less(const Tensor& a, const Tensor& b) { return aten<Tensor>("aten::lt", "Tensor", a, b); }
+Tensor greater_equal(const Tensor& a, const Tensor& b) { return aten<Tensor>("aten::ge", "Tensor", a, b); }
 Tensor equal(const Tensor& a, double b) { return aten<Tensor>("aten::eq", "Tensor", a, scalar(b)); }
-void mask_(const Tensor& x, const Tensor& where, double value) {
+void fill_where_(const Tensor& x, const Tensor& where, double value) {
   aten<Tensor>("aten::masked_fill_", "Tensor", x, where, scalar(value));
 }
 
@@ -110,39 +111,43 @@ Tensor DenseAttention::lse_rows(const Tensor& lse, const Chunk& chunk) const {
   return unsqueeze(narrow(lse, 2, chunk.row, chunk.rows), -1);
 }
 
-// The key that each row is aligned with, row + seqlen_k - seqlen_q: (n or 1, 1, rows, 1).
-Tensor DenseAttention::diagonal(const Chunk& chunk) const {
-  const Tensor rows = unsqueeze(to_dtype(arange(chunk.rows, batch_.q), dtype_), -1);
-  if (!batch_.lengths_k) return four_dims(add(rows, scalar(static_cast<double>(chunk.row + mask_.shift()))));
-  Tensor shift = add(to_dtype(*batch_.lengths_k, dtype_), scalar(static_cast<double>(chunk.row)));
-  shift = batch_.lengths_q ? sub(shift, to_dtype(*batch_.lengths_q, dtype_))
-                           : sub(shift, scalar(static_cast<double>(mask_.seqlen_q)));
-  return add(four_dims(rows), unsqueeze(unsqueeze(unsqueeze(shift, -1), -1), -1));
+// (n) -> (n, 1, 1, 1)
+Tensor DenseAttention::per_sequence(const Tensor& x) const {
+  return to_dtype(unsqueeze(unsqueeze(unsqueeze(x, -1), -1), -1), dtype_);
 }
 
-// (keys)
-Tensor DenseAttention::key_numbers(const Chunk& chunk) const {
-  return to_dtype(add(arange(chunk.keys, batch_.q), scalar(static_cast<double>(chunk.key))), dtype_);
+// The key that each row is aligned with, row + seqlen_k - seqlen_q: (n or 1, 1, rows, 1).
+Tensor DenseAttention::diagonal(const Chunk& chunk) const {
+  const Tensor rows = four_dims(unsqueeze(numbers(chunk.row, chunk.rows), -1));
+  if (!batch_.lengths_k) return add(rows, scalar(static_cast<double>(mask_.shift())));
+  return add(rows, batch_.lengths_q ? sub(per_sequence(*batch_.lengths_k), per_sequence(*batch_.lengths_q))
+                                    : sub(per_sequence(*batch_.lengths_k), scalar(static_cast<double>(mask_.seqlen_q))));
+}
+
+// begin, begin + 1, .. in dtype_: exact up to 2^24
+Tensor DenseAttention::numbers(int64_t begin, int64_t count) const {
+  return to_dtype(add(arange(count, batch_.q), scalar(begin)), dtype_);
 }
 
 Tensor DenseAttention::alibi(const Tensor& diagonal, const Chunk& chunk) const {
-  const Tensor keys = key_numbers(chunk);
+  const Tensor keys = numbers(chunk.key, chunk.keys);
   if (args_.purely_causal()) return mul(*slopes_, keys);
   return mul(mul(*slopes_, -1), aten<Tensor>("aten::abs", "", sub(diagonal, keys)));
 }
 
-// kernels/masks.h for tensors of lengths: which keys a row does not see, broadcastable to (n, heads, rows, keys); unset if it sees all.
-OptionalTensor DenseAttention::hidden(const Tensor& diagonal, const Chunk& chunk) const {
-  const Tensor keys = key_numbers(chunk);
+// kernels/masks.h for tensors of lengths: which keys a row does not see, broadcastable to (n, heads, rows, keys).
+Tensor DenseAttention::hidden(const Tensor& diagonal, const Chunk& chunk) const {
+  const Tensor keys = numbers(chunk.key, chunk.keys);
   OptionalTensor result;
   const auto also = [&](const Tensor& x) { result = result ? aten<Tensor>("aten::bitwise_or", "Tensor", *result, x) : x; };
   if (args_.window_left >= 0) also(less(keys, sub(diagonal, scalar(static_cast<double>(args_.window_left)))));
   if (args_.window_right >= 0) also(less(add(diagonal, scalar(static_cast<double>(args_.window_right))), keys));
   if (batch_.lengths_k) {
-    const Tensor lengths = to_dtype(unsqueeze(unsqueeze(unsqueeze(*batch_.lengths_k, -1), -1), -1), dtype_);
-    also(aten<Tensor>("aten::ge", "Tensor", keys, lengths));
+    const Tensor lengths = per_sequence(*batch_.lengths_k);
+    also(greater_equal(keys, lengths));
+    also(greater_equal(diagonal, lengths));  // a padding row
   }
-  return result;
+  return *result;
 }
 
 Tensor DenseAttention::bias_chunk(const Tensor& bias, const Chunk& chunk) const {
@@ -168,20 +173,19 @@ DenseAttention::Scores DenseAttention::scores(const Tensor& queries, const Chunk
       s = mul_(tanh, args_.softcap);
     }
   }
-  const bool everything_visible = !batch_.lengths_k && args_.window_left < 0 && args_.window_right < 0;
-  if (slopes_ || !everything_visible) {
-    const Tensor rows = diagonal(chunk);
-    if (slopes_) s = add(s, alibi(rows, chunk));
-    if (const OptionalTensor mask = hidden(rows, chunk)) mask_(s, *mask, -kInfinity);
-  }
+  const bool masked = batch_.lengths_k || args_.window_left >= 0 || args_.window_right >= 0;
+  OptionalTensor rows;
+  if (slopes_ || masked) rows = diagonal(chunk);
+  if (slopes_) s = add(s, alibi(*rows, chunk));
   if (bias_) {
     const Tensor bias = bias_chunk(*bias_, chunk);
     if (bias.scalar_type() == ScalarType::Bool) {
-      mask_(s, aten<Tensor>("aten::logical_not", "", bias), -kInfinity);
+      fill_where_(s, aten<Tensor>("aten::logical_not", "", bias), -kInfinity);
     } else {
       s = add(s, to_dtype(bias, dtype_));
     }
   }
+  if (masked) fill_where_(s, hidden(*rows, chunk), -kInfinity);  // last: a bias may hold anything where nothing is used
   return result;
 }
 
@@ -191,21 +195,21 @@ void DenseAttention::forward_chunk(const Chunk& chunk, const Tensor& out, const 
   Tensor max = amax(s, -1, true);
   const Tensor dead = equal(max, -kInfinity);  // no visible key
   if (sinks_) max = aten<Tensor>("aten::maximum", "", max, *sinks_);
-  mask_(max, dead, 0);
+  fill_where_(max, dead, 0);
   const Tensor p = exp_(sub(s, max));
   Tensor total = sum(p, {-1}, true);
   if (sinks_) total = add(total, exp_(sub(*sinks_, max)));
   const Tensor row_lse = add(aten<Tensor>("aten::log", "", total), max);
-  mask_(row_lse, dead, kInfinity);
+  fill_where_(row_lse, dead, kInfinity);
   copy_(lse_rows(lse, chunk), row_lse);
 
   if (const OptionalTensor drop = dropped(chunk)) {
-    mask_(p, *drop, 0);
+    fill_where_(p, *drop, 0);
     total = mul_(total, 1 / dropout_->kept_scale());
   }
   const Tensor sums = by_head(bmm(by_group(p, chunk, chunk.keys), chunk_keys(values_, chunk)), chunk, out.size(3));
   const Tensor row_out = aten<Tensor>("aten::div_", "Tensor", sums, total);
-  mask_(row_out, dead, 0);
+  fill_where_(row_out, dead, 0);
   store_rows(out, chunk, row_out);
 }
 
@@ -241,12 +245,12 @@ void DenseAttention::backward_chunk(const Chunk& chunk, const DenseGrad& grad, c
   const Tensor lse = lse_rows(grad.lse, chunk);
   const Tensor dead = equal(lse, kInfinity);
   const Tensor dout = grouped_rows(grad.dout, chunk);
-  mask_(by_head(dout, chunk, dout.size(2)), dead, 0);
+  fill_where_(by_head(dout, chunk, dout.size(2)), dead, 0);
   // d score = p (dp - offset), offset = sum over keys of p dp, less the gradient of the log-sum-exp
   Tensor offset = sum(mul(by_head(dout, chunk, dout.size(2)), by_head(grouped_rows(grad.out, chunk), chunk, dout.size(2))), {-1}, true);
   if (grad.dlse) {
     const Tensor dlse = mul(lse_rows(*grad.dlse, chunk), 1);
-    mask_(dlse, dead, 0);
+    fill_where_(dlse, dead, 0);
     offset = sub(offset, dlse);
   }
   if (result.dsinks) {
@@ -258,10 +262,10 @@ void DenseAttention::backward_chunk(const Chunk& chunk, const DenseGrad& grad, c
   const Tensor p = exp_(sub(scores.values, lse));
   Tensor dp = by_head(bmm(dout, transpose(chunk_keys(values_, chunk), 1, 2)), chunk, chunk.keys);
   if (const OptionalTensor drop = dropped(chunk)) {
-    mask_(dp, *drop, 0);
+    fill_where_(dp, *drop, 0);
     mul_(dp, dropout_->kept_scale());
     const Tensor kept = mul(p, dropout_->kept_scale());
-    mask_(kept, *drop, 0);
+    fill_where_(kept, *drop, 0);
     add_product(chunk_keys(sum_dv, chunk), transpose(by_group(kept, chunk, chunk.keys), 1, 2), dout);
   } else {
     add_product(chunk_keys(sum_dv, chunk), transpose(by_group(p, chunk, chunk.keys), 1, 2), dout);
@@ -269,7 +273,7 @@ void DenseAttention::backward_chunk(const Chunk& chunk, const DenseGrad& grad, c
   dp = sub(dp, offset);
   const Tensor ds = mul_(dp, p);
   if (result.dbias) {
-    const Tensor part = bias_chunk(*result.dbias, chunk);
+    const Tensor part = bias_chunk(narrow_broadcast(*result.dbias, 0, batch_.sequence, sequences_), chunk);
     accumulate(part, reduce_like(ds, part));
   }
   if (scores.tanh) mul_(ds, sub(scalar(1.0), mul_(*scores.tanh, *scores.tanh)));

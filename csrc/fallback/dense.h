@@ -62,9 +62,10 @@ class DenseAttention {
 
   Scores scores(const Tensor& queries, const Chunk& chunk, bool keep_tanh) const;
   Tensor alibi(const Tensor& diagonal, const Chunk& chunk) const;
-  OptionalTensor hidden(const Tensor& diagonal, const Chunk& chunk) const;
+  Tensor hidden(const Tensor& diagonal, const Chunk& chunk) const;
   Tensor diagonal(const Chunk& chunk) const;
-  Tensor key_numbers(const Chunk& chunk) const;
+  Tensor per_sequence(const Tensor& x) const;
+  Tensor numbers(int64_t begin, int64_t count) const;
   Tensor lse_rows(const Tensor& lse, const Chunk& chunk) const;
   OptionalTensor dropped(const Chunk& chunk) const;
   Tensor bias_chunk(const Tensor& bias, const Chunk& chunk) const;

@@ -22,12 +22,13 @@ struct Geometry {
     const Sizes x_sizes = x.sizes();
     const Sizes x_strides = x.strides();
     dims = static_cast<int64_t>(x_sizes.size());
-    AF_CHECK(dims < kMaxDims, "anyflash: expected fewer than ", kMaxDims, " dimensions, got ", dims);
+    AF_CHECK(dims <= kMaxDims, "anyflash: expected at most ", kMaxDims, " dimensions, got ", dims);
     std::copy(x_sizes.begin(), x_sizes.end(), sizes.begin());
     std::copy(x_strides.begin(), x_strides.end(), strides.begin());
   }
 
   void insert(int64_t dim, int64_t size, int64_t stride) {
+    AF_CHECK(dims < kMaxDims, "anyflash: expected at most ", kMaxDims, " dimensions, got one more");
     std::copy_backward(sizes.begin() + dim, sizes.begin() + dims, sizes.begin() + dims + 1);
     std::copy_backward(strides.begin() + dim, strides.begin() + dims, strides.begin() + dims + 1);
     sizes[dim] = size;

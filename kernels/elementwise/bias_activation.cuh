@@ -8,11 +8,14 @@
 // run.
 #pragma once
 
-#include "kernels/common/launch_kernel.h"
 #include "kernels/common/ptx.cuh"
+#include "kernels/params.h"
+
+#if !defined(__CUDACC_RTC__)  // for the launchers
+#include "kernels/common/launch_kernel.h"
 #include "kernels/elementwise/bias_activation_shape.h"
 #include "kernels/launch.h"
-#include "kernels/params.h"
+#endif
 
 namespace anyflash {
 namespace bias_activation {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 
 _ops = torch.ops.anyflash
 
@@ -59,6 +60,46 @@ def applier(function: type[Function]) -> Callable[..., Any]:
             return direct(*args)
 
     return apply
+
+
+class _RefuseFunction(Function):
+    """Gradients unchanged, bound to what they were computed from, and an error for whoever
+    differentiates them: (number of gradients, *gradients, *inputs)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.clone() for tensor in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        raise RuntimeError("anyflash has no second derivative, but a gradient was differentiated")
+
+
+def first_derivative_only(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+    """torch's once_differentiable, which also refuses where the incoming gradient is a constant.
+
+    A gradient penalty on a plain sum would otherwise silently do nothing.
+    """
+    is_compiling = _is_compiling()
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        if is_compiling() or not torch.is_grad_enabled():
+            return results
+        tensors = [gradient for gradient in results if gradient is not None]
+        causes = [x for x in (*gradients, *ctx.saved_tensors) if x is not None]
+        bound = iter(_RefuseFunction.apply(len(tensors), *tensors, *causes))
+        return tuple(None if gradient is None else next(bound) for gradient in results)
+
+    return checked
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
@@ -122,7 +163,7 @@ class AttentionFunction(Function):
             ctx.mark_non_differentiable(lse)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         (q, k, v, cu_q, cu_k, seqused_k, leftpad_k, alibi, bias, sinks, rng, out, lse) = (
             ctx.saved_tensors
@@ -157,7 +198,7 @@ class BiasActivationFunction(Function):
         ctx.options = inputs[2:]
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, bias = ctx.saved_tensors
         dx, dbias = _ops.bias_activation_backward.default(dy, x, bias, *ctx.options)
@@ -196,7 +237,7 @@ class FusedMLPFunction(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Any, ...]:
         x, weight1, bias1, weight2, hidden = ctx.saved_tensors
         if dout is None:

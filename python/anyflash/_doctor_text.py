@@ -100,7 +100,12 @@ def _variables(found: dict[str, str]) -> str:
 
 def _finding(number: int, finding: dict[str, str]) -> str:
     text = textwrap.fill(
-        finding["what"], 96, initial_indent=f"  {number}. ", subsequent_indent="     "
+        finding["what"],
+        96,
+        initial_indent=f"  {number}. ",
+        subsequent_indent="     ",
+        break_long_words=False,
+        break_on_hyphens=False,
     )
     if finding["remedy"]:
         text += f"\n     What to do: {finding['remedy']}"

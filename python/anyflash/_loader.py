@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import importlib
+import json
 import logging
 import os
 import pathlib
@@ -60,10 +61,19 @@ def _truncation(path: pathlib.Path) -> str | None:
     return None
 
 
+def _why_not_built() -> str:
+    """What setup.py noted when anyflash was installed."""
+    try:
+        noted = json.loads(LIBRARY.with_name("_build.json").read_text())["reasons"]
+    except (OSError, ValueError, KeyError):
+        noted = []
+    return "; ".join(noted) or "the binary was not built when anyflash was installed"
+
+
 def _obstacle_to_binary() -> str | None:
     """Why the binary is not opened; None: nothing speaks against it."""
     if not LIBRARY.is_file():
-        return f"{LIBRARY.name} is not there: the binary was not built when anyflash was installed"
+        return f"{LIBRARY.name} is not there: {_why_not_built()}"
     if _torch_version() < MIN_TORCH:
         wanted = ".".join(map(str, MIN_TORCH))
         return f"the binary needs torch {wanted} or newer, this is {torch.__version__}"
@@ -79,10 +89,10 @@ def _open_binary() -> str | None:
     try:
         torch.ops.load_library(str(LIBRARY))
         library = ctypes.CDLL(str(LIBRARY))
-    except OSError as error:
+        register_error = library.anyflash_register_error
+    except (OSError, AttributeError) as error:
         return f"{LIBRARY.name} cannot be loaded: {error.__cause__ or error}"
     _keep_alive.append(library)
-    register_error = library.anyflash_register_error
     register_error.restype = ctypes.c_char_p
     error_text = register_error()
     if error_text:

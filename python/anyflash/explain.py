@@ -219,11 +219,13 @@ def _not_understood(word: str) -> str:
     )
 
 
-def explain(words: str = "", **facts: Any) -> Explanation:
+def explain(words: str | torch.Tensor = "", *tensors: torch.Tensor, **facts: Any) -> Explanation:
     """Tells which back end runs a shape, and why no other does.
 
     Args:
-        words: The shape in words; may be empty. Keywords win over words.
+        words: The shape in words; may be empty. Keywords win over words. Or q, followed by k and v:
+            then the keywords are those of `anyflash.attention`, and the call is explained.
+        *tensors: k and v, where q was given.
         **facts: op ("attention", "bias_activation"), device ("cpu", "cuda"), sm (90), dtype ("bf16"
             or torch.bfloat16), head_dim, head_dim_v, features (names of `routes.def`), training
             (bool: also the backward), torch_version (213 means 2.13), backend ("kernel,sdpa").
@@ -236,16 +238,57 @@ def explain(words: str = "", **facts: Any) -> Explanation:
     """
     from . import decide  # the package imports this module
 
-    said = {
-        **(parse_words(words) if words else {}),
-        **{k: v for k, v in facts.items() if v is not None},
-    }
+    if isinstance(words, torch.Tensor):
+        said = _facts_of_call(words, *tensors, **facts)
+    else:
+        said = {**(parse_words(words) if words else {}), **_given(facts)}
     problem, training, assumed = _complete(said)
     forward = [name for name in problem["features"] if name not in BACKWARD_ONLY]
     problems = [{**problem, "direction": "forward", "features": forward}]
     if training:
         problems.append({**problem, "direction": "backward"})
     return Explanation(problems, [decide(dict(p)) for p in problems], assumed)
+
+
+def _given(facts: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _facts_of_call(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **call: Any
+) -> dict[str, Any]:
+    """What `anyflash.attention(q, k, v, **call)` asks for, as keywords of `explain`."""
+    call = _given(call)
+    longest_k = k.size(0) if k.dim() == 3 else k.size(1)
+    if "block_table" in call:
+        longest_k *= call["block_table"].size(1)
+    longest_k = int(call.get("max_seqlen_k", longest_k))
+    left, right = (-1 if w >= longest_k else w for w in call.get("window_size", (-1, -1)))
+    right = 0 if call.get("causal") else right
+    asked = {
+        "packed": "cu_seqlens_q" in call,
+        "paged": "block_table" in call,
+        "causal": right == 0,
+        "window": left >= 0 or right > 0,
+        "softcap": call.get("softcap", 0.0) > 0,
+        "alibi": "alibi_slopes" in call,
+        "bias_grad": "bias" in call and call["bias"].requires_grad,
+        "dropout": call.get("dropout_p", 0.0) > 0,
+        "gqa": q.size(-2) != k.size(-2),
+        "deterministic": call.get("deterministic", False),
+        **{name: name in call for name in ("seqused_k", "leftpad_k", "bias", "sinks")},
+    }
+    inputs = [q, k, v, call.get("bias"), call.get("sinks")]
+    graded = any(t.requires_grad for t in inputs if t is not None)
+    facts = {
+        "device": q.device.type, "dtype": q.dtype, "head_dim": q.size(-1),
+        "head_dim_v": v.size(-1), "features": [name for name, there in asked.items() if there],
+        "training": graded and torch.is_grad_enabled(), "backend": call.get("backend"),
+    }  # fmt: skip
+    if q.is_cuda:
+        major, minor = torch.cuda.get_device_capability(q.device)
+        facts["sm"] = 10 * major + minor
+    return _given(facts)
 
 
 def _complete(said: dict[str, Any]) -> tuple[dict[str, Any], bool, list[str]]:

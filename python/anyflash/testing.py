@@ -261,7 +261,7 @@ def expect(inputs: Inputs, gradients: bool = False, dlse: bool = True) -> Expect
     dtype = DTYPES[inputs.case.dtype]
     exact, low = (_results(inputs, t, gradients) for t in (torch.float64, dtype))
     if torch.finfo(dtype).bits < 32:
-        # Scores of half precision inputs are fp32, but their exp has 20 bits in PyTorch's CPU attention.
+        # Scores are fp32 here too, but their exp has 20 bits in PyTorch's CPU attention.
         low["lse"] = _results(inputs, torch.float32, False)["lse"] + 2.0**-14
     return Expected(exact, low)
 

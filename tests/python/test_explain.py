@@ -87,6 +87,20 @@ def test_says_what_it_assumed():
     assert anyflash.explain("bf16 d 64 cpu inference").assumed == []
 
 
+def test_a_call_given_with_its_tensors():
+    q, k = torch.randn(2, 8, 4, 32), torch.randn(2, 16, 2, 32, requires_grad=True)
+    call = dict(causal=True, window_size=(4, 0), softcap=3.0)
+    answer = anyflash.explain(q, k, k, **call)
+    forward, backward = answer.problems
+    assert forward["features"] == ["causal", "window", "softcap", "gqa"]
+    assert (forward["dtype"], forward["head_dim"], forward["device"]) == ("fp32", 32, "cpu")
+    assert answer.assumed == []
+    assert [d["route"] for d in answer.decisions] == ["math", "math"]
+    wide = anyflash.explain(q, k.detach(), k.detach(), window_size=(16, 99))
+    assert len(wide.problems) == 1
+    assert wide.problems[0]["features"] == ["gqa"]
+
+
 @pytest.mark.parametrize(
     "arguments, facts, message",
     (

@@ -98,7 +98,7 @@ seconds = time.perf_counter() - begin
 heavy = ("einops", "triton", "torch._dynamo", "torch._inductor", "transformers", "numpy.testing", "sympy")
 print([n for n in heavy if n in sys.modules and n not in before], seconds)
 """
-    runs = [_run(_startup(site) + code, options=("-S", "-W", "error")) for _ in range(3)]
+    runs = [_run(_startup(site) + code, options=("-S", "-W", "error")) for _ in range(2)]
     assert all(r.stdout.startswith("[] ") and not r.stderr for r in runs), runs[0]
     # The budget is 50 ms on an idle machine (benchmarks/bench_startup.py); this one may be busy.
     assert min(float(r.stdout.split()[-1]) for r in runs) < 0.25
@@ -182,13 +182,3 @@ def test_without_site_processing_the_hook_can_be_called(site):
     assert _run(bare + code).stdout.split() == [folder, "None"]
     done = _run(f"import sys; sys.path += {SITES!r}\nimport flash_attn", PYTHONPATH=f"{folder}{os.pathsep}{site}")
     assert not done.stderr
-
-
-def test_spawned_processes_import_it(site):
-    code = """
-import multiprocessing, flash_attn
-if __name__ == "__main__":
-    import subprocess, sys
-    print(flash_attn.__version__)
-"""
-    assert _run(_startup(site) + code).stdout.strip() == "2.8.3"

@@ -154,7 +154,7 @@ def test_dropin_has_no_algorithms():
             assert word not in re.sub(r'""".*?"""', "", text, flags=re.DOTALL), f"{path}: {word}"
 
 
-# Who may read a tensor on the host: checks that ANYFLASH_CHECK asks for, and what runs on CPUs only.
+# Who may read a tensor on the host: checks that ANYFLASH_CHECK asks for, and CPU code.
 HOST_READERS = {
     "validate.py": "_check_values",
     "kvcache.py": "_check_values",
@@ -163,7 +163,7 @@ HOST_READERS = {
 
 
 def test_no_device_synchronisation_in_the_operators():
-    """.item(), .tolist() and .cpu() wait for a GPU: allowed in the functions listed, nowhere else."""
+    """.item(), .tolist() and .cpu() wait for a GPU: allowed in the functions listed alone."""
     waits = re.compile(r"\.(item|tolist|cpu|numpy|nonzero)\(")
     for path in [*PACKAGE.glob("[!t_]*.py"), *(PACKAGE / "_python_ops").rglob("*.py")]:
         if path.name in ("doctor.py", "explain.py"):
@@ -216,7 +216,9 @@ def test_files_and_functions_stay_readable(folder):
         assert text.count("\n") <= limit, f"{path}: {text.count(chr(10))} lines"
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                code = [s for s in node.body if not isinstance(getattr(s, "value", None), ast.Constant)]
+                code = [
+                    s for s in node.body if not isinstance(getattr(s, "value", None), ast.Constant)
+                ]
                 length = node.end_lineno - code[0].lineno + 1 if code else 0
                 assert length <= LONGEST_FUNCTION, f"{path}: {node.name} has {length} lines"
 

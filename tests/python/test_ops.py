@@ -66,7 +66,10 @@ def _forward_samples(device):
             *_qkv(device, packed=True, layout="transposed"), cu=_lengths(device), window=(3, 2)
         ),
         "paged": sample(
-            *(_qkv(device)[0], *pages), used=_ints(5, 11, device=device), table=table, longest=(7, 12)
+            *(_qkv(device)[0], *pages),
+            used=_ints(5, 11, device=device),
+            table=table,
+            longest=(7, 12),
         ),
         "everything": sample(
             *_qkv(device), used=_ints(9, 5, device=device), leftpad=_ints(1, 0, device=device),

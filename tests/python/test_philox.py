@@ -118,7 +118,8 @@ import anyflash._loader
 assert anyflash._loader.provider == "python"
 q = torch.zeros(1, 40, 2, 8, device="{device}")
 v = torch.eye(40, device="{device}")[None, :, None].expand(1, -1, 2, -1).contiguous()
-out = anyflash.attention(q, q, v, dropout_p=0.4, rng_state=torch.tensor([11, 12], device="{device}"))
+state = torch.tensor([11, 12], device="{device}")
+out = anyflash.attention(q, q, v, dropout_p=0.4, rng_state=state)
 print("".join(str(int(x)) for x in (out > 0).transpose(1, 2).flatten()))
 """
     printed = run_python(code, ANYFLASH_PROVIDER="python").strip()

@@ -6,7 +6,9 @@ read machine code.
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import glob
 import importlib.util
 import os
 import pathlib
@@ -181,6 +183,30 @@ def test_vectorised_kernels_use_16_byte_accesses(sass, compiled, arch):
         biases = 2 if kernel.kind.startswith("gated") else 1
         assert loads == 2 * operands[kernel.kind] + biases, kernel.name
         assert stores == 2 * results[kernel.kind], kernel.name
+
+
+def test_kernel_sources_need_no_host_compiler():
+    """NVRTC, which has no standard headers, compiles them too."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    found = [path for folder in folders for path in glob.glob(f"{folder}/*/lib/libnvrtc.so.*")]
+    if not found:
+        pytest.skip("no libnvrtc (it comes with torch for CUDA)")
+    nvrtc = ctypes.CDLL(found[0])
+    header = b'#include "kernels/elementwise/bias_activation.cuh"\n'
+    kernel = (
+        b"anyflash::bias_activation::backward_kernel<anyflash::bf16, anyflash::Activation(4), true>"
+    )
+    options = (ctypes.c_char_p * 3)(b"-std=c++17", b"-arch=sm_80", f"-I{ROOT}".encode())
+    program = ctypes.c_void_p()
+    size = ctypes.c_size_t()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), header, b"kernels.cu", 0, None, None)
+    nvrtc.nvrtcAddNameExpression(program, kernel)
+    failed = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetProgramLog(program, log)
+    assert failed == 0, log.value.decode()
 
 
 def test_ptxas_parser():

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from . import mlp
 from .attention import attention_forward, random_state
+from .checks import check, shape_text
 from .kvcache import attention_kvcache_
-from .validate import check, shape_text
 
 
 def _window(window_size: Sequence[int]) -> tuple[int, int]:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import validate
+from . import checks, validate
 from .attention import run_forward
+from .checks import check, check_same_device, dtype_text, shape_text
 from .problem import AttentionArgs
-from .validate import check, check_same_device, dtype_text, shape_text
 
 
 @dataclass
@@ -173,7 +173,7 @@ def _check_lengths(call: KVCacheCall) -> None:
             not (paged and name == "cache_batch_idx"),
             "Paged KVcache does not support cache_batch_idx",
         )
-        validate.check_index_vector(tensor, name, call.q, call.batch, "(batch_size)")
+        checks.check_index_vector(tensor, name, call.q, call.batch, "(batch_size)")
 
 
 def _check_length(call: KVCacheCall, b: int, length: int) -> int:
@@ -215,7 +215,7 @@ def _check_values(call: KVCacheCall) -> None:
                 f"cache_leftpad: expected 0 or more, got {leftpad[b]} for sequence {b}",
             )
         if table is not None:
-            validate.check_block_table_row(table[b], b, used, page_size, num_rows)
+            checks.check_block_table_row(table[b], b, used, page_size, num_rows)
 
 
 def validate_kvcache(call: KVCacheCall) -> None:
@@ -225,21 +225,21 @@ def validate_kvcache(call: KVCacheCall) -> None:
     layout = validate.Layout(paged=paged, spare_rows=True, k="k_cache", v="v_cache")
     validate.check_query_and_keys(call.q, call.k_cache, call.v_cache, layout, False, "forward")
     if call.block_table is not None:
-        validate.check_block_table(call.block_table, call.q, call.batch)
+        checks.check_block_table(call.block_table, call.q, call.batch)
     _check_lengths(call)
     if call.k is not None:
         _check_new_keys(call, call.k)
     check(call.k is not None or call.v is None, "v: given without k")
     if call.rotary_cos is not None or call.rotary_sin is not None:
         _check_rotary(call)
-    validate.check_window_and_scale(call.softmax_scale, call.softcap)
+    checks.check_window_and_scale(call.softmax_scale, call.softcap)
     heads = call.q.shape[2]
     if call.alibi_slopes is not None:
-        validate.check_alibi_slopes(call.alibi_slopes, call.q, call.batch, heads)
+        checks.check_alibi_slopes(call.alibi_slopes, call.q, call.batch, heads)
     if call.sinks is not None:
-        validate.check_sinks(call.sinks, call.q, heads)
+        checks.check_sinks(call.sinks, call.q, heads)
     has_values = (call.cache_seqlens, call.cache_batch_idx, call.block_table, call.cache_leftpad)
-    if any(x is not None for x in has_values) and validate.values_are_checked(call.q):
+    if any(x is not None for x in has_values) and checks.values_are_checked(call.q):
         _check_values(call)
 
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import dispatch
+from .checks import check, check_same_device, dtype_text, shape_text
 from .notice import note_fallback
 from .problem import DTYPE_NAMES, describe_bias_activation
-from .validate import check, check_same_device, dtype_text, shape_text
 
 #: Names in the order of their numbers in the schemas.
 ACTIVATIONS = ("gelu_tanh", "gelu_erf", "relu", "squared_relu", "silu_gate")

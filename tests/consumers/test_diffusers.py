@@ -1,0 +1,54 @@
+"""diffusers' attention dispatch with its FlashAttention 2 back ends. It has no CUDA gate: what is installed is used."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", minversion="0.36", reason="diffusers is not installed")
+from diffusers.models import attention_dispatch  # noqa: E402
+
+
+def _qkv(requires_grad=True):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 24, 4, 16, generator=generator).requires_grad_(requires_grad) for _ in "qkv"]
+
+
+def test_it_takes_flash_attn():
+    assert attention_dispatch._CAN_USE_FLASH_ATTN
+    assert attention_dispatch.flash_attn_func.__module__.startswith("flash_attn")
+
+
+@pytest.mark.parametrize("backend", ["flash", "flash_varlen"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_dispatch(monkeypatch, backend, causal):
+    monkeypatch.setattr(attention_dispatch, "DIFFUSERS_ENABLE_HUB_KERNELS", False, raising=False)
+    q, k, v = _qkv()
+    results = []
+    for name in (backend, "native"):
+        out = attention_dispatch.dispatch_attention_fn(q, k, v, is_causal=causal, backend=name)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for mine, expected in zip(*results):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 1e-30])
+def test_operators_of_context_parallelism(dropout_p):
+    """They call _wrapped_flash_attn_{forward, backward} with positions alone."""
+    q, k, v = _qkv()
+    ctx = SimpleNamespace()
+    ctx.save_for_backward = lambda *tensors: setattr(ctx, "saved_tensors", tensors)
+    with torch.no_grad():
+        out, lse = attention_dispatch._flash_attention_forward_op(
+            ctx, q, k, v, dropout_p=dropout_p, return_lse=True
+        )
+    assert lse.shape == (2, 24, 4)
+    expected = attention_dispatch.dispatch_attention_fn(q, k, v, backend="native")
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    dout = torch.randn_like(out)
+    with torch.no_grad():
+        gradients = attention_dispatch._flash_attention_backward_op(ctx, dout)
+    for mine, theirs in zip(gradients, torch.autograd.grad(expected, (q, k, v), dout)):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,76 @@
+"""ring-flash-attention on two CPU processes: blocks of keys go round, out and lse are merged, gradients come back."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+
+if importlib.util.find_spec("ring_flash_attn") is None:
+    pytest.skip("ring_flash_attn is not installed", allow_module_level=True)
+if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+    pytest.skip("this torch has no gloo", allow_module_level=True)
+
+RANKS, SEQLEN = 2, 32
+VARIANTS = ("ring", "zigzag", "stripe")
+
+
+def _import_ring():
+    """The package without its adapter for transformers, which needs a function that transformers 5 does not have."""
+    adapters = types.ModuleType("ring_flash_attn.adapters")
+    adapters.substitute_hf_flash_attn = adapters.update_ring_flash_attn_params = None
+    sys.modules[adapters.__name__] = adapters
+    import ring_flash_attn
+
+    return ring_flash_attn
+
+
+def _positions(variant: str, rank: int) -> torch.Tensor:
+    """Which rows of the sequence a rank holds."""
+    if variant == "ring":
+        return torch.arange(SEQLEN).chunk(RANKS)[rank]
+    if variant == "stripe":
+        return torch.arange(rank, SEQLEN, RANKS)
+    pieces = torch.arange(SEQLEN).chunk(2 * RANKS)
+    return torch.cat([pieces[rank], pieces[2 * RANKS - 1 - rank]])
+
+
+def _expected(tensors, dout):
+    q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in tensors)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    gradients = torch.autograd.grad(out, (q, k, v), dout.transpose(1, 2))
+    return [x.transpose(1, 2) for x in (out, *gradients)]
+
+
+def _worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
+    )
+    ring = _import_ring()
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(2, SEQLEN, 4, 16, generator=generator) for _ in "qkv"]
+    dout = torch.randn(2, SEQLEN, 4, 16, generator=generator)
+    expected = _expected(tensors, dout)
+    for variant in VARIANTS:
+        name = {"ring": "ring", "zigzag": "zigzag_ring", "stripe": "stripe"}[variant]
+        mine = _positions(variant, rank)
+        local = [x[:, mine].contiguous().requires_grad_() for x in tensors]
+        out = getattr(ring, f"{name}_flash_attn_func")(*local, causal=True)
+        gradients = torch.autograd.grad(out, local, dout[:, mine].contiguous())
+        for what, got, want in zip(("out", "dq", "dk", "dv"), (out, *gradients), expected):
+            error = (got - want[:, mine]).abs().max().item()
+            assert error < 1e-4, f"{variant} {what} on rank {rank}: error {error:g}"
+    torch.distributed.destroy_process_group()
+
+
+def test_ring_attention(tmp_path: Path):
+    torch.multiprocessing.spawn(_worker, args=(str(tmp_path),), nprocs=RANKS)
