@@ -21,7 +21,8 @@ def rows() -> Iterator[Row]:
     for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         for causal in (False, True):
             yield from _dense(dtype, name, causal)
-    yield from _bottom_right_causal()
+    yield from _bottom_right_causal(1, 2048, 2304)
+    yield from _bottom_right_causal(2, 512, 1024)
     yield from _packed()
 
 
@@ -63,16 +64,16 @@ def _dense(dtype: torch.dtype, name: str, causal: bool) -> Iterator[Row]:
     yield Row.speed(f"{label}, forward+backward (ms)", *both, at_least=0.97)
 
 
-def _bottom_right_causal() -> Iterator[Row]:
+def _bottom_right_causal(batch: int, seqlen_q: int, seqlen_k: int) -> Iterator[Row]:
     """Queries at the end of a longer context: SDPA's causal flag does not fit, it needs a mask."""
-    q, k, v = _inputs(512, 1024, 1024, dtype=torch.float32)
-    visible = torch.ones(512, 1024, dtype=torch.bool).tril(diagonal=512)
+    q, k, v = _inputs(seqlen_q, seqlen_k, seqlen_k, dtype=torch.float32, batch=batch)
+    visible = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool).tril(seqlen_k - seqlen_q)
     forward, both = _pair(
         lambda: flash_attn_func(q, k, v, causal=True),
         lambda: _sdpa(q, k, v, attn_mask=visible),
         [q, k, v],
     )
-    label = "causal fp32 b2 h8 sq512 sk1024 d64 vs SDPA with a mask"
+    label = f"causal fp32 b{batch} h8 sq{seqlen_q} sk{seqlen_k} d64 vs SDPA with a mask"
     yield Row.speed(f"{label}, forward (ms)", *forward, at_least=1.5)
     yield Row.speed(f"{label}, forward+backward (ms)", *both, at_least=1.5)
 

@@ -90,8 +90,7 @@ void check_sequences(const AttentionArgs& args) {
   AF_CHECK(args.packed() || !args.cu_seqlens_k, "cu_seqlens_q: missing, cu_seqlens_k is given");
   if (args.packed()) {
     AF_CHECK(args.cu_seqlens_q->dim() == 1 && args.cu_seqlens_q->size(0) > 0,
-             "cu_seqlens_q must have shape (batch_size + 1): expected one dimension, got ",
-             shape_text(*args.cu_seqlens_q));
+             "cu_seqlens_q must have shape (batch_size + 1), got ", shape_text(*args.cu_seqlens_q));
   }
   const int64_t batch = args.batch();
   if (args.packed()) {

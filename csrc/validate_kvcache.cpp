@@ -128,7 +128,8 @@ void validate_kvcache(const KVCacheCall& call) {
   const int64_t heads = call.q.size(2);
   if (call.alibi_slopes) check_alibi_slopes(*call.alibi_slopes, call.q, call.batch(), heads);
   if (call.sinks) check_sinks(*call.sinks, call.q, heads);
-  const bool has_values = call.cache_seqlens || call.cache_batch_idx || call.block_table;
+  const bool has_values =
+      call.cache_seqlens || call.cache_batch_idx || call.cache_leftpad || call.block_table;
   if (has_values && values_are_checked(call.q)) check_values(call);
 }
 

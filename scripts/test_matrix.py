@@ -36,19 +36,20 @@ ROWS = [
 
 PREPARE = """
 import math, torch, flash_attn
-from anyflash import _loader
 torch.manual_seed(0)
 q, k, v = (torch.randn(2, 33, 4, 32, requires_grad=True) for _ in range(3))
+
 def plain(q, k, v):
     score = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
     hidden = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).triu(1)
-    score = score.masked_fill(hidden, float("-inf"))
-    return torch.einsum("bhqk,bkhd->bqhd", score.softmax(-1), v)
+    return torch.einsum("bhqk,bkhd->bqhd", score.masked_fill(hidden, -math.inf).softmax(-1), v)
+
 def check(function):
-    inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)] out, expected =
-    function(*inputs), plain(q, k, v) found, wanted = torch.autograd.grad(out.sin().sum(),
-    inputs), torch.autograd.grad(expected.sin().sum(), (q, k, v)) for a, b in zip((out, *found),
-    (expected, *wanted)):
+    inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    out, expected = function(*inputs), plain(q, k, v)
+    found = torch.autograd.grad(out.sin().sum(), inputs)
+    wanted = torch.autograd.grad(expected.sin().sum(), (q, k, v))
+    for a, b in zip((out, *found), (expected, *wanted)):
         assert (a - b).abs().max() < 1e-5, (a - b).abs().max()
 """
 
@@ -62,17 +63,22 @@ print(_loader.provider, torch.__version__)
     "forward": PREPARE
     + """
 with torch.no_grad():
-    assert (flash_attn.flash_attn_func(q, k, v, causal=True) - plain(q, k, v)).abs().max() < 1e-5
+    expected = plain(q, k, v)
+    assert (flash_attn.flash_attn_func(q, k, v, causal=True) - expected).abs().max() < 1e-5
     lengths = torch.tensor([0, 33, 66], dtype=torch.int32)
     packed = [x.reshape(-1, 4, 32) for x in (q, k, v)]
     out = flash_attn.flash_attn_varlen_func(*packed, lengths, lengths, 33, 33, causal=True)
-    assert (out.view_as(q) - plain(q, k, v)).abs().max() < 1e-5
+    assert (out.view_as(q) - expected).abs().max() < 1e-5
 """,
-    "backward": PREPARE + "check(lambda q, k, v: flash_attn.flash_attn_func(q, k, v, causal=True))",
+    "backward": PREPARE
+    + """
+check(lambda q, k, v: flash_attn.flash_attn_func(q, k, v, causal=True))
+""",
     "compile": PREPARE
     + """
 def function(q, k, v):
     return flash_attn.flash_attn_func(q * 1.0, k, v, causal=True) * 1.0
+
 try:
     check(torch.compile(function, fullgraph=True))
     print("one graph")
@@ -82,8 +88,10 @@ except torch._dynamo.exc.Unsupported as error:
     print("graph breaks:", str(error).splitlines()[0][:60])
 """,
     "doctor": """
-import json, subprocess, sys done = subprocess.run([sys.executable, "-m", "anyflash", "doctor",
-"--json"], capture_output=True, text=True) json.loads(done.stdout)
+import json, subprocess, sys
+command = [sys.executable, "-m", "anyflash", "doctor", "--json"]
+done = subprocess.run(command, capture_output=True, text=True)
+json.loads(done.stdout)
 """,
 }
 

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "fallback/pieces.h"
+#include "fallback/promised.h"
 #include "fallback/routes.h"
 #include "fallback/runs.h"
 
@@ -54,13 +55,6 @@ Tensor interval_mask(const IntervalMask<int64_t>& mask, const Piece& piece, cons
     write_interval_mask(mask, piece, static_cast<float*>(result.data_ptr()));
   }
   return result;
-}
-
-bool same_strides(const Tensor& a, const Tensor& b) {
-  for (int64_t dim = 0; dim < a.dim(); ++dim) {
-    if (a.size(dim) > 1 && a.stride(dim) != b.stride(dim)) return false;
-  }
-  return true;
 }
 
 IntervalMask<int64_t> interval_of(const AttentionArgs& args, const Run& run) {
@@ -147,16 +141,6 @@ Block merge(const Block& a, const Block& b) {
   return {aten<Tensor>("aten::lerp", "Tensor", to_dtype(a.out, dtype), to_dtype(b.out, dtype), weight), lse};
 }
 
-// `x` (dense) with the strides of empty_like(like) and like's dtype, as the fake kernels promise. A copy only where they differ.
-Tensor as_promised(const Tensor& x, const Tensor& like) {
-  const bool same_type = x.scalar_type() == like.scalar_type();
-  if (same_type && same_strides(x, like)) return x;
-  const Tensor result = empty_like(like);
-  if (same_type && same_strides(x, result)) return x;
-  copy_(result, x);
-  return result;
-}
-
 // The plan of a problem that is one call, whose results need no copy.
 std::optional<Piece> single_call(const AttentionArgs& args, const std::vector<Run>& runs, PlanFor purpose) {
   if (args.packed() || runs.size() != 1 || runs[0].count != args.q.size(0)) return std::nullopt;
@@ -228,12 +212,6 @@ void backward_run(const AttentionArgs& args, const BackwardArgs& grad, const Run
   }
 }
 
-Tensor zeros_like(const Tensor& x) {
-  const Tensor result = empty_like(x);
-  fill_(result, 0);
-  return result;
-}
-
 }  // namespace
 
 ForwardResult forward(const AttentionArgs& args) {
@@ -255,7 +233,7 @@ Gradients backward(const AttentionArgs& args, const BackwardArgs& grad) {
   if (piece && piece->keys() == args.k.size(1)) {
     const auto [dq, dk, dv] =
         RunProblem(args, runs[0]).differentiate(*piece, computable(grad.dout), computable(grad.out), grad.lse);
-    return {as_promised(dq, args.q), as_promised(dk, args.k), as_promised(dv, args.v), std::nullopt, std::nullopt};
+    return promised_gradients(args, dq, dk, dv);
   }
   const Gradients result{zeros_like(args.q), zeros_like(args.k), zeros_like(args.v), std::nullopt, std::nullopt};
   for (const Run& run : runs) backward_run(args, grad, run, result);

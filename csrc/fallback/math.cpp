@@ -5,6 +5,7 @@
 
 #include "fallback/dense.h"
 #include "fallback/padded.h"
+#include "fallback/promised.h"
 #include "fallback/routes.h"
 #include "fallback/runs.h"
 
@@ -75,12 +76,6 @@ struct SharedGradients {
     return to_dtype(*dsinks, args.sinks->scalar_type());
   }
 };
-
-Tensor zeros_like(const Tensor& x) {
-  const Tensor result = empty_like(x);
-  fill_(result, 0);
-  return result;
-}
 
 }  // namespace
 

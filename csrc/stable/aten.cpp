@@ -174,6 +174,12 @@ Tensor arange(int64_t end, const Tensor& like) {
   return select(rows_and_columns, 0, 0);
 }
 
+Tensor undefined() {
+  AtenTensorHandle result = nullptr;
+  check_code(aoti_torch_new_uninitialized_tensor(&result), "undefined tensor");
+  return Tensor(result);
+}
+
 Tensor scalar(double value) {
   AtenTensorHandle result = nullptr;
   check_code(aoti_torch_scalar_to_tensor_float64(value, &result), "scalar");

@@ -97,6 +97,7 @@ Tensor empty(Sizes sizes, const Tensor& like, ScalarType dtype);       // contig
 Tensor empty_like(const Tensor& x);                                    // x's strides where x is dense
 Tensor full(Sizes sizes, double value, const Tensor& like, ScalarType dtype);
 Tensor arange(int64_t end, const Tensor& like);                        // int64, made on the device
+Tensor undefined();                                                    // for arguments of type Tensor that may be left out
 Tensor scalar(double value);                                           // 0-d fp64 on the CPU: see above
 Tensor scalar(int64_t value);                                          // 0-d int64 on the CPU
 

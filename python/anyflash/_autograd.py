@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,18 +33,29 @@ def _distinct(args: tuple[Any, ...]) -> list[Any]:
     return result
 
 
+_kernel = threading.local()
+
+
+@contextlib.contextmanager
+def inside_kernel() -> Iterator[None]:
+    """Says that an autograd kernel is at work: functorch has prepared the call already."""
+    before = getattr(_kernel, "active", False)
+    _kernel.active = True
+    try:
+        yield
+    finally:
+        _kernel.active = before
+
+
 def applier(function: type[Function]) -> Callable[..., Any]:
     """``function.apply`` for eager mode, without what it does for functorch (30 of 40 us).
 
     The short cut is private to torch, so it is taken only where torch has it. It is also the way
-    inside an autograd kernel that a functorch transform called, where the key of functorch's front
-    is both included and excluded.
+    inside an autograd kernel that a functorch transform called.
     """
     try:
         direct = torch._C._FunctionBase.__dict__["apply"].__get__(None, function)
-        included = torch._C._dispatch_tls_is_dispatch_key_included
-        excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
-        front = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
+        transforms_active = torch._C._are_functorch_transforms_active
     except (AttributeError, KeyError):
         return function.apply
     is_compiling = _is_compiling()
@@ -50,9 +63,9 @@ def applier(function: type[Function]) -> Callable[..., Any]:
     def apply(*args: Any) -> Any:
         if is_compiling():
             return function.apply(*_distinct(args))
-        if not included(front):
+        if not transforms_active():
             return direct(*args)
-        if not excluded(front):
+        if not getattr(_kernel, "active", False):
             return function.apply(*args)
         from torch._functorch.utils import enable_single_level_autograd_function
 

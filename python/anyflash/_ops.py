@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from . import _loader
-from ._autograd import needs_autograd
+from ._autograd import inside_kernel, needs_autograd
+from ._guards import BelowAutograd
 
 _keep_alive: list[torch.library.Library] = []
 
@@ -216,8 +217,9 @@ def _autograd_kernel(name: str, differentiable: Callable[..., Tensor]) -> Callab
 
     def kernel(*args: Any) -> Tensor:
         if needs_autograd(*(arg for arg in args if isinstance(arg, Tensor))):
-            return differentiable(*args)
-        with torch._C._AutoDispatchBelowAutograd():
+            with inside_kernel():
+                return differentiable(*args)
+        with BelowAutograd():
             return getattr(torch.ops.anyflash, name).default(*args)
 
     return kernel

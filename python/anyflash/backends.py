@@ -123,14 +123,14 @@ def current_code() -> int:
     return _chosen.get()
 
 
-# torch.compile evaluates the function while it traces and keeps the result: the choice is that of
-# the first call.
-current_code._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def resolve(spec: str | None) -> int:
     """The chain code for a call's ``backend`` argument."""
     return current_code() if spec is None else chain_code(spec)
+
+
+# torch.compile evaluates it while it traces and keeps the result: the choice is that of the first
+# call.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class backend:  # noqa: N801  (used as a function: ``with anyflash.backend("sdpa"):``)

@@ -43,9 +43,9 @@ def _positions(variant: str, rank: int) -> torch.Tensor:
 
 
 def _expected(tensors, dout):
-    q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in tensors)
+    q, k, v = (x.float().transpose(1, 2).requires_grad_() for x in tensors)
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    gradients = torch.autograd.grad(out, (q, k, v), dout.transpose(1, 2))
+    gradients = torch.autograd.grad(out, (q, k, v), dout.float().transpose(1, 2))
     return [x.transpose(1, 2) for x in (out, *gradients)]
 
 
@@ -57,8 +57,9 @@ def _worker(rank: int, folder: str) -> None:
     )
     ring = _import_ring()
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(2, SEQLEN, 4, 16, generator=generator) for _ in "qkv"]
-    dout = torch.randn(2, SEQLEN, 4, 16, generator=generator)
+    # bf16, as the package sums gradients in copies that fp32 tensors would not be.
+    tensors = [torch.randn(2, SEQLEN, 4, 16, generator=generator).bfloat16() for _ in "qkv"]
+    dout = torch.randn(2, SEQLEN, 4, 16, generator=generator).bfloat16()
     expected = _expected(tensors, dout)
     for variant in VARIANTS:
         name = {"ring": "ring", "zigzag": "zigzag_ring", "stripe": "stripe"}[variant]
@@ -68,7 +69,7 @@ def _worker(rank: int, folder: str) -> None:
         gradients = torch.autograd.grad(out, local, dout[:, mine].contiguous())
         for what, got, want in zip(("out", "dq", "dk", "dv"), (out, *gradients), expected):
             error = (got - want[:, mine]).abs().max().item()
-            assert error < 1e-4, f"{variant} {what} on rank {rank}: error {error:g}"
+            assert error < 0.05, f"{variant} {what} on rank {rank}: error {error:g}"
     torch.distributed.destroy_process_group()
 
 

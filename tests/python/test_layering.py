@@ -11,7 +11,7 @@ import pytest
 from support import REPOSITORY
 
 CODE = {".h", ".cpp", ".cu", ".cuh", ".in"}
-STABLE_HEADERS = ("torch/csrc/stable/", "torch/csrc/inductor/aoti_torch/c/", "torch/headeronly/")
+STABLE_HEADERS = ("torch/csrc/stable/", "torch/csrc/inductor/aoti_torch/", "torch/headeronly/")
 PACKAGE = REPOSITORY / "python/anyflash"
 
 

@@ -23,7 +23,7 @@ WITH_LENGTHS = [
 
 @pytest.fixture(autouse=True)
 def padded(monkeypatch):
-    """No length may be read: a call that does fails."""
+    """One padded part instead of a view per sequence."""
 
     def one_part(args):
         if args.batch > 0:

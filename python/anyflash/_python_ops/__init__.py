@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import _defs
+from .._guards import BelowAutograd, WithoutAutocast
 from . import attention, flash_attn_api, kvcache, mlp
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
@@ -40,7 +41,7 @@ def _isolated(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def kernel(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+        with BelowAutograd(), WithoutAutocast():
             return function(*args)
 
     return kernel
