@@ -5,6 +5,8 @@ BUILD ?= build/dev
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PATH := $(abspath $(BIN)):$(PATH)
+# Where there is a compiler, a failing build is an error; without one the install is pure Python.
+MUST_BUILD := $(if $(shell command -v c++ g++ clang++),ANYFLASH_BUILD=1)
 SOURCES := $(shell find csrc kernels cmake tools -type f) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: help setup demo test test-cpp test-python bench test-matrix wheels lint format clean
@@ -22,7 +24,7 @@ $(VENV)/.packages: constraints.txt tools/cuda_pins.py
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.packages $(SOURCES)
-	$(PIP) install -v --no-build-isolation --no-deps -e .
+	$(MUST_BUILD) $(PIP) install -v --no-build-isolation --no-deps -e .
 	touch $@
 
 demo: setup     ## sentence embeddings and a small language model through flash_attn, on this machine

@@ -11,10 +11,27 @@ namespace {
 
 using MaybeTensors = std::vector<OptionalTensor>;
 
-// (batch, length) int64: first position of each sequence plus 0, 1, ...
+// first (batch) int32 plus 0, 1, ... length - 1: (batch, length) int64. On the CPU the numbers are at
+// hand, on a GPU they stay there.
 Tensor positions_from(const Tensor& first, int64_t length) {
-  const Tensor starts = unsqueeze(to_dtype(first, ScalarType::Long), 1);
-  return add(starts, unsqueeze(arange(length, first), 0));
+  if (!first.is_cpu()) {
+    const Tensor starts = unsqueeze(to_dtype(first, ScalarType::Long), 1);
+    return add(starts, unsqueeze(arange(length, first), 0));
+  }
+  const int64_t batch = first.size(0);
+  const auto* starts = static_cast<const int32_t*>(first.const_data_ptr());
+  const Tensor positions = empty({batch, length}, first, ScalarType::Long);
+  auto* position = static_cast<int64_t*>(positions.mutable_data_ptr());
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t i = 0; i < length; ++i) *position++ = starts[b] + i;
+  }
+  return positions;
+}
+
+// first (batch) int32 plus a number: (batch) int32.
+Tensor advanced(const Tensor& first, int64_t by) {
+  const Tensor shifted = select(narrow(positions_from(first, by + 1), 1, by, 1), 1, 0);
+  return contiguous(to_dtype(shifted, ScalarType::Int));
 }
 
 // The caches as attention sees them. A cache whose rows are picked by cache_batch_idx is a paged
@@ -60,7 +77,7 @@ void append_and_rotate(const KVCacheCall& call, AttentionArgs& args) {
   } else {
     append(call, *call.k, *call.v, positions);
   }
-  args.seqused_k = to_dtype(add(first, scalar(call.seqlen_new())), ScalarType::Int);
+  args.seqused_k = advanced(first, call.seqlen_new());
 }
 
 }  // namespace

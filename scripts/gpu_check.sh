@@ -92,7 +92,7 @@ bench() { "$PYTHON" -m benchmarks.gpu --out "$RESULTS"; }
 
 export HOST_PYTHON PYTHON WORK RESULTS
 failed=0
-stage build 150 build || failed=1
+stage build "$([[ -n "$GPU" ]] && echo 150 || echo 900)" build || failed=1
 if [[ -z "$GPU" ]]; then
   echo "gpu_check: no GPU that torch can use: nothing was run. $([[ $failed == 0 ]] && echo 'The build stage passed.')" >&2
   exit $((failed ? 1 : 3))

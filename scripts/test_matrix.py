@@ -5,7 +5,8 @@ newer also shows that one binary serves them all, and an older one that the Pyth
 over. Every cell is a fresh process. Environments are kept under out/matrix (about 25 GB, most of
 it CUDA libraries that torch requires); uv's cache there shares equal files between them.
 
-usage: test_matrix.py [--only TORCH ...]     exit status 1 when a cell fails
+usage: test_matrix.py [--only TORCH ...]     (with --only the table stays as it is)
+exit status 1 when a cell fails
 """
 
 from __future__ import annotations

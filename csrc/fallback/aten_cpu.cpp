@@ -235,7 +235,7 @@ Gradients backward(const AttentionArgs& args, const BackwardArgs& grad) {
         RunProblem(args, runs[0]).differentiate(*piece, computable(grad.dout), computable(grad.out), grad.lse);
     return promised_gradients(args, dq, dk, dv);
   }
-  const Gradients result{zeros_like(args.q), zeros_like(args.k), zeros_like(args.v), std::nullopt, std::nullopt};
+  const Gradients result = no_gradients(args);
   for (const Run& run : runs) backward_run(args, grad, run, result);
   return result;
 }

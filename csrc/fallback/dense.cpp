@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "fallback/runs.h"
+#include "fallback/promised.h"
 
 namespace anyflash {
 
@@ -20,11 +20,6 @@ Tensor greater_equal(const Tensor& a, const Tensor& b) { return aten<Tensor>("at
 Tensor equal(const Tensor& a, double b) { return aten<Tensor>("aten::eq", "Tensor", a, scalar(b)); }
 void fill_where_(const Tensor& x, const Tensor& where, double value) {
   aten<Tensor>("aten::masked_fill_", "Tensor", x, where, scalar(value));
-}
-
-Tensor four_dims(Tensor x) {
-  while (x.dim() < 4) x = unsqueeze(x, 0);
-  return x;
 }
 
 // (n, keys, heads_k, d) -> (n * heads_k, keys, d), contiguous
@@ -68,12 +63,12 @@ DenseAttention::DenseAttention(const AttentionArgs& args, const DenseBatch& batc
 // Rows at multiples of a dropout tile, and as many as keep the scores below kScoreBytes.
 std::vector<DenseAttention::Chunk> DenseAttention::chunks() const {
   const int64_t row_bytes = std::max<int64_t>(sequences_ * heads_ * mask_.seqlen_k * (dtype_ == ScalarType::Double ? 8 : 4), 1);
-  const int64_t rows = std::max(kScoreBytes / row_bytes / Dropout::kTile, int64_t{1}) * Dropout::kTile;
+  const int64_t rows = std::max(kScoreBytes / row_bytes / DropoutMask::kTile, int64_t{1}) * DropoutMask::kTile;
   std::vector<Chunk> result;
   for (int64_t row = 0; row < mask_.seqlen_q; row += rows) {
     Chunk chunk{row, std::min(rows, mask_.seqlen_q - row), 0, mask_.seqlen_k};
     if (!batch_.lengths_k) {
-      const int64_t begin = std::min(mask_.kv_begin(row), mask_.seqlen_k) / Dropout::kTile * Dropout::kTile;
+      const int64_t begin = std::min(mask_.kv_begin(row), mask_.seqlen_k) / DropoutMask::kTile * DropoutMask::kTile;
       const int64_t end = std::max<int64_t>(mask_.kv_end(row + chunk.rows - 1), 0);
       chunk.key = begin;
       chunk.keys = std::max<int64_t>(end - begin, 0);

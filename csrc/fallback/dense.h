@@ -83,7 +83,7 @@ class DenseAttention {
   OptionalTensor slopes_;             // (n or 1, heads, 1, 1)
   OptionalTensor bias_;               // (n or 1, heads or 1, rows or 1, keys or 1)
   OptionalTensor sinks_;              // (1, heads, 1, 1)
-  std::optional<Dropout> dropout_;
+  std::optional<DropoutMask> dropout_;
 };
 
 }  // namespace anyflash

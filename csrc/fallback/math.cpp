@@ -26,7 +26,7 @@ OptionalTensor sequences_of(const OptionalTensor& x, int64_t begin, int64_t coun
 template <class Compute>
 void for_each_part(const DenseBatch& batch, Compute compute) {
   const int64_t count = batch.q.size(0);
-  const int64_t rows = std::min<int64_t>(batch.q.size(1), Dropout::kTile);
+  const int64_t rows = std::min<int64_t>(batch.q.size(1), DropoutMask::kTile);
   const int64_t scores = std::max<int64_t>(batch.q.size(2) * rows * batch.k.size(1), 1);
   const int64_t step = std::clamp<int64_t>(kMaxScores / scores, 1, std::max<int64_t>(count, 1));
   for (int64_t begin = 0; begin < count; begin += step) {
@@ -60,9 +60,7 @@ struct SharedGradients {
   SharedGradients(const AttentionArgs& args, const BackwardArgs& grad) {
     const ScalarType dtype = accumulator_type(args.q);
     if (grad.bias_requires_grad) {
-      Tensor bias = *args.bias;
-      while (bias.dim() < 4) bias = unsqueeze(bias, 0);
-      dbias = full(bias.sizes(), 0, args.q, dtype);
+      dbias = full(four_dims(*args.bias).sizes(), 0, args.q, dtype);
     }
     if (grad.sinks_requires_grad) dsinks = full(args.sinks->sizes(), 0, args.q, dtype);
   }

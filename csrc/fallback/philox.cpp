@@ -31,7 +31,7 @@ int64_t threshold_of(double dropout_p) { return std::min<int64_t>(std::llround(d
 
 }  // namespace
 
-Dropout::Dropout(const AttentionArgs& args)
+DropoutMask::DropoutMask(const AttentionArgs& args)
     : heads_(args.heads()), kept_scale_(1 / (1 - args.dropout_p)), threshold_(scalar(threshold_of(args.dropout_p))) {
   const Tensor seed = select(*args.rng_state, 0, 0);
   for (int round = 0; round < kRounds; ++round) {
@@ -42,7 +42,7 @@ Dropout::Dropout(const AttentionArgs& args)
 
 // One Philox call gives eight 16-bit numbers, for rows {i, i + 8} x keys {j, j + 1, j + 8, j + 9} of a 16 x 16 tile: counters run over
 // (sequence and head, 8 rows of each row tile, 4 key pairs of each key tile).
-Tensor Dropout::dropped(int64_t sequence, int64_t sequences, int64_t row, int64_t rows, int64_t key,
+Tensor DropoutMask::dropped(int64_t sequence, int64_t sequences, int64_t row, int64_t rows, int64_t key,
                         int64_t keys) const {
   const int64_t row_tiles = (rows + kTile - 1) / kTile;
   const int64_t key_tiles = (keys + kTile - 1) / kTile;

@@ -8,12 +8,12 @@
 
 namespace anyflash {
 
-class Dropout {
+class DropoutMask {
  public:
   static constexpr int64_t kTile = 16;  // row and key ranges begin at multiples of it
 
   // args.rng_state is set.
-  explicit Dropout(const AttentionArgs& args);
+  explicit DropoutMask(const AttentionArgs& args);
 
   // Which probabilities are dropped: bool (sequences * heads, rows, keys) for sequences from `sequence` on.
   Tensor dropped(int64_t sequence, int64_t sequences, int64_t row, int64_t rows, int64_t key, int64_t keys) const;

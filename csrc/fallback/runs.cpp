@@ -106,30 +106,11 @@ Tensor lse_rows(const AttentionArgs& args, const Run& run, const Tensor& lse) {
               run.q.begin * row);
 }
 
-Tensor narrow_broadcast(const Tensor& x, int64_t dim, int64_t begin, int64_t length) {
-  return x.size(dim) == 1 ? x : narrow(x, dim, begin, length);
-}
-
 Tensor bias_block(const AttentionArgs& args, const Run& run, const Tensor& bias) {
-  Tensor block = bias;
-  while (block.dim() < 4) block = unsqueeze(block, 0);
+  Tensor block = four_dims(bias);
   if (run.count < args.batch()) block = narrow_broadcast(block, 0, run.sequence, run.count);
   block = narrow_broadcast(block, 2, 0, run.q.length);
   return narrow_broadcast(block, 3, 0, run.k.length);
-}
-
-Tensor new_out(const AttentionArgs& args) {
-  if (args.head_dim_v() == args.head_dim()) return empty_like(args.q);
-  const Sizes q = args.q.sizes();
-  std::vector<int64_t> sizes(q.begin(), q.end());
-  sizes.back() = args.head_dim_v();
-  return empty(sizes, args.q, args.q.scalar_type());
-}
-
-Tensor new_lse(const AttentionArgs& args) {
-  const ScalarType dtype = accumulator_type(args.q);
-  if (args.packed()) return empty({args.heads(), args.q.size(0)}, args.q, dtype);
-  return empty({args.q.size(0), args.heads(), args.q.size(1)}, args.q, dtype);
 }
 
 void clear_unowned_rows(const AttentionArgs& args, const Tensor& out, const Tensor& lse) {
@@ -139,10 +120,6 @@ void clear_unowned_rows(const AttentionArgs& args, const Tensor& out, const Tens
   if (rows <= 0) return;
   fill_(narrow(out, 0, end, rows), 0);
   fill_(narrow(lse, 1, end, rows), std::numeric_limits<double>::infinity());
-}
-
-ScalarType accumulator_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 }  // namespace anyflash

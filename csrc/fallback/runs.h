@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "fallback/promised.h"
 #include "stable/aten.h"
 
 namespace anyflash {
@@ -31,17 +32,7 @@ Tensor lse_rows(const AttentionArgs& args, const Run& run, const Tensor& lse);
 // The run's part of args.bias, dimensions that broadcast left at 1: (count or 1, heads or 1, length_q or 1, length_k or 1).
 Tensor bias_block(const AttentionArgs& args, const Run& run, const Tensor& bias);
 
-// `x` (batch or 1, heads or 1, rows or 1, keys or 1) from `begin` on along `dim`; a dimension that broadcasts stays as it is.
-Tensor narrow_broadcast(const Tensor& x, int64_t dim, int64_t begin, int64_t length);
-
-// What the operators return: out (q's strides where head_dim_v is head_dim) and lse, uninitialised.
-Tensor new_out(const AttentionArgs& args);
-Tensor new_lse(const AttentionArgs& args);
-
-// Packed storage may hold rows after the last sequence: out 0, lse +inf. CPU only.
+// Packed storage may hold rows after the last sequence: out 0, lse +inf.
 void clear_unowned_rows(const AttentionArgs& args, const Tensor& out, const Tensor& lse);
-
-// The type that sums are kept in: fp64 for fp64, else fp32.
-ScalarType accumulator_type(const Tensor& x);
 
 }  // namespace anyflash

@@ -274,7 +274,8 @@ def error_bound(exact: Tensor, low: Tensor, dtype: torch.dtype) -> float:
     finite = exact.isfinite()
     largest = exact[finite].abs().max().item() if finite.any() else 0.0
     error = (low.double() - exact)[finite].abs().max().item() if finite.any() else 0.0
-    return 2 * error + torch.finfo(dtype).eps * largest + _FLOOR[dtype]
+    eps = max(torch.finfo(t).eps for t in (dtype, low.dtype))
+    return 2 * error + eps * largest + max(_FLOOR[dtype], _FLOOR[low.dtype])
 
 
 def assert_close(actual: Tensor, exact: Tensor, low: Tensor, what: str) -> None:

@@ -1,4 +1,4 @@
-"""diffusers' attention dispatch with its FlashAttention 2 back ends. It has no CUDA gate: what is installed is used."""
+"""diffusers' attention dispatch with its FlashAttention 2 back ends, which have no CUDA gate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from diffusers.models import attention_dispatch  # noqa: E402
 
 def _qkv(requires_grad=True):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(2, 24, 4, 16, generator=generator).requires_grad_(requires_grad) for _ in "qkv"]
+    return [
+        torch.randn(2, 24, 4, 16, generator=generator).requires_grad_(requires_grad) for _ in "qkv"
+    ]
 
 
 def test_it_takes_flash_attn():

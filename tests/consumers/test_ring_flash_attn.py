@@ -1,4 +1,4 @@
-"""ring-flash-attention on two CPU processes: blocks of keys go round, out and lse are merged, gradients come back."""
+"""ring-flash-attention on two CPU processes: keys go round, out and lse are merged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VARIANTS = ("ring", "zigzag", "stripe")
 
 
 def _import_ring():
-    """The package without its adapter for transformers, which needs a function that transformers 5 does not have."""
+    """The package without its adapter for transformers, which transformers 5 does not suit."""
     adapters = types.ModuleType("ring_flash_attn.adapters")
     adapters.substitute_hf_flash_attn = adapters.update_ring_flash_attn_params = None
     sys.modules[adapters.__name__] = adapters

@@ -1,7 +1,7 @@
-"""transformers with attn_implementation="flash_attention_2", as a user would run it on a machine without CUDA.
+"""transformers with attn_implementation="flash_attention_2" on a machine without CUDA.
 
-transformers refuses FlashAttention 2 where torch sees no CUDA device. The fixture lifts that gate and nothing else; every call then
-goes through transformers' own code into flash_attn.
+transformers refuses FlashAttention 2 where torch sees no CUDA device. The fixture lifts that gate and
+nothing else; every call then goes through transformers' own code into flash_attn.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import functools
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5.0", reason="transformers 5 is not installed")
+transformers = pytest.importorskip(
+    "transformers", minversion="5.0", reason="transformers 5 is not installed"
+)
+import flash_attn  # noqa: E402
 import transformers.modeling_flash_attention_utils as flash_utils  # noqa: E402
 from transformers.utils import import_utils  # noqa: E402
-
-import flash_attn  # noqa: E402
 
 NAMES = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
 
@@ -50,8 +51,12 @@ SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidd
 def _pair(config_class, model_class, **config):
     """The same random model twice: with plain attention, and with flash_attn."""
     torch.manual_seed(0)
-    eager = model_class._from_config(config_class(**SMALL, **config), attn_implementation="eager").eval()
-    flash = model_class._from_config(config_class(**SMALL, **config), attn_implementation="flash_attention_2").eval()
+    eager = model_class._from_config(
+        config_class(**SMALL, **config), attn_implementation="eager"
+    ).eval()
+    flash = model_class._from_config(
+        config_class(**SMALL, **config), attn_implementation="flash_attention_2"
+    ).eval()
     flash.load_state_dict(eager.state_dict())
     return eager, flash
 
@@ -82,7 +87,9 @@ def test_llama_with_padding(calls, side):
     eager, flash = _llama()
     ids, mask = torch.randint(1, 61, (3, 12)), torch.ones(3, 12, dtype=torch.int64)
     for row, length in enumerate((12, 5, 9)):
-        mask[row] = torch.arange(12) < length if side == "right" else torch.arange(12) >= 12 - length
+        mask[row] = (
+            torch.arange(12) < length if side == "right" else torch.arange(12) >= 12 - length
+        )
     a, b = eager(ids, attention_mask=mask).logits, flash(ids, attention_mask=mask).logits
     _close(b[mask.bool()], a[mask.bool()])
     assert calls["flash_attn_varlen_func"] == 2

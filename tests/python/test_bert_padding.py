@@ -5,9 +5,7 @@ from __future__ import annotations
 import einops
 import pytest
 import torch
-from flash_attn import bert_padding
-
-from flash_attn import flash_attn_varlen_qkvpacked_func
+from flash_attn import bert_padding, flash_attn_varlen_qkvpacked_func
 
 
 @pytest.fixture
@@ -54,9 +52,13 @@ def test_an_empty_batch(device):
 
 
 def test_concatenated_sequences(device):
-    lengths = torch.tensor([[2, 3, 0, 0, 0, 0], [3, 2, 0, 0, 0, 0], [6, 0, 0, 0, 0, 0]], device=device)
+    lengths = torch.tensor(
+        [[2, 3, 0, 0, 0, 0], [3, 2, 0, 0, 0, 0], [6, 0, 0, 0, 0, 0]], device=device
+    )
     x = torch.randn(3, 6, 4, device=device)
-    packed, indices, cu_seqlens, longest = bert_padding.unpad_input_for_concatenated_sequences(x, lengths)
+    packed, indices, cu_seqlens, longest = bert_padding.unpad_input_for_concatenated_sequences(
+        x, lengths
+    )
     assert torch.equal(packed, torch.cat([x[0, :5], x[1, :5], x[2]]))
     assert indices.tolist() == [*range(5), *range(6, 11), *range(12, 18)]
     assert cu_seqlens.tolist() == [0, 2, 5, 8, 10, 16] and cu_seqlens.dtype == torch.int32

@@ -105,7 +105,9 @@ def test_of_torch_only_the_stable_interface_is_used():
 
 def test_every_function_of_ours_is_defined():
     """Nothing of libtorch is there to link against, so the linker cannot tell."""
-    assert not [name for path in (KERNELS, OPS, NATIVE) for name in undefined(path) if "8anyflash" in name]
+    assert not [
+        name for path in (KERNELS, OPS, NATIVE) for name in undefined(path) if "8anyflash" in name
+    ]
 
 
 def test_torch_abi_audit_says_stable():

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 
@@ -216,36 +217,57 @@ def test_chain_codes():
         code("sdpa,cutlass")
 
 
-ENVIRONMENT = """
-import torch, anyflash
+# Environment, keyword arguments, how the outcome begins.
+ENVIRONMENTS = [
+    ({"ANYFLASH_BACKEND": "aten_flash"}, {}, 'RuntimeError anyflash: no back end of "aten_flash"'),
+    ({"ANYFLASH_BACKEND": "aten_flash,math"}, {}, "torch.Size"),
+    ({"ANYFLASH_BACKEND": "aten_flash,math", "ANYFLASH_STRICT": "1"}, {}, "RuntimeError"),
+    ({"ANYFLASH_STRICT": "1"}, {}, 'RuntimeError anyflash: no back end of "kernel"'),
+    ({"ANYFLASH_STRICT": "0"}, {}, "torch.Size"),
+    ({"ANYFLASH_STRICT": "1"}, {"backend": "math"}, "torch.Size"),
+    ({"ANYFLASH_STRICT": "1"}, {"backend": "kernel,math"}, "RuntimeError"),
+    ({"ANYFLASH_BACKEND": "aten_flash"}, {"backend": "sdpa"}, "torch.Size"),
+    (
+        {"ANYFLASH_BACKEND": "nonsense"},
+        {},
+        "ValueError ANYFLASH_BACKEND: unknown back end 'nonsense'",
+    ),
+    ({"ANYFLASH_BACKEND": "auto"}, {}, "torch.Size"),
+    ({"ANYFLASH_BACKEND": ""}, {}, "torch.Size"),
+]
+
+# The environment is read once per process, at the first call: a fork for each.
+IN_CHILDREN = """
+import json, os, torch, anyflash
+torch.set_num_threads(1)
 q = torch.zeros(1, 4, 1, 8)
-try:
-    print(anyflash.attention(q, q, q{options}).shape)
-except Exception as error:
-    print(type(error).__name__, error)
+outcomes = []
+for environment, options, _ in {environments!r}:
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.environ.update(environment)
+        try:
+            outcome = str(anyflash.attention(q, q, q, **options).shape)
+        except Exception as error:
+            outcome = type(error).__name__ + " " + str(error)
+        os.write(write, outcome.encode())
+        os._exit(0)
+    os.wait()
+    os.close(write)
+    outcomes.append(os.fdopen(read).read())
+print(json.dumps(outcomes))
 """
 
 
-@pytest.mark.parametrize(
-    ("environment", "options", "expected"),
-    [
-        ({"ANYFLASH_BACKEND": "aten_flash"}, "", "RuntimeError anyflash: no back end of \"aten_flash\""),
-        ({"ANYFLASH_BACKEND": "aten_flash,math"}, "", "torch.Size"),
-        ({"ANYFLASH_BACKEND": "aten_flash,math", "ANYFLASH_STRICT": "1"}, "", "RuntimeError"),
-        ({"ANYFLASH_STRICT": "1"}, "", "RuntimeError anyflash: no back end of \"kernel\""),
-        ({"ANYFLASH_STRICT": "0"}, "", "torch.Size"),
-        ({"ANYFLASH_STRICT": "1"}, ", backend='math'", "torch.Size"),
-        ({"ANYFLASH_BACKEND": "aten_flash"}, ", backend='sdpa'", "torch.Size"),
-        ({"ANYFLASH_BACKEND": "nonsense"}, "", "ValueError ANYFLASH_BACKEND: unknown back end 'nonsense'"),
-        ({"ANYFLASH_BACKEND": ""}, "", "torch.Size"),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_environment(environment, options, expected, provider):
-    printed = run_python(
-        ENVIRONMENT.format(options=options), ANYFLASH_PROVIDER=provider, **environment
-    )
-    assert printed.startswith(expected), printed
+@pytest.fixture(scope="module")
+def outcomes(provider):
+    code = IN_CHILDREN.format(environments=ENVIRONMENTS)
+    return json.loads(run_python(code, ANYFLASH_PROVIDER=provider).splitlines()[-1])
+
+
+@pytest.mark.parametrize("index", range(len(ENVIRONMENTS)), ids=lambda i: str(ENVIRONMENTS[i][:2]))
+def test_environment(index, outcomes):
+    assert outcomes[index].startswith(ENVIRONMENTS[index][2]), outcomes[index]
 
 
 def test_context_manager_wins_over_environment_and_argument_over_it(provider):

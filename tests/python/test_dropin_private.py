@@ -1,4 +1,4 @@
-"""What clients take from flash_attn though it is private: the raw functions, the registered operators, the autograd classes."""
+"""What clients take though it is private: raw functions, registered operators, autograd classes."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def _qkv(device, seqlen_q=6, seqlen_k=9, dtype=torch.float32):
 
 
 def _cu(device, *lengths):
-    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    return torch.tensor(
+        [0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device
+    )
 
 
 def _fwd(q, k, v, p=0.0, causal=True, return_softmax=False, out=None, gen=None):
@@ -90,7 +92,13 @@ def _close(actual, expected, tolerance=2e-5):
 
 @pytest.mark.parametrize(
     "name, counts",
-    [("fwd", (13,)), ("varlen_fwd", (21, 22)), ("bwd", (19,)), ("varlen_bwd", (24,)), ("fwd_kvcache", (20,))],
+    [
+        ("fwd", (13,)),
+        ("varlen_fwd", (21, 22)),
+        ("bwd", (19,)),
+        ("varlen_bwd", (24,)),
+        ("fwd_kvcache", (20,)),
+    ],
 )
 def test_raw_functions_are_positional(name, counts):
     parameters = inspect.signature(getattr(raw, name)).parameters.values()
@@ -110,7 +118,9 @@ def test_raw_forward(device):
     _close(out, expected)
     _close(lse, expected_lse)
     assert s_dmask.shape == (0,) and s_dmask.dtype == q.dtype
-    assert rng_state.shape == (2,) and rng_state.dtype == torch.int64 and rng_state.device == q.device
+    assert (
+        rng_state.shape == (2,) and rng_state.dtype == torch.int64 and rng_state.device == q.device
+    )
 
 
 def test_raw_forward_records_nothing(device):
@@ -128,13 +138,17 @@ def test_raw_forward_writes_into_a_slice(device):
     assert out is slot
     _close(slot, _fwd(q, k, v)[0], 0)
     assert (whole[:, :, :, ::2] == 7).all()
-    with pytest.raises(RuntimeError, match=r"out must have shape \(2, 6, 4, 16\).*got \(2, 6, 4, 8\)"):
+    with pytest.raises(
+        RuntimeError, match=r"out must have shape \(2, 6, 4, 16\).*got \(2, 6, 4, 8\)"
+    ):
         _fwd(q, k, v, out=slot[..., :8])
 
 
 def test_raw_dropout(device):
     q, k, v = _qkv(device)
-    with pytest.raises(RuntimeError, match="^return_softmax is only supported when p_dropout > 0.0"):
+    with pytest.raises(
+        RuntimeError, match="^return_softmax is only supported when p_dropout > 0.0"
+    ):
         _fwd(q, k, v, return_softmax=True)
     generator = torch.Generator(device)
     runs = []
@@ -146,7 +160,9 @@ def test_raw_dropout(device):
     assert s_dmask.shape == (2, 4, 128, 128)
     dout = torch.randn_like(q)
     dq, dk, dv, _ = _bwd(dout, q, k, v, out, lse, p=0.4, rng_state=rng_state)
-    expected = _expected_gradients(q, k, v, dout, causal=True, dropout_p=0.4, rng_state=rng_state.cpu())
+    expected = _expected_gradients(
+        q, k, v, dout, causal=True, dropout_p=0.4, rng_state=rng_state.cpu()
+    )
     for mine, theirs in zip((dq, dk, dv), expected):
         _close(mine, theirs)
     with pytest.raises(RuntimeError, match="rng_state: missing"):
@@ -278,7 +294,10 @@ def test_private_functions_can_be_introspected(name):
         function = function._init_fn
     spec = inspect.getfullargspec(function)
     assert spec.args == names.split()
-    assert dict(zip(spec.args[-len(spec.defaults) :], spec.defaults) if spec.defaults else {}) == defaults
+    assert (
+        dict(zip(spec.args[-len(spec.defaults) :], spec.defaults) if spec.defaults else {})
+        == defaults
+    )
 
 
 @registers_operators
@@ -305,7 +324,9 @@ def test_private_operators_pass_opcheck(device, p):
     out, lse, _, rng_state = interface._flash_attn_forward(q, k, v, *options, False)
     ops = torch.ops.flash_attn
     if p == 0.0:  # else each run draws another dropout
-        torch.library.opcheck(ops._flash_attn_forward.default, (q, k, v, *options, False), test_utils=tests)
+        torch.library.opcheck(
+            ops._flash_attn_forward.default, (q, k, v, *options, False), test_utils=tests
+        )
     buffers = (torch.empty_like(q), torch.empty_like(k), None)
     arguments = (torch.randn_like(q), q, k, v, out, lse, *buffers, *options, False, rng_state)
     torch.library.opcheck(ops._flash_attn_backward.default, arguments, test_utils=tests)
@@ -355,7 +376,7 @@ def _backward(dout, q, k, v, out, lse, causal):
 
 
 def test_backward_uses_the_given_out_and_lse(device):
-    """Ring attention: keys come in blocks, out and lse are merged, each block's backward gets the merged ones."""
+    """Ring attention merges out and lse of blocks of keys; each backward gets the merged ones."""
     q, k, v = _qkv(device, 6, 12)
     dout = torch.randn_like(q)
     halves = [(k[:, :6], v[:, :6]), (k[:, 6:], v[:, 6:])]
@@ -391,9 +412,9 @@ out, lse, _ = flash_attn_func(q, q, q, causal=True, return_attn_probs=True)
 out.sum().backward()
 assert q.grad is not None
 if {after}:
-    out = flash_attn_interface._flash_attn_forward(q, q, q, 0.0, 0.25, True, -1, -1, 0.0, None, False)[0]
-    assert out.shape == q.shape
-    assert flash_attn_interface._flash_attn_forward._init_fn
+    forward = flash_attn_interface._flash_attn_forward
+    assert forward(q, q, q, 0.0, 0.25, True, -1, -1, 0.0, None, False)[0].shape == q.shape
+    assert forward._init_fn
 assert len(torch.ops.flash_attn._flash_attn_forward.default._schema.arguments) == 2
 print("fine")
 """
@@ -402,7 +423,7 @@ print("fine")
 @registers_operators
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_another_package_registers_the_names(order):
-    """vortex (Evo 2) defines the same operators for CUDA alone; the public functions must not notice."""
+    """vortex (Evo 2) defines the same operators for CUDA; the public functions must not notice."""
     first, second = ("import flash_attn", "") if order == "after" else ("", "import flash_attn")
     code = VORTEX.format(first=first, second=second, after=order == "before")
     assert "fine" in run_python(code)
@@ -420,7 +441,8 @@ for name in ("forward", "backward", "varlen_forward", "varlen_backward"):
     assert inspect.isfunction(function) and function._init_fn is function
     assert getattr(interface, "_wrapped_flash_attn_" + name) is function
 q = torch.randn(1, 5, 2, 16)
-out, lse, s_dmask, rng_state = interface._wrapped_flash_attn_forward(q, q, q, 1e-30, 0.25, True, -1, -1, 0.0, None, True)
+options = (1e-30, 0.25, True, -1, -1, 0.0, None, True)
+out, lse, s_dmask, rng_state = interface._wrapped_flash_attn_forward(q, q, q, *options)
 assert s_dmask.shape == (1, 2, 128, 128)
 print("fine")
 """
@@ -435,7 +457,11 @@ print("fine")
 @pytest.mark.parametrize("layout", ["qkv", "q_kv", "q_k_v"])
 def test_autograd_classes(device, layout, packed, return_softmax):
     q, k, v = (torch.randn(2, 6, 4, 16, device=device) for _ in range(3))
-    parts = {"qkv": [torch.stack([q, k, v], 2)], "q_kv": [q, torch.stack([k, v], 2)], "q_k_v": [q, k, v]}
+    parts = {
+        "qkv": [torch.stack([q, k, v], 2)],
+        "q_kv": [q, torch.stack([k, v], 2)],
+        "q_k_v": [q, k, v],
+    }
     inputs, lengths = parts[layout], ()
     prefix = "FlashAttnVarlen" if packed else "FlashAttn"
     if packed:

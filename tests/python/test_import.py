@@ -1,6 +1,7 @@
-"""`import flash_attn` in fresh interpreters: what it costs, who wins on sys.path, what package probes find.
+"""`import flash_attn` in fresh interpreters: its cost, who wins on sys.path, what probes find.
 
-The interpreters run with -S, so that nothing but what a test puts there is on sys.path. Real installations: test_packaging.py.
+The interpreters run with -S, so that only what a test puts there is on sys.path. Real
+installations: test_packaging.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from support import REPOSITORY
 SITES = [p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages")]
 PROBE = """
 import importlib.metadata as metadata, importlib.util as util, json
+ABSENT = ("flash_attn.cute", "flash_attn_interface", "flash_attn_3")
 spec = util.find_spec("flash_attn")
 import flash_attn, flash_attn_2_cuda
 print(json.dumps({
@@ -27,8 +29,8 @@ print(json.dumps({
     "metadata": [metadata.version("flash-attn"), metadata.version("flash_attn")],
     "same_spec": spec.origin == flash_attn.__spec__.origin == flash_attn.__file__,
     "locations": list(spec.submodule_search_locations),
-    "owners": getattr(metadata, "packages_distributions", lambda: {"flash_attn": []})()["flash_attn"],
-    "absent": [n for n in ("flash_attn.cute", "flash_attn_interface", "flash_attn_3") if util.find_spec(n)],
+    "owners": getattr(metadata, "packages_distributions", dict)().get("flash_attn", []),
+    "absent": [n for n in ABSENT if util.find_spec(n)],
 }))
 """
 
@@ -74,7 +76,7 @@ def _broken_upstream(folder: Path) -> Path:
 
 
 def test_probes_of_clients(site):
-    """find_spec, metadata in both spellings, the owner of the package, a real interface file (unsloth looks for it)."""
+    """find_spec, metadata in both spellings, the package's owner, a real file (for unsloth)."""
     found = json.loads(_run(_startup(site) + PROBE, CUDA_VISIBLE_DEVICES="").stdout)
     dropin = site / "anyflash/dropin"
     assert found["file"] == str(dropin / "flash_attn/__init__.py")
@@ -95,7 +97,7 @@ before = set(sys.modules)
 begin = time.perf_counter()
 import flash_attn
 seconds = time.perf_counter() - begin
-heavy = ("einops", "triton", "torch._dynamo", "torch._inductor", "transformers", "numpy.testing", "sympy")
+heavy = ("einops", "triton", "torch._dynamo", "torch._inductor", "transformers", "sympy")
 print([n for n in heavy if n in sys.modules and n not in before], seconds)
 """
     runs = [_run(_startup(site) + code, options=("-S", "-W", "error")) for _ in range(2)]
@@ -165,7 +167,7 @@ def test_flash_attention_4_stays_reachable(site, tmp_path, first):
 
 
 def test_a_broken_upstream_beside_flash_attention_4(site, tmp_path):
-    """Sharing a folder with cute lets the other package's submodules in, never its __init__ or its raw module."""
+    """Sharing a folder with cute lets other submodules in, never an __init__ or the raw module."""
     other = _broken_upstream(tmp_path / "other" / "site-packages")
     (other / "flash_attn/cute").mkdir()
     (other / "flash_attn/cute/__init__.py").touch()
@@ -174,11 +176,14 @@ def test_a_broken_upstream_beside_flash_attention_4(site, tmp_path):
 
 
 def test_without_site_processing_the_hook_can_be_called(site):
-    """`python -S` runs no start-up files, and neither do --target folders: the hook or the folder itself is the way."""
+    """`python -S` runs no start-up files, nor do --target folders: the hook or the folder helps."""
     bare = f"import sys; sys.path += {SITES + [str(site)]!r}\n"
     assert "ModuleNotFoundError" in _run(bare + "import flash_attn", check=False).stderr
     code = "import _anyflash_dropin as d; print(d.install()); import flash_attn; print(d.install())"
     folder = str(site / "anyflash/dropin")
     assert _run(bare + code).stdout.split() == [folder, "None"]
-    done = _run(f"import sys; sys.path += {SITES!r}\nimport flash_attn", PYTHONPATH=f"{folder}{os.pathsep}{site}")
+    done = _run(
+        f"import sys; sys.path += {SITES!r}\nimport flash_attn",
+        PYTHONPATH=f"{folder}{os.pathsep}{site}",
+    )
     assert not done.stderr

@@ -1,12 +1,11 @@
-"""What `math` does on a GPU, on the CPU: lengths stay on the device, sequences are gathered into padded tensors.
+"""What `math` does on a GPU, here on the CPU: sequences gathered into padded tensors.
 
-The Python provider decides by the device between views and padding; here padding is chosen for it.
+The Python provider takes views or padding by the device; here padding is chosen for it.
 """
 
 from __future__ import annotations
 
 import pytest
-import torch
 from support import expected_of, inputs_of
 
 from anyflash._python_ops import attention as python_operators
@@ -37,7 +36,7 @@ def _arguments(inputs):
     q, k, v = inputs.qkv
     o = inputs.options
     longest = (o.get("max_seqlen_q", 0), o.get("max_seqlen_k", 0))
-    names = "seqused_k leftpad_k block_table alibi_slopes bias sinks rng_state".split()
+    names = ["seqused_k", "leftpad_k", "block_table", "alibi_slopes", "bias", "sinks", "rng_state"]
     scale = o.get("softmax_scale", q.size(-1) ** -0.5)
     return [
         *(q, k, v, o.get("cu_seqlens_q"), o.get("cu_seqlens_k"), *longest),
