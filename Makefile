@@ -39,7 +39,7 @@ test-cpp: $(VENV)/.packages   ## the tests of the torch-free C++
 
 test-python: setup   ## the tests of the operators, the drop-in and the packaging
 	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest -m providers --provider python
+	$(BIN)/python -m pytest -m providers --provider=python
 
 bench: setup    ## the figures of the README, each beside its reference; writes out/bench.json
 	$(BIN)/python -m benchmarks.run

@@ -11,27 +11,21 @@ namespace {
 
 using MaybeTensors = std::vector<OptionalTensor>;
 
-// first (batch) int32 plus 0, 1, ... length - 1: (batch, length) int64. On the CPU the numbers are at
-// hand, on a GPU they stay there.
-Tensor positions_from(const Tensor& first, int64_t length) {
+// first (batch) int32 plus begin, begin + 1, ... end - 1: (batch, end - begin) int64. On the CPU
+// the numbers are at hand, on a GPU they stay there.
+Tensor positions(const Tensor& first, int64_t begin, int64_t end) {
+  const int64_t batch = first.size(0), length = end - begin;
   if (!first.is_cpu()) {
-    const Tensor starts = unsqueeze(to_dtype(first, ScalarType::Long), 1);
-    return add(starts, unsqueeze(arange(length, first), 0));
+    const Tensor steps = narrow(arange(end, first), 0, begin, length);
+    return add(unsqueeze(to_dtype(first, ScalarType::Long), 1), unsqueeze(steps, 0));
   }
-  const int64_t batch = first.size(0);
   const auto* starts = static_cast<const int32_t*>(first.const_data_ptr());
-  const Tensor positions = empty({batch, length}, first, ScalarType::Long);
-  auto* position = static_cast<int64_t*>(positions.mutable_data_ptr());
+  Tensor result = empty({batch, length}, first, ScalarType::Long);
+  auto* position = static_cast<int64_t*>(result.mutable_data_ptr());
   for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t i = 0; i < length; ++i) *position++ = starts[b] + i;
+    for (int64_t i = begin; i < end; ++i) *position++ = starts[b] + i;
   }
-  return positions;
-}
-
-// first (batch) int32 plus a number: (batch) int32.
-Tensor advanced(const Tensor& first, int64_t by) {
-  const Tensor shifted = select(narrow(positions_from(first, by + 1), 1, by, 1), 1, 0);
-  return contiguous(to_dtype(shifted, ScalarType::Int));
+  return result;
 }
 
 // The caches as attention sees them. A cache whose rows are picked by cache_batch_idx is a paged
@@ -60,36 +54,36 @@ AttentionArgs attention_over(const KVCacheCall& call, int64_t window_left, int64
 // Appends the new keys and values; q comes back rotated where rotary tables are given.
 void append_and_rotate(const KVCacheCall& call, AttentionArgs& args) {
   const Tensor& first = *call.cache_seqlens;
-  const Tensor positions = positions_from(first, call.seqlen_new());
-  if (call.rotary_cos) {
-    const Tensor k =
-        rotate(*call.k, *call.rotary_cos, *call.rotary_sin, positions, call.rotary_interleaved);
-    append(call, k, *call.v, positions);
-    // Under a mask that moves with the query each row of q has its own position, else all stand at
-    // the end of the cache.
-    const bool moving_mask = args.window_left >= 0 || args.window_right >= 0;
-    const int64_t seqlen_q = call.q.size(1);
-    const Tensor q_positions = moving_mask
-                                   ? positions_from(first, seqlen_q)
-                                   : expand(positions_from(first, 1), {call.batch(), seqlen_q});
-    args.q =
-        rotate(call.q, *call.rotary_cos, *call.rotary_sin, q_positions, call.rotary_interleaved);
-  } else {
-    append(call, *call.k, *call.v, positions);
+  const int64_t seqlen_new = call.seqlen_new(), seqlen_q = call.q.size(1);
+  const Tensor rows = positions(first, 0, seqlen_new);
+  const Tensor end = select(positions(first, seqlen_new, seqlen_new + 1), 1, 0);
+  args.seqused_k = to_dtype(end, ScalarType::Int);
+  if (!call.rotary_cos) {
+    append(call, *call.k, *call.v, rows);
+    return;
   }
-  args.seqused_k = advanced(first, call.seqlen_new());
+  const auto rotated = [&call](const Tensor& x, const Tensor& where) {
+    return rotate(x, *call.rotary_cos, *call.rotary_sin, where, call.rotary_interleaved);
+  };
+  append(call, rotated(*call.k, rows), *call.v, rows);
+  // Under a mask that moves with the query each row of q has its own position, else all stand at
+  // the end of the cache.
+  const bool moving_mask = args.window_left >= 0 || args.window_right >= 0;
+  const Tensor q_rows = moving_mask ? positions(first, 0, seqlen_q)
+                                    : expand(positions(first, 0, 1), {call.batch(), seqlen_q});
+  args.q = rotated(call.q, q_rows);
 }
 
 }  // namespace
 
 Tensor rotate(const Tensor& x, const Tensor& rotary_cos, const Tensor& rotary_sin,
-              const Tensor& positions, bool interleaved) {
+              const Tensor& where, bool interleaved) {
   const int64_t batch = x.size(0), seqlen = x.size(1), half = rotary_cos.size(1);
   const ScalarType compute =
       x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   // Rows of q may reach beyond the table; what they see there is the last angle.
   const Tensor last = scalar(rotary_cos.size(0) - 1);
-  const Tensor rows = reshape(aten<Tensor>("aten::minimum", "", positions, last), {batch * seqlen});
+  const Tensor rows = reshape(aten<Tensor>("aten::minimum", "", where, last), {batch * seqlen});
   const auto angles = [&](const Tensor& table) {
     const Tensor picked = aten<Tensor>("aten::index_select", "", table, 0, rows);
     return reshape(to_dtype(picked, compute), {batch, seqlen, 1, half});
@@ -113,18 +107,18 @@ Tensor rotate(const Tensor& x, const Tensor& rotary_cos, const Tensor& rotary_si
   return y;
 }
 
-void append(const KVCacheCall& call, const Tensor& k, const Tensor& v, const Tensor& positions) {
+void append(const KVCacheCall& call, const Tensor& k, const Tensor& v, const Tensor& rows) {
   MaybeTensors where;
   if (call.block_table) {
     const Tensor page_size = scalar(call.k_cache.size(1));
     const Tensor table = to_dtype(*call.block_table, ScalarType::Long);
-    const Tensor page = aten<Tensor>("aten::floor_divide", "", positions, page_size);
+    const Tensor page = aten<Tensor>("aten::floor_divide", "", rows, page_size);
     where = {aten<Tensor>("aten::gather", "", table, 1, page, false),
-             aten<Tensor>("aten::remainder", "Tensor", positions, page_size)};
+             aten<Tensor>("aten::remainder", "Tensor", rows, page_size)};
   } else {
-    const Tensor row = call.cache_batch_idx ? to_dtype(*call.cache_batch_idx, ScalarType::Long)
-                                            : arange(call.batch(), call.q);
-    where = {expand(unsqueeze(row, 1), {call.batch(), call.seqlen_new()}), positions};
+    const Tensor owner = call.cache_batch_idx ? to_dtype(*call.cache_batch_idx, ScalarType::Long)
+                                              : arange(call.batch(), call.q);
+    where = {expand(unsqueeze(owner, 1), {call.batch(), call.seqlen_new()}), rows};
   }
   aten<Tensor>("aten::index_put_", "", call.k_cache, where, k, false);
   aten<Tensor>("aten::index_put_", "", call.v_cache, where, v, false);

@@ -33,13 +33,13 @@ struct KVCacheCall {
 
 void validate_kvcache(const KVCacheCall& call);
 
-// x (batch, seqlen, heads, head_dim) turned by the angles of its positions (batch, seqlen) int64;
-// fp32 arithmetic, x's dtype.
+// x (batch, seqlen, heads, head_dim) turned by the angles of its positions `where` (batch, seqlen)
+// int64; fp32 arithmetic, x's dtype.
 Tensor rotate(const Tensor& x, const Tensor& rotary_cos, const Tensor& rotary_sin,
-              const Tensor& positions, bool interleaved);
+              const Tensor& where, bool interleaved);
 
-// Writes k and v (batch, seqlen_new, ...) to the rows `positions` (batch, seqlen_new) int64 of the
+// Writes k and v (batch, seqlen_new, ...) to the rows `rows` (batch, seqlen_new) int64 of the
 // caches. No host synchronisation.
-void append(const KVCacheCall& call, const Tensor& k, const Tensor& v, const Tensor& positions);
+void append(const KVCacheCall& call, const Tensor& k, const Tensor& v, const Tensor& rows);
 
 }  // namespace anyflash

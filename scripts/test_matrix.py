@@ -189,9 +189,9 @@ def table(results: list[dict[str, str]]) -> str:
     lines = [
         "# What runs where",
         "",
-        "Written by `make test-matrix`: one wheel on every row, each cell a fresh process with its",
-        "time, on the CPU. `operators` says whether the compiled library served the row (torch 2.10",
-        "and newer) or its Python twin.",
+        "Written by `make test-matrix`: one wheel on every row, each cell a fresh process with",
+        "its time, on the CPU. `operators` says whether the compiled library served the row",
+        "(torch 2.10 and newer) or its Python twin.",
         "",
         "| " + " | ".join(results[0]) + " |",
         "|" + "---|" * len(results[0]),

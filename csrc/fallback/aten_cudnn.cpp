@@ -1,7 +1,6 @@
 // cuDNN's attention in PyTorch: dense, without a mask, only when asked for by name.
 #include "fallback/promised.h"
 #include "fallback/routes.h"
-#include "fallback/runs.h"
 
 namespace anyflash::aten_cudnn {
 namespace {

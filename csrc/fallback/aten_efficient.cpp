@@ -1,11 +1,11 @@
 // PyTorch's memory-efficient attention on CUDA: old GPUs, fp32, biases. Key heads are repeated for their query heads; its log-sum-exp has
 // one entry per sequence, padded to a multiple of 32 rows.
+#include <algorithm>
 #include <limits>
 
 #include "fallback/padded.h"
 #include "fallback/promised.h"
 #include "fallback/routes.h"
-#include "fallback/runs.h"
 
 namespace anyflash::aten_efficient {
 namespace {
@@ -19,9 +19,16 @@ constexpr int64_t kBiasAlignment = 16;  // elements between rows of the bias
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-bool has_nothing_to_do(const AttentionArgs& args) { return args.q.numel() == 0 || args.k.numel() == 0 || args.max_seqlen_k == 0; }
+// Nothing to compute, or a bias beside packed sequences, which this attention does not take together.
+bool is_for_math(const AttentionArgs& args) {
+  return args.q.numel() == 0 || args.k.numel() == 0 || args.max_seqlen_k == 0 || (args.packed() && args.bias);
+}
 
-int64_t mask_type(const AttentionArgs& args) { return args.purely_causal() ? kBottomRight : kNoMask; }
+// A bias carries the causal mask, so that it alone tells which rows see nothing.
+int64_t mask_type(const AttentionArgs& args) { return args.purely_causal() && !args.bias ? kBottomRight : kNoMask; }
+
+// max_seqlen may be a generous bound; this attention insists on one within the storage.
+int64_t longest(int64_t max_seqlen, const Tensor& x) { return std::min(max_seqlen, x.size(x.dim() - 3)); }
 
 // Four dimensions: packed tensors are one batch entry.
 Tensor batched(const AttentionArgs& args, const Tensor& x) { return args.packed() ? unsqueeze(x, 0) : x; }
@@ -43,26 +50,40 @@ Tensor summed(const AttentionArgs& args, const Tensor& gradient) {
   return args.packed() ? select(keys, 0, 0) : keys;
 }
 
-// In q's dtype, (batch, heads, seqlen_q, seqlen_k), rows at aligned distances.
+// Keys that a causal mask hides: bool (seqlen_q, seqlen_k)
+Tensor hidden_by_causality(const AttentionArgs& args) {
+  const Tensor diagonal = add(arange(args.max_seqlen_q, args.q), scalar(args.max_seqlen_k - args.max_seqlen_q));
+  return aten<Tensor>("aten::lt", "Tensor", unsqueeze(diagonal, -1), arange(args.max_seqlen_k, args.q));
+}
+
+void hide(const Tensor& bias, const Tensor& hidden) {
+  aten<Tensor>("aten::masked_fill_", "Tensor", bias, hidden, scalar(-kInfinity));
+}
+
+// Bias and causal mask in q's dtype: (batch, heads, seqlen_q, seqlen_k), expanded, rows at aligned distances.
 OptionalTensor aligned_bias(const AttentionArgs& args) {
   if (!args.bias) return std::nullopt;
-  const int64_t width = round_up(args.max_seqlen_k, kBiasAlignment);
-  const Tensor storage = full({args.batch(), args.heads(), args.max_seqlen_q, width}, 0, args.q, args.q.scalar_type());
+  const Tensor bias = four_dims(*args.bias);
+  const int64_t rows = args.purely_causal() ? args.max_seqlen_q : bias.size(2);
+  const Tensor storage = full({bias.size(0), bias.size(1), rows, round_up(args.max_seqlen_k, kBiasAlignment)}, 0, args.q, args.q.scalar_type());
   const Tensor result = narrow(storage, 3, 0, args.max_seqlen_k);
-  if (args.bias->scalar_type() != ScalarType::Bool) {
-    copy_(result, *args.bias);
-    return result;
+  if (bias.scalar_type() == ScalarType::Bool) {
+    hide(result, aten<Tensor>("aten::logical_not", "", bias));
+  } else {
+    copy_(result, bias);
   }
-  const Tensor hidden = aten<Tensor>("aten::logical_not", "", *args.bias);
-  aten<Tensor>("aten::masked_fill_", "Tensor", result, hidden, scalar(-kInfinity));
-  return result;
+  if (args.purely_causal()) hide(result, hidden_by_causality(args));
+  return expand(result, {args.batch(), args.heads(), args.max_seqlen_q, args.max_seqlen_k});
+}
+
+Tensor lengths_of(const AttentionArgs& args, const OptionalTensor& starts) {
+  const auto from = [&](int64_t first) { return to_dtype(narrow(*starts, 0, first, args.batch()), ScalarType::Long); };
+  return sub(from(1), from(0));
 }
 
 RowMap lse_rows_of(const AttentionArgs& args) {
-  const int64_t count = args.batch();
-  const Tensor starts = to_dtype(*args.cu_seqlens_q, ScalarType::Long);
-  const Tensor lengths = sub(narrow(starts, 0, 1, count), narrow(starts, 0, 0, count));
-  return RowMap(starts, lengths, std::nullopt, args.q.size(0), 0, round_up(args.max_seqlen_q, kLseRows));
+  return RowMap(args.cu_seqlens_q, lengths_of(args, args.cu_seqlens_q), std::nullopt, args.q.size(0), 0,
+                round_up(longest(args.max_seqlen_q, args.q), kLseRows));
 }
 
 // (batch, heads, padded rows) -> schemas.def
@@ -80,42 +101,63 @@ Tensor to_their_lse(const AttentionArgs& args, const Tensor& lse) {
   return padded;
 }
 
-// Rows that see no key: out 0, lse +inf, whatever the kernel left there.
-void clear_empty_rows(const AttentionArgs& args, const Tensor& out, const Tensor& lse) {
-  const Tensor finite = aten<Tensor>("aten::isfinite", "", lse);
-  const Tensor low = aten<Tensor>("aten::lt", "Tensor", lse, scalar(-1e37));
-  const Tensor empty_row = aten<Tensor>("aten::logical_or", "", aten<Tensor>("aten::logical_not", "", finite), low);
+// (batch, heads, seqlen_q) or (heads, total_q) -> broadcastable to out
+Tensor by_row(const AttentionArgs& args, const Tensor& x) {
+  return unsqueeze(args.packed() ? transpose(x, 0, 1) : transpose(x, 1, 2), -1);
+}
+
+// Rows that see no key: out 0, lse +inf, whatever the kernel left there (a log-sum-exp of -inf, or NaN where a bias hides all keys).
+void clear_empty_rows(const AttentionArgs& args, const OptionalTensor& bias, const Tensor& out, const Tensor& lse) {
+  const Tensor empty_row = bias ? aten<Tensor>("aten::eq", "Tensor", amax(*bias, -1), scalar(-kInfinity))
+                                : aten<Tensor>("aten::lt", "Tensor", lse, scalar(-1e37));
   aten<Tensor>("aten::masked_fill_", "Tensor", lse, empty_row, scalar(kInfinity));
-  const Tensor by_row = args.packed() ? transpose(empty_row, 0, 1) : transpose(empty_row, 1, 2);
-  aten<Tensor>("aten::masked_fill_", "Tensor", out, unsqueeze(by_row, -1), scalar(0.0));
+  aten<Tensor>("aten::masked_fill_", "Tensor", out, by_row(args, empty_row), scalar(0.0));
+}
+
+// The kernel leaves gradients that no block of queries or keys reaches unwritten: those of rows without keys and of sequences without queries.
+void clear_unreached(const AttentionArgs& args, const Tensor& lse, const Gradients& result) {
+  const Tensor empty_row = aten<Tensor>("aten::eq", "Tensor", lse, scalar(kInfinity));
+  aten<Tensor>("aten::masked_fill_", "Tensor", result.dq, by_row(args, empty_row), scalar(0.0));
+  if (!args.packed()) return;
+  const int64_t rows = longest(args.max_seqlen_k, args.k);
+  const Tensor queries = to_dtype(lengths_of(args, args.cu_seqlens_q), ScalarType::Float);
+  const RowMap keys(args.cu_seqlens_k, lengths_of(args, args.cu_seqlens_k), std::nullopt, args.k.size(0), 0, rows);
+  const Tensor per_key = keys.unpad(contiguous(expand(unsqueeze(queries, -1), {args.batch(), rows})), 0);
+  const Tensor unreached = unsqueeze(unsqueeze(aten<Tensor>("aten::eq", "Tensor", per_key, scalar(0.0)), -1), -1);
+  aten<Tensor>("aten::masked_fill_", "Tensor", result.dk, unreached, scalar(0.0));
+  aten<Tensor>("aten::masked_fill_", "Tensor", result.dv, unreached, scalar(0.0));
 }
 
 }  // namespace
 
 ForwardResult forward(const AttentionArgs& args) {
-  if (has_nothing_to_do(args)) return math::forward(args);
-  const auto longest = [&](int64_t seqlen) { return args.packed() ? OptionalInt(seqlen) : std::nullopt; };
+  if (is_for_math(args)) return math::forward(args);
+  const auto bound = [&](int64_t max_seqlen, const Tensor& x) { return args.packed() ? OptionalInt(longest(max_seqlen, x)) : std::nullopt; };
+  const OptionalTensor bias = aligned_bias(args);
   // out, log-sum-exp, then the dropout's state and the two lengths again.
   using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t, int64_t>;
   const Results results = aten<Results>(
-      "aten::_efficient_attention_forward", "", batched(args, args.q), repeated(args, args.k), repeated(args, args.v), aligned_bias(args),
-      args.cu_seqlens_q, args.cu_seqlens_k, longest(args.max_seqlen_q), longest(args.max_seqlen_k), /*dropout_p=*/0.0, mask_type(args),
-      /*compute_log_sumexp=*/true, std::optional<double>(args.softmax_scale), OptionalTensor(), OptionalInt());
+      "aten::_efficient_attention_forward", "", batched(args, args.q), repeated(args, args.k), repeated(args, args.v), bias,
+      args.cu_seqlens_q, args.cu_seqlens_k, bound(args.max_seqlen_q, args.q), bound(args.max_seqlen_k, args.k), /*dropout_p=*/0.0,
+      mask_type(args), /*compute_log_sumexp=*/true, std::optional<double>(args.softmax_scale), OptionalTensor(), OptionalInt());
   const Tensor out = args.packed() ? select(std::get<0>(results), 0, 0) : std::get<0>(results);
   const Tensor lse = to_our_lse(args, std::get<1>(results));
-  clear_empty_rows(args, out, lse);
+  clear_empty_rows(args, bias, out, lse);
   return {args.head_dim_v() == args.head_dim() ? as_promised(out, args.q) : contiguous(out), lse};
 }
 
 Gradients backward(const AttentionArgs& args, const BackwardArgs& grad) {
-  if (has_nothing_to_do(args)) return math::backward(args, grad);
+  if (is_for_math(args)) return math::backward(args, grad);
   const Tensor no_state = full({}, 0, args.q, ScalarType::Long);
   const auto [dq, dk, dv, dbias] = aten<std::tuple<Tensor, Tensor, Tensor, Tensor>>(
       "aten::_efficient_attention_backward", "", batched(args, grad.dout), batched(args, args.q), repeated(args, args.k),
-      repeated(args, args.v), aligned_bias(args), batched(args, grad.out), args.cu_seqlens_q, args.cu_seqlens_k, args.max_seqlen_q,
-      args.max_seqlen_k, to_their_lse(args, grad.lse), /*dropout_p=*/0.0, no_state, no_state, mask_type(args),
-      /*bias_requires_grad=*/false, std::optional<double>(args.softmax_scale), OptionalInt(), OptionalInt(), false);
-  return promised_gradients(args, args.packed() ? select(dq, 0, 0) : dq, summed(args, dk), summed(args, dv));
+      repeated(args, args.v), aligned_bias(args), contiguous(batched(args, grad.out)), args.cu_seqlens_q, args.cu_seqlens_k,
+      longest(args.max_seqlen_q, args.q), longest(args.max_seqlen_k, args.k), to_their_lse(args, grad.lse), /*dropout_p=*/0.0, no_state,
+      no_state, mask_type(args), /*bias_requires_grad=*/false, std::optional<double>(args.softmax_scale), OptionalInt(), OptionalInt(),
+      /*shared_storage_dqdkdv=*/false);
+  const Gradients result = promised_gradients(args, args.packed() ? select(dq, 0, 0) : dq, summed(args, dk), summed(args, dv));
+  clear_unreached(args, grad.lse, result);
+  return result;
 }
 
 }  // namespace anyflash::aten_efficient

@@ -1,18 +1,19 @@
 // PyTorch's CUDA flash attention, through the operators that know packed sequences, windows and bottom-right causal masks.
+#include <algorithm>
+
 #include "fallback/promised.h"
 #include "fallback/routes.h"
-#include "fallback/runs.h"
 
 namespace anyflash::aten_flash {
 namespace {
 
 using OptionalInt = std::optional<int64_t>;
 
-constexpr int kFirstWithPages = 212;  // torch 2.12 added block_table and num_splits to the forward
-
 // A left window without a right end is closed by this attention at the key length, which hides keys where a sequence has more queries
-// than keys. The lengths are on the device, so whether that happens cannot be known here.
-bool is_one_sided(const AttentionArgs& args) { return args.window_left >= 0 && args.window_right < 0; }
+// than keys: known for dense problems, not for packed ones, whose lengths are on the device.
+bool may_lose_keys(const AttentionArgs& args) {
+  return args.window_left >= 0 && args.window_right < 0 && (args.packed() || args.seqused_k || args.max_seqlen_q > args.max_seqlen_k);
+}
 
 bool has_nothing_to_do(const AttentionArgs& args) { return args.q.numel() == 0 || args.k.numel() == 0 || args.max_seqlen_k == 0; }
 
@@ -47,15 +48,18 @@ Packed packed_for(const AttentionArgs& args) {
 // out, log-sum-exp, then three results of no use here (dropout state, a debug mask).
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// For packed sequences of one query each, this attention takes a shortcut that breaks where one of them is empty.
+int64_t longest_query(const AttentionArgs& args) {
+  const bool some_empty = args.packed() && args.q.size(0) != args.batch();
+  return some_empty ? std::max<int64_t>(args.max_seqlen_q, 2) : args.max_seqlen_q;
+}
+
+// Later versions append arguments (block_table, num_splits), which read as None (aten.h).
 Results call_forward(const AttentionArgs& args, const Packed& packed) {
   const Window window(args);
-  const auto call = [&](auto... newer) {
-    return aten<Results>("aten::_flash_attention_forward", "", packed.q, packed.k, packed.v, packed.cu_seqlens_q, packed.cu_seqlens_k,
-                         args.max_seqlen_q, args.max_seqlen_k, /*dropout_p=*/0.0, args.purely_causal(), /*return_debug_mask=*/false,
-                         std::optional<double>(args.softmax_scale), window.left, window.right, args.seqused_k, args.alibi_slopes,
-                         newer...);
-  };
-  return torch_version() >= kFirstWithPages ? call(OptionalTensor(), OptionalInt()) : call();
+  return aten<Results>("aten::_flash_attention_forward", "", packed.q, packed.k, packed.v, packed.cu_seqlens_q, packed.cu_seqlens_k,
+                       longest_query(args), args.max_seqlen_k, /*dropout_p=*/0.0, args.purely_causal(), /*return_debug_mask=*/false,
+                       std::optional<double>(args.softmax_scale), window.left, window.right, args.seqused_k, args.alibi_slopes);
 }
 
 // (heads, batch * seqlen) -> (batch, heads, seqlen)
@@ -64,7 +68,7 @@ Tensor dense_lse(const AttentionArgs& args, const Tensor& lse) { return transpos
 }  // namespace
 
 ForwardResult forward(const AttentionArgs& args) {
-  if (is_one_sided(args) || has_nothing_to_do(args)) return math::forward(args);
+  if (may_lose_keys(args) || has_nothing_to_do(args)) return math::forward(args);
   const Packed packed = packed_for(args);
   const Results results = call_forward(args, packed);
   Tensor out = std::get<0>(results), lse = std::get<1>(results);
@@ -76,7 +80,7 @@ ForwardResult forward(const AttentionArgs& args) {
 }
 
 Gradients backward(const AttentionArgs& args, const BackwardArgs& grad) {
-  if (is_one_sided(args) || has_nothing_to_do(args)) return math::backward(args, grad);
+  if (may_lose_keys(args) || has_nothing_to_do(args)) return math::backward(args, grad);
   const Window window(args);
   const Tensor no_state = full({2}, 0, args.q, ScalarType::Long);
   const auto starts = [&](const OptionalTensor& x) { return args.packed() ? *x : undefined(); };

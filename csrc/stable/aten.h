@@ -69,10 +69,13 @@ struct Results<std::tuple<T...>> {
 
 }  // namespace detail
 
+// Arguments that a newer PyTorch appends to a schema read as None, 0 or false.
+constexpr size_t kSpareSlots = 8;
+
 // Calls the operator `op` ("aten::exp") with the overload ("" = default). Result: Tensor, another type, a std::tuple of them, or void.
 template <class Result, class... Args>
 Result aten(const char* op, const char* overload, const Args&... args) {
-  constexpr size_t kSlots = std::max<size_t>({sizeof...(Args), detail::Results<Result>::kCount, 1});
+  constexpr size_t kSlots = std::max(sizeof...(Args) + kSpareSlots, detail::Results<Result>::kCount);
   StableIValue slots[kSlots] = {detail::to_slot(args)...};
   check_code(torch_call_dispatcher(op, overload, slots, TORCH_ABI_VERSION), op);
   return detail::Results<Result>::take(slots);

@@ -119,9 +119,11 @@ def first_derivative_only(backward: Callable[..., tuple[Any, ...]]) -> Callable[
 
     @functools.wraps(backward)
     def checked(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
         with torch.no_grad():
             results = backward(ctx, *gradients)
-        if is_compiling() or not torch.is_grad_enabled():
+        if is_compiling():
             return results
         tensors = [gradient for gradient in results if gradient is not None]
         causes = [x for x in (*gradients, *ctx.saved_tensors) if x is not None]

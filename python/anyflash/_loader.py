@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 LIBRARY = pathlib.Path(__file__).resolve().parent / "libanyflash_ops.so"
+KERNELS = LIBRARY.with_name("libanyflash_kernels.so")  # which LIBRARY and _native open
 MIN_TORCH = (2, 10)  # the stable ABI that the binary is built against
 _PROVIDERS = ("auto", "binary", "python")
 _PROBE = "anyflash::attention_forward"
@@ -78,9 +79,9 @@ def _obstacle_to_binary() -> str | None:
         wanted = ".".join(map(str, MIN_TORCH))
         return f"the binary needs torch {wanted} or newer, this is {torch.__version__}"
     try:
-        return _truncation(LIBRARY)
+        return _truncation(LIBRARY) or _truncation(KERNELS)
     except OSError as error:
-        return f"{LIBRARY.name} cannot be read: {error}"
+        return f"{LIBRARY.name} and {KERNELS.name} cannot be read: {error}"
 
 
 def _open_binary() -> str | None:
@@ -159,6 +160,11 @@ def _load_operators() -> str:
 
 def _load_native() -> Any:
     try:
+        spec = importlib.util.find_spec("anyflash._native")
+        files = [pathlib.Path(spec.origin), KERNELS] if spec and spec.origin else []
+        damage = next(filter(None, map(_truncation, files)), None)
+        if damage:
+            raise ImportError(damage)
         return importlib.import_module("anyflash._native")
     except Exception as error:  # noqa: BLE001 - optional, and doctor tells
         reasons.append(f"anyflash._native is not available: {error}")

@@ -46,6 +46,7 @@ def signed_probabilities(
     softmax_scale: float,
     causal: bool,
     window_size: tuple[int, int],
+    softcap: float,
 ) -> Tensor:
     """exp(score - the row's largest score), with a minus sign where dropout drops the probability.
 
@@ -68,7 +69,7 @@ def signed_probabilities(
     args = AttentionArgs(
         q, k, k, cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), int(max_seqlen_k), seqused_k,
         leftpad_k, block_table, alibi_slopes, None, None, rng_state, dropout_p, softmax_scale,
-        *window_size, 0.0,
+        *window_size, softcap,
     )  # fmt: skip
     args.normalise(causal)
     lengths = (round_up(args.max_seqlen_q), round_up(args.max_seqlen_k))

@@ -1,7 +1,7 @@
 """transformers with attn_implementation="flash_attention_2" on a machine without CUDA.
 
-transformers refuses FlashAttention 2 where torch sees no CUDA device. The fixture lifts that gate and
-nothing else; every call then goes through transformers' own code into flash_attn.
+transformers refuses FlashAttention 2 where torch sees no CUDA device. The fixture lifts that gate
+and nothing else; every call then goes through transformers' own code into flash_attn.
 """
 
 from __future__ import annotations

@@ -203,11 +203,25 @@ TABLE = [
     Bad("activation_bias", lambda: anyflash.bias_activation(_t(3, 6), _t(5), activation="relu"), R, ("bias: expected (6,)", "(5,)")),
     Bad("activation_gate_odd", lambda: anyflash.bias_activation(_t(3, 5), activation="silu_gate"), R, ("x", "even", "(3, 5)")),
     Bad("activation_integer", lambda: anyflash.bias_activation(_t(3, 6, dtype=torch.int32), activation="relu"), R, ("x", "int32")),
+    # The operators that C++ and TorchScript call, and the backward's own arguments.
+    Bad("operator_window", lambda: _public("flash_attn_func", _t(2, 7, 4, 16), _t(2, 9, 2, 16), _t(2, 9, 2, 16), 0.0, None, False, [1]), R, ("window_size: expected (left, right)", "1")),
+    Bad("operator_kv_parts", lambda: _public("flash_attn_kvpacked_func", _t(2, 7, 4, 16), _t(2, 9, 3, 2, 16)), R, ("kv: expected (batch, seqlen, 2, heads, head_dim)", "(2, 9, 3, 2, 16)")),
+    Bad("operator_qkv_rank", lambda: _public("flash_attn_qkvpacked_func", _t(2, 3, 4, 16)), R, ("qkv: expected (batch, seqlen, 3, heads, head_dim)", "(2, 3, 4, 16)")),
+    Bad("operator_packed_qkv_rank", lambda: _public("flash_attn_varlen_qkvpacked_func", _t(2, 7, 3, 4, 16), _ints(0, 7), 7), R, ("qkv: expected (total, 3, heads, head_dim)", "(2, 7, 3, 4, 16)")),
+    Bad("operator_num_splits", lambda: _public("flash_attn_with_kvcache", _t(2, 3, 4, 16), _t(2, 12, 2, 16), _t(2, 12, 2, 16), num_splits=129), R, ("num_splits > 128 not supported", "129")),
+    Bad("operator_activation", lambda: _public("fused_mlp", _t(3, 6), _t(10, 6), None, _t(5, 10), None, "swish"), (R, V), ("activation", "swish", "gelu_tanh")),
+    Bad("operator_dropout_without_state", lambda: _forward(dropout_p=0.5), R, ("rng_state: missing", "0.5")),
+    Bad("backward_lse_shape", lambda: _backward(lse=_t(2, 7, 4)), R, ("lse: expected (batch, heads, seqlen_q)", "(2, 7, 4)")),
+    Bad("backward_lse_dtype", lambda: _backward(lse=_t(2, 4, 7, dtype=torch.float16)), R, ("lse: expected fp32", "fp16")),
+    Bad("backward_dout_shape", lambda: _backward(dout=_t(2, 7, 4, 8)), R, ("dout must have shape", "(2, 7, 4, 8)")),
+    Bad("backward_dout_dtype", lambda: _backward(dout=_t(2, 7, 4, 16, dtype=torch.float64)), R, ("query and dout must have the same dtype", "fp64")),
+    Bad("backward_out_shape", lambda: _backward(out=_t(2, 4, 7, 16)), R, ("out must have shape", "(2, 4, 7, 16)")),
+    Bad("backward_dlse_shape", lambda: _backward(dlse=_t(2, 4, 8)), R, ("dlse: expected (2, 4, 7)", "(2, 4, 8)")),
     # Names, types.
     Bad("unknown_backend", lambda: _dense(backend="cutlass"), V, ("unknown back end 'cutlass'", "kernel", "sdpa", "math")),
     Bad("unknown_backend_in_context", lambda: anyflash.backend("math,fast"), V, ("unknown back end 'fast'",)),
     Bad("backend_not_a_string", lambda: _dense(backend=3), T, ("backend", "int")),
-    Bad("backend_bad_digit", lambda: _operator_with_backend(0x9), V, ("backend", "9")),
+    Bad("backend_bad_digit", lambda: _forward(backend=0x9), V, ("backend", "9")),
     Bad("strict_without_kernel", lambda: _dense(backend="kernel"), R, ('anyflash: no back end of "kernel" can run this attention', "kernel: this build has no attention kernel for cpu")),
     Bad("list_for_q", lambda: _dense(q=[[1.0]]), T, ("q", "Tensor", "list")),
     Bad("none_for_k", lambda: anyflash.attention(_t(2, 7, 4, 16), None, _t(2, 9, 2, 16)), T, ("k", "Tensor", "NoneType")),
@@ -227,11 +241,24 @@ def _paged_backward():
     out.sum().backward()
 
 
-def _operator_with_backend(backend):
+def _public(name, *arguments, **options):
+    return getattr(torch.ops.anyflash, name)(*arguments, **options)
+
+
+def _forward(dropout_p=0.0, backend=0):
     q = _t(1, 3, 2, 8)
     return torch.ops.anyflash.attention_forward(
-        q, q, q, None, None, 0, 0, None, None, None, None, None, None, None, 0.0, 1.0, False, -1, -1,
-        0.0, backend,
+        q, q, q, None, None, 0, 0, None, None, None, None, None, None, None, dropout_p, 1.0, False,
+        -1, -1, 0.0, backend,
+    )  # fmt: skip
+
+
+def _backward(dout=None, out=None, lse=None, dlse=None):
+    q, k = _t(2, 7, 4, 16), _t(2, 9, 2, 16)
+    given = [q if dout is None else dout, q, k, k, q if out is None else out]
+    return torch.ops.anyflash.attention_backward(
+        *given, _t(2, 4, 7) if lse is None else lse, dlse, None, None, 0, 0, None, None, None, None,
+        None, None, 0.0, 1.0, False, -1, -1, 0.0, False, False, False, 0,
     )  # fmt: skip
 
 

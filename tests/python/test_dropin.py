@@ -328,6 +328,7 @@ def test_s_dmask_of_packed_sequences(device):
     s_dmask = signed_probabilities(
         q, k, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k,
         rng_state=state, dropout_p=0.5, softmax_scale=0.25, causal=False, window_size=(-1, -1),
+        softcap=0.0,
     )  # fmt: skip
     assert s_dmask.shape == (2, 4, 128, 128)
     for b, (rows, columns) in enumerate(((20, 17), (3, 9))):

@@ -79,7 +79,7 @@ def _attend(
         pattern = signed_probabilities(
             q, k, **lengths._asdict(), block_table=block_table, alibi_slopes=alibi_slopes,
             rng_state=rng_state, dropout_p=dropout_p, softmax_scale=softmax_scale,
-            causal=is_causal, window_size=window,
+            causal=is_causal, window_size=window, softcap=softcap,
         )  # fmt: skip
     else:
         pattern = q.new_empty(0)

@@ -117,7 +117,7 @@ def _attend(
     pattern = signed_probabilities(
         q, k, alibi_slopes=alibi_slopes, rng_state=rng_state, dropout_p=kept,
         softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
-        causal=causal, window_size=window, **lengths,
+        causal=causal, window_size=window, softcap=softcap, **lengths,
     )  # fmt: skip
     return out, softmax_lse, pattern
 
