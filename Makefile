@@ -51,10 +51,9 @@ wheels: $(VENV)/.packages   ## out/dist: the wheel of anyflash, and the one that
 	$(BIN)/python -m build --no-isolation --wheel --outdir out/dist .
 	$(BIN)/python -m build --no-isolation --wheel --outdir out/dist packaging/flash-attn
 
-lint: $(VENV)/.packages   ## ruff, mypy, clang-format
+lint: $(VENV)/.packages   ## ruff, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/.packages   ## the same tools, writing

@@ -1,4 +1,5 @@
-// Attention as the operators see it: one value per call, filled by describe(), read by every back end.
+// Attention as the operators see it: one value per call, filled by describe(), read by every back
+// end.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -15,7 +16,8 @@ using OptionalTensor = std::optional<Tensor>;
 // One attention problem after validation. Shapes and semantics: schemas.def.
 struct AttentionArgs {
   Tensor q;  // (batch, seqlen_q, heads, head_dim) or (total_q, heads, head_dim) with cu_seqlens_q
-  Tensor k;  // (batch, seqlen_k, heads_k, head_dim), (total_k, heads_k, head_dim) or, paged, (num_blocks, page_size, heads_k, head_dim)
+  Tensor k;  // (batch, seqlen_k, heads_k, head_dim), (total_k, heads_k, head_dim) or, paged,
+             // (num_blocks, page_size, heads_k, head_dim)
   Tensor v;  // k's shape with head_dim_v
   OptionalTensor cu_seqlens_q{};  // (batch + 1) int32
   OptionalTensor cu_seqlens_k{};  // (batch + 1) int32
@@ -23,11 +25,12 @@ struct AttentionArgs {
   OptionalTensor leftpad_k{};     // (batch) int32
   OptionalTensor block_table{};   // (batch, max_blocks) int32
   OptionalTensor alibi_slopes{};  // (heads) or (batch, heads) fp32
-  OptionalTensor bias{};          // broadcastable to (batch, heads, max_seqlen_q, max_seqlen_k), float or bool
-  OptionalTensor sinks{};         // (heads)
-  OptionalTensor rng_state{};     // (2) int64: seed, offset
-  int64_t max_seqlen_q = 0;     // dense: q.size(1)
-  int64_t max_seqlen_k = 0;     // dense: k.size(1); paged: capacity
+  OptionalTensor
+      bias{};  // broadcastable to (batch, heads, max_seqlen_q, max_seqlen_k), float or bool
+  OptionalTensor sinks{};      // (heads)
+  OptionalTensor rng_state{};  // (2) int64: seed, offset
+  int64_t max_seqlen_q = 0;    // dense: q.size(1)
+  int64_t max_seqlen_k = 0;    // dense: k.size(1); paged: capacity
   double dropout_p = 0.0;
   double softmax_scale = 1.0;
   double softcap = 0.0;
@@ -46,10 +49,10 @@ struct AttentionArgs {
 
 // What the backward has beside the forward's arguments.
 struct BackwardArgs {
-  Tensor dout;           // out's shape
-  Tensor out;            // given, not recomputed: ring attention passes a merged one
-  Tensor lse;            // (batch, heads, seqlen_q) or (heads, total_q)
-  OptionalTensor dlse;   // lse's shape
+  Tensor dout;          // out's shape
+  Tensor out;           // given, not recomputed: ring attention passes a merged one
+  Tensor lse;           // (batch, heads, seqlen_q) or (heads, total_q)
+  OptionalTensor dlse;  // lse's shape
   bool deterministic = false;
   bool bias_requires_grad = false;
   bool sinks_requires_grad = false;

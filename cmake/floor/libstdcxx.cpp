@@ -1,9 +1,11 @@
-// What newer libstdc++ headers expect in the library, defined here so that GCC 5's library suffices.
+// What newer libstdc++ headers expect in the library, defined here so that GCC 5's library
+// suffices.
 #include <new>
 #include <sstream>
 
 // GCC 9 moved these default constructors into the library.
-// NOTE: switching all extern templates off would do it too, but a second num_put facet breaks the formatting of integers.
+// NOTE: switching all extern templates off would do it too, but a second num_put facet breaks the
+// formatting of integers.
 template std::basic_ostringstream<char>::basic_ostringstream();
 template std::basic_stringstream<char>::basic_stringstream();
 

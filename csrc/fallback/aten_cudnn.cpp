@@ -1,6 +1,9 @@
 // cuDNN's attention in PyTorch: dense, without a mask, only when asked for by name.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+
 #include "fallback/promised.h"
 #include "fallback/routes.h"
+#include "stable/shims.h"
 
 namespace anyflash::aten_cudnn {
 namespace {
@@ -9,18 +12,29 @@ Tensor by_head(const Tensor& x) { return transpose(x, 1, 2); }
 
 bool has_nothing_to_do(const AttentionArgs& args) { return args.q.numel() == 0 || args.k.numel() == 0; }
 
+// out and the log-sum-exp. Not through the dispatcher: its results are of several types (aten.h).
+std::pair<Tensor, Tensor> call_forward(const AttentionArgs& args) {
+  static LateSymbol<decltype(aoti_torch_cuda__scaled_dot_product_cudnn_attention)> attend(
+      "aoti_torch_cuda__scaled_dot_product_cudnn_attention", "libtorch_cuda.so");
+  AF_CHECK(attend.find() != nullptr, "anyflash: this PyTorch has no CUDA operators");
+  const Tensor q = by_head(args.q), k = by_head(args.k), v = by_head(args.v);
+  double scale = args.softmax_scale;
+  AtenTensorHandle out, lse, unused[5];
+  int64_t unused_q, unused_k;
+  check_code(attend.find()(q.get(), k.get(), v.get(), /*attn_bias=*/nullptr, /*compute_log_sumexp=*/1, /*dropout_p=*/0.0,
+                           /*is_causal=*/0, /*return_debug_mask=*/0, &scale, &out, &lse, &unused[0], &unused[1], &unused_q, &unused_k,
+                           &unused[2], &unused[3], &unused[4]),
+             "aten::_scaled_dot_product_cudnn_attention");
+  for (AtenTensorHandle handle : unused) Tensor released(handle);
+  return {Tensor(out), Tensor(lse)};
+}
+
 }  // namespace
 
 ForwardResult forward(const AttentionArgs& args) {
   if (has_nothing_to_do(args)) return math::forward(args);
-  // out, log-sum-exp, then what packed sequences, dropout and debugging would need.
-  using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t, int64_t, Tensor, Tensor, Tensor>;
-  const Results results =
-      aten<Results>("aten::_scaled_dot_product_cudnn_attention", "", by_head(args.q), by_head(args.k), by_head(args.v), OptionalTensor(),
-                    /*compute_log_sumexp=*/true, /*dropout_p=*/0.0, /*is_causal=*/false, /*return_debug_mask=*/false,
-                    std::optional<double>(args.softmax_scale));
-  const Tensor lse = reshape(std::get<1>(results), {args.q.size(0), args.heads(), args.q.size(1)});
-  return {as_promised(by_head(std::get<0>(results)), args.q), contiguous(lse)};
+  const auto [out, lse] = call_forward(args);
+  return {as_promised(by_head(out), args.q), contiguous(reshape(lse, {args.q.size(0), args.heads(), args.q.size(1)}))};
 }
 
 Gradients backward(const AttentionArgs& args, const BackwardArgs& grad) {

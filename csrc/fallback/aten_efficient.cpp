@@ -1,11 +1,14 @@
 // PyTorch's memory-efficient attention on CUDA: old GPUs, fp32, biases. Key heads are repeated for their query heads; its log-sum-exp has
 // one entry per sequence, padded to a multiple of 32 rows.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+
 #include <algorithm>
 #include <limits>
 
 #include "fallback/padded.h"
 #include "fallback/promised.h"
 #include "fallback/routes.h"
+#include "stable/shims.h"
 
 namespace anyflash::aten_efficient {
 namespace {
@@ -128,20 +131,36 @@ void clear_unreached(const AttentionArgs& args, const Tensor& lse, const Gradien
   aten<Tensor>("aten::masked_fill_", "Tensor", result.dv, unreached, scalar(0.0));
 }
 
+// out and the padded log-sum-exp. Not through the dispatcher: its results are of several types (aten.h).
+std::pair<Tensor, Tensor> call_forward(const AttentionArgs& args, const OptionalTensor& bias) {
+  static LateSymbol<decltype(aoti_torch_cuda__efficient_attention_forward)> attend("aoti_torch_cuda__efficient_attention_forward",
+                                                                                   "libtorch_cuda.so");
+  AF_CHECK(attend.find() != nullptr, "anyflash: this PyTorch has no CUDA operators");
+  const Tensor q = batched(args, args.q), k = repeated(args, args.k), v = repeated(args, args.v);
+  const auto handle = [](const OptionalTensor& x) { return x ? x->get() : nullptr; };
+  AtenTensorHandle bias_handle = handle(bias), starts_q = handle(args.cu_seqlens_q), starts_k = handle(args.cu_seqlens_k);
+  int64_t longest_q = longest(args.max_seqlen_q, args.q), longest_k = longest(args.max_seqlen_k, args.k);
+  const bool packed = args.packed();
+  double scale = args.softmax_scale;
+  AtenTensorHandle out, lse, seed, offset;
+  int64_t unused_q, unused_k;
+  check_code(attend.find()(q.get(), k.get(), v.get(), bias ? &bias_handle : nullptr, packed ? &starts_q : nullptr,
+                           packed ? &starts_k : nullptr, packed ? &longest_q : nullptr, packed ? &longest_k : nullptr, /*dropout_p=*/0.0,
+                           mask_type(args), /*compute_log_sumexp=*/1, &scale, /*seqlen_k=*/nullptr, /*window_size=*/nullptr, &out, &lse,
+                           &seed, &offset, &unused_q, &unused_k),
+             "aten::_efficient_attention_forward");
+  Tensor unused_seed(seed), unused_offset(offset);  // owned, so released
+  return {Tensor(out), Tensor(lse)};
+}
+
 }  // namespace
 
 ForwardResult forward(const AttentionArgs& args) {
   if (is_for_math(args)) return math::forward(args);
-  const auto bound = [&](int64_t max_seqlen, const Tensor& x) { return args.packed() ? OptionalInt(longest(max_seqlen, x)) : std::nullopt; };
   const OptionalTensor bias = aligned_bias(args);
-  // out, log-sum-exp, then the dropout's state and the two lengths again.
-  using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, int64_t, int64_t>;
-  const Results results = aten<Results>(
-      "aten::_efficient_attention_forward", "", batched(args, args.q), repeated(args, args.k), repeated(args, args.v), bias,
-      args.cu_seqlens_q, args.cu_seqlens_k, bound(args.max_seqlen_q, args.q), bound(args.max_seqlen_k, args.k), /*dropout_p=*/0.0,
-      mask_type(args), /*compute_log_sumexp=*/true, std::optional<double>(args.softmax_scale), OptionalTensor(), OptionalInt());
-  const Tensor out = args.packed() ? select(std::get<0>(results), 0, 0) : std::get<0>(results);
-  const Tensor lse = to_our_lse(args, std::get<1>(results));
+  const auto [result, padded_lse] = call_forward(args, bias);
+  const Tensor out = args.packed() ? select(result, 0, 0) : result;
+  const Tensor lse = to_our_lse(args, padded_lse);
   clear_empty_rows(args, bias, out, lse);
   return {args.head_dim_v() == args.head_dim() ? as_promised(out, args.q) : contiguous(out), lse};
 }

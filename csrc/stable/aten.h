@@ -55,8 +55,10 @@ struct Results<void> {
   static constexpr size_t kCount = 0;
   static void take(StableIValue*) {}
 };
+// PyTorch pairs the results with their types in reverse order, so they must be alike.
 template <class... T>
 struct Results<std::tuple<T...>> {
+  static_assert((std::is_same_v<T, Tensor> && ...), "several results: all must be tensors");
   static constexpr size_t kCount = sizeof...(T);
   static std::tuple<T...> take(StableIValue* slots) {
     return take(slots, std::index_sequence_for<T...>{});
@@ -72,7 +74,8 @@ struct Results<std::tuple<T...>> {
 // Arguments that a newer PyTorch appends to a schema read as None, 0 or false.
 constexpr size_t kSpareSlots = 8;
 
-// Calls the operator `op` ("aten::exp") with the overload ("" = default). Result: Tensor, another type, a std::tuple of them, or void.
+// Calls the operator `op` ("aten::exp") with the overload ("" = default). Result: Tensor, another type, void, or a std::tuple
+// of Tensors.
 template <class Result, class... Args>
 Result aten(const char* op, const char* overload, const Args&... args) {
   constexpr size_t kSlots = std::max(sizeof...(Args) + kSpareSlots, detail::Results<Result>::kCount);

@@ -1,4 +1,5 @@
-// Runs a TorchScript model that uses anyflash, without Python: run_block <libanyflash_ops.so> <block.pt>
+// Runs a TorchScript model that uses anyflash, without Python: run_block <libanyflash_ops.so>
+// <block.pt>
 #include <dlfcn.h>
 #include <torch/script.h>
 
@@ -7,7 +8,8 @@
 
 namespace {
 
-// Opening the library registers torch.ops.anyflash.*; it stays open, since the dispatcher keeps pointers into it.
+// Opening the library registers torch.ops.anyflash.*; it stays open, since the dispatcher keeps
+// pointers into it.
 bool load_operators(const char* path) {
   void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {

@@ -8,10 +8,12 @@ using namespace anyflash;
 
 namespace {
 
-// Counts how often the pieces cover each (row, key), and checks what a Plan promises about its pieces.
+// Counts how often the pieces cover each (row, key), and checks what a Plan promises about its
+// pieces.
 void check_plan(const IntervalMask<int64_t>& mask, PlanFor purpose) {
-  INFO("seqlen_q " << mask.seqlen_q << " seqlen_k " << mask.seqlen_k << " window (" << mask.window_left << ", "
-                   << mask.window_right << ") purpose " << static_cast<int>(purpose));
+  INFO("seqlen_q " << mask.seqlen_q << " seqlen_k " << mask.seqlen_k << " window ("
+                   << mask.window_left << ", " << mask.window_right << ") purpose "
+                   << static_cast<int>(purpose));
   const Plan plan = plan_pieces(mask, purpose);
   std::map<std::pair<int64_t, int64_t>, int> covered;
   bool ordered = true, inside = true, square = true, rows_have_keys = true, masks_as_asked = true;
@@ -19,19 +21,23 @@ void check_plan(const IntervalMask<int64_t>& mask, PlanFor purpose) {
   for (size_t n = 0; n < plan.pieces.size(); ++n) {
     const Piece& piece = plan.pieces[n];
     if (piece.merges) {
-      ordered &= n > 0 && plan.pieces[n - 1].row_begin == piece.row_begin && plan.pieces[n - 1].row_end == piece.row_end;
+      ordered &= n > 0 && plan.pieces[n - 1].row_begin == piece.row_begin &&
+                 plan.pieces[n - 1].row_end == piece.row_end;
     } else {
       ordered &= piece.row_begin == next_row;
       next_row = piece.row_end;
     }
-    inside &= 0 <= piece.key_begin && piece.key_begin < piece.key_end && piece.key_end <= mask.seqlen_k;
+    inside &=
+        0 <= piece.key_begin && piece.key_begin < piece.key_end && piece.key_end <= mask.seqlen_k;
     square &= piece.mask != Piece::Mask::kCausal || piece.rows() == piece.keys();
-    masks_as_asked &= purpose != PlanFor::kBias || (piece.mask != Piece::Mask::kCausal && !piece.merges);
+    masks_as_asked &=
+        purpose != PlanFor::kBias || (piece.mask != Piece::Mask::kCausal && !piece.merges);
     for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
       bool any = false;
       for (int64_t key = piece.key_begin; key < piece.key_end; ++key) {
         const bool sees = piece.mask == Piece::Mask::kNone ||
-                          (piece.mask == Piece::Mask::kCausal && key - piece.key_begin <= row - piece.row_begin) ||
+                          (piece.mask == Piece::Mask::kCausal &&
+                           key - piece.key_begin <= row - piece.row_begin) ||
                           (piece.mask == Piece::Mask::kInterval && mask.visible(row, key));
         if (sees) ++covered[{row, key}];
         any |= sees;
@@ -109,7 +115,8 @@ TEST_CASE("common problems need no explicit mask", "[pieces]") {
 
 TEST_CASE("a window reads only the keys near it", "[pieces]") {
   int64_t work = 0;
-  for (const Piece& piece : plan_pieces({4096, 4096, 128, 0}, PlanFor::kForward).pieces) work += piece.rows() * piece.keys();
+  for (const Piece& piece : plan_pieces({4096, 4096, 128, 0}, PlanFor::kForward).pieces)
+    work += piece.rows() * piece.keys();
   CHECK(work < 2 * 4096 * 129);
 }
 

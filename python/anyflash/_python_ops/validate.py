@@ -114,7 +114,7 @@ def _check_sequences(args: AttentionArgs) -> None:
     check(cu_q is not None or cu_k is None, "cu_seqlens_q: missing, cu_seqlens_k is given")
     if cu_q is not None:
         check(
-            cu_q.dim() > 0 and args.batch >= 0,
+            cu_q.dim() == 1 and args.batch >= 0,
             f"cu_seqlens_q must have shape (batch_size + 1), got {shape_text(cu_q)}",
         )
     batch = args.batch
