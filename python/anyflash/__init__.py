@@ -7,7 +7,8 @@ from typing import Any
 from . import _loader
 from ._version import __version__
 
-_loader.load()
+if _loader.load() == "none":
+    raise ImportError(f"anyflash has no operators: {'; '.join(_loader.reasons)}")
 
 from . import _ops, backends  # noqa: E402  (after the operators exist)
 from .attention import attention  # noqa: E402

@@ -25,6 +25,7 @@ KERNELS = LIBRARY.with_name("libanyflash_kernels.so")  # which LIBRARY and _nati
 MIN_TORCH = (2, 10)  # the stable ABI that the binary is built against
 _PROVIDERS = ("auto", "binary", "python")
 _PROBE = "anyflash::attention_forward"
+_LAST_PROBE = "anyflash::fused_mlp"  # the last operator of schemas.def
 
 #: Whose operators are in use: "binary", "python", or "none": before load(), or when even Python's
 #: could not be defined.
@@ -155,7 +156,7 @@ def _load_operators() -> str:
     if problem is None:
         return "python"
     reasons.append(problem)
-    return "binary" if _is_defined(_PROBE) else "none"
+    return "binary" if _is_defined(_PROBE) and _is_defined(_LAST_PROBE) else "none"
 
 
 def _load_native() -> Any:

@@ -70,8 +70,10 @@ _FILLER = frozenset(
     + ("on", "plus", "run", "the", "to", "use", "using", "with")
 )
 
-_KEYWORDS = ("op", "device", "sm", "dtype", "head_dim", "head_dim_v", "features", "training")
-_KEYWORDS += ("torch_version", "backend")
+_KEYWORDS = frozenset(
+    ("op", "device", "sm", "dtype", "head_dim", "head_dim_v", "features", "training")
+    + ("torch_version", "backend")
+)
 
 
 @dataclasses.dataclass
@@ -293,9 +295,10 @@ def _facts_of_call(
 
 def _complete(said: dict[str, Any]) -> tuple[dict[str, Any], bool, list[str]]:
     """Fills in what was left open: (problem without direction, training, what was assumed)."""
-    if unknown := sorted(set(said) - set(_KEYWORDS)):
+    if unknown := sorted(set(said) - _KEYWORDS):
         raise ValueError(
-            f"explain: unknown keyword {', '.join(unknown)}; expected {', '.join(_KEYWORDS)}"
+            f"explain: unknown keyword {', '.join(unknown)}; "
+            f"expected {', '.join(sorted(_KEYWORDS))}"
         )
     assumed: list[str] = []
 
@@ -359,7 +362,7 @@ def _feature_names(features: Iterable[str]) -> list[str]:
 
 def torch_version() -> int:
     """The running torch as the number `Problem` uses: 213 for 2.13."""
-    major, minor = re.match(r"(\d+)\.(\d+)", torch.__version__).groups()
+    major, minor = torch.__version__.split(".")[:2]
     return int(major) * 100 + int(minor)
 
 

@@ -27,17 +27,27 @@ def pytest_configure(config):
         os.environ["ANYFLASH_PROVIDER"] = config.getoption("--provider")
 
 
-def pytest_report_header(config):
+def pytest_sessionstart(session):
     import torch
 
     from anyflash import _loader as loader
 
-    wanted = config.getoption("--provider")
+    wanted = session.config.getoption("--provider")
     if wanted and loader.provider != wanted:
         raise pytest.UsageError(f"--provider {wanted}: not available: {'; '.join(loader.reasons)}")
+    # Small tensors: more threads wait for each other longer than they work.
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    import torch
+
+    from anyflash import _loader as loader
+
     device = config.getoption("--device")
-    why = "".join(f"\n  {reason}" for reason in loader.reasons)
-    return f"anyflash: {loader.provider} provider, torch {torch.__version__}, device {device}{why}"
+    terminalreporter.line(f"{loader.provider} provider, torch {torch.__version__}, device {device}")
+    for reason in loader.reasons:
+        terminalreporter.line(f"  {reason}")
 
 
 @pytest.fixture(scope="session")

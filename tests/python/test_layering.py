@@ -36,12 +36,9 @@ def _tracked() -> list[Path]:
     if done.returncode == 0:
         names = done.stdout.split("\0")
         return [REPOSITORY / n for n in names if n and (REPOSITORY / n).is_file()]
-    skipped = {"build", "out", ".venv", "dist"}
-    return [
-        p
-        for p in REPOSITORY.rglob("*")
-        if p.is_file() and not skipped & set(p.relative_to(REPOSITORY).parts)
-    ]
+    skipped = re.compile(r"(build|out|dist|\.(?!ci|clang|git|pre).*)/")
+    files = [p for p in REPOSITORY.rglob("*") if p.is_file()]
+    return [p for p in files if not skipped.match(p.relative_to(REPOSITORY).as_posix())]
 
 
 def _text_of(path: Path) -> str | None:

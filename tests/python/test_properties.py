@@ -13,7 +13,7 @@ from anyflash.testing import Case, assert_close, expect, make_inputs
 pytestmark = pytest.mark.providers
 
 COMMON = settings(
-    deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), print_blob=False
+    deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 FEW = settings(COMMON, max_examples=25)
 MANY = settings(COMMON, max_examples=120)

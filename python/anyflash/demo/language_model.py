@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +96,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.characters = nn.Embedding(characters, width)
         self.positions = nn.Embedding(CONTEXT, width)
+        self.heads = heads
         self.blocks = nn.ModuleList(Block(width, heads, flash) for _ in range(layers))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, characters)
         for table in (self.characters, self.positions):
@@ -112,14 +114,13 @@ class LanguageModel(nn.Module):
     def write(self, prompt: Tensor, count: int, temperature: float = 0.6) -> list[int]:
         """Continues prompt by count characters, one at a time, with a key/value cache."""
         generator = torch.Generator().manual_seed(SEED)
-        heads = self.blocks[0].heads
-        shape = (1, CONTEXT, heads, self.head.in_features // heads)
+        shape = (1, CONTEXT, self.heads, self.head.in_features // self.heads)
         caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in self.blocks]
         tokens = prompt.tolist()
         for seen in range(min(len(tokens) + count, CONTEXT) - 1):
             x = self.characters(torch.tensor([tokens[seen]])) + self.positions.weight[seen]
             for block, cache in zip(self.blocks, caches):
-                x = block.decode(x, cache, seen)
+                x = cast(Block, block).decode(x, cache, seen)
             if seen + 1 == len(tokens):
                 chances = (self.head(self.norm(x))[0] / temperature).softmax(0)
                 tokens.append(int(torch.multinomial(chances, 1, generator=generator)))
