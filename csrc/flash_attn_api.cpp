@@ -47,7 +47,7 @@ double scale_of(const std::optional<double>& softmax_scale, const Tensor& q) {
 // (seed, offset) from torch's generator of q's device.
 OptionalTensor draw_rng_state(const Tensor& q, double dropout_p) {
   if (!(dropout_p > 0.0)) return std::nullopt;
-  constexpr int64_t kEnd = std::numeric_limits<int64_t>::max();
+  constexpr int64_t kEnd = int64_t{1} << 62;  // as anyflash.attention draws it
   return aten<Tensor>("aten::randint", "", kEnd, std::vector<int64_t>{2},
                       std::optional<ScalarType>(ScalarType::Long),
                       std::optional<torch::headeronly::Layout>(),

@@ -58,9 +58,9 @@ def main(options: argparse.Namespace) -> int:
     _title("1. What is installed")
     print(_doctor_text.summary(doctor.diagnose(probe=False)))
     _title("2. Sentence embeddings: a pretrained model through flash_attn's packed API")
-    embedded = embedding.run(passages(40 if options.short else 300))
+    embedded = embedding.run(passages(40 if options.short else 400))
     _title("3. A character language model trained with flash_attn and fused_mlp")
-    trained = language_model.run(list(documentation().values()), steps=20 if options.short else 400)
+    trained = language_model.run(list(documentation().values()), steps=20 if options.short else 500)
 
     results = {"embedding": embedded.figures(), "training": trained.figures()}
     (out / "demo.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -146,9 +146,9 @@ def train(
     model: LanguageModel, data: list[tuple[Tensor, Tensor, list[int]]], name: str
 ) -> tuple[list[float], float]:
     """Returns (loss per step, seconds)."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 3e-3, total_steps=len(data), pct_start=0.15
+        optimizer, 2e-3, total_steps=len(data), pct_start=0.15
     )
     losses = []
     began = time.perf_counter()
