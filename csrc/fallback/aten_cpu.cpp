@@ -1,4 +1,5 @@
-// PyTorch's CPU flash attention. It knows square causal masks and explicit ones; everything else is cut into pieces (pieces.h).
+// PyTorch's CPU flash attention. It knows square causal masks and explicit ones; everything else is
+// cut into pieces (pieces.h).
 #include <algorithm>
 #include <limits>
 
@@ -46,7 +47,8 @@ void write_interval_mask(const IntervalMask<int64_t>& mask, const Piece& piece, 
   }
 }
 
-// 0 where the piece's row sees the key, else -inf: (rows, keys), of the one type PyTorch takes besides q's own (beside fp64: only that).
+// 0 where the piece's row sees the key, else -inf: (rows, keys), of the one type PyTorch takes
+// besides q's own (beside fp64: only that).
 Tensor interval_mask(const IntervalMask<int64_t>& mask, const Piece& piece, const Tensor& q) {
   const Tensor result = empty({piece.rows(), piece.keys()}, q, accumulator_type(q));
   if (accumulator_type(q) == ScalarType::Double) {
@@ -65,7 +67,9 @@ Plan plan_run(const AttentionArgs& args, const Run& run, PlanFor purpose) {
   return plan_pieces(interval_of(args, run), args.bias ? PlanFor::kBias : purpose);
 }
 
-bool covers_all_rows(const Plan& plan, const Run& run) { return plan.row_begin == 0 && plan.row_end == run.q.length; }
+bool covers_all_rows(const Plan& plan, const Run& run) {
+  return plan.row_begin == 0 && plan.row_end == run.q.length;
+}
 
 // One run of a problem: lengths are plain numbers here.
 class RunProblem {
@@ -82,22 +86,24 @@ class RunProblem {
   Block attend(const Piece& piece) const {
     const OptionalTensor mask = explicit_mask(piece);
     auto [out, lse] = aten<std::tuple<Tensor, Tensor>>(
-        "aten::_scaled_dot_product_flash_attention_for_cpu", "", transpose(rows_of(q_, piece), 1, 2),
-        transpose(keys_of(k_, piece), 1, 2), transpose(keys_of(v_, piece), 1, 2), 0.0, piece.mask == Piece::Mask::kCausal,
-        mask, std::optional<double>(scale_));
+        "aten::_scaled_dot_product_flash_attention_for_cpu", "",
+        transpose(rows_of(q_, piece), 1, 2), transpose(keys_of(k_, piece), 1, 2),
+        transpose(keys_of(v_, piece), 1, 2), 0.0, piece.mask == Piece::Mask::kCausal, mask,
+        std::optional<double>(scale_));
     out = transpose(out, 1, 2);
     if (bias_) clear_dead_rows(*mask, out, lse);
     return {out, lse};
   }
 
   // dq, dk, dv of one piece; `out` and `lse` are those of the whole rows.
-  std::tuple<Tensor, Tensor, Tensor> differentiate(const Piece& piece, const Tensor& dout, const Tensor& out,
-                                                   const Tensor& lse) const {
+  std::tuple<Tensor, Tensor, Tensor> differentiate(const Piece& piece, const Tensor& dout,
+                                                   const Tensor& out, const Tensor& lse) const {
     auto [dq, dk, dv] = aten<std::tuple<Tensor, Tensor, Tensor>>(
-        "aten::_scaled_dot_product_flash_attention_for_cpu_backward", "", transpose(rows_of(dout, piece), 1, 2),
-        transpose(rows_of(q_, piece), 1, 2), transpose(keys_of(k_, piece), 1, 2), transpose(keys_of(v_, piece), 1, 2),
-        transpose(rows_of(out, piece), 1, 2), lse_of(lse, piece), 0.0, piece.mask == Piece::Mask::kCausal,
-        explicit_mask(piece), std::optional<double>(scale_));
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward", "",
+        transpose(rows_of(dout, piece), 1, 2), transpose(rows_of(q_, piece), 1, 2),
+        transpose(keys_of(k_, piece), 1, 2), transpose(keys_of(v_, piece), 1, 2),
+        transpose(rows_of(out, piece), 1, 2), lse_of(lse, piece), 0.0,
+        piece.mask == Piece::Mask::kCausal, explicit_mask(piece), std::optional<double>(scale_));
     return {transpose(dq, 1, 2), transpose(dk, 1, 2), transpose(dv, 1, 2)};
   }
 
@@ -116,15 +122,19 @@ class RunProblem {
     OptionalTensor mask;
     if (piece.mask == Piece::Mask::kInterval) mask = interval_mask(mask_, piece, q_);
     if (!bias_) return mask;
-    const Tensor bias = narrow_broadcast(narrow_broadcast(*bias_, 2, piece.row_begin, piece.rows()), 3, piece.key_begin, piece.keys());
+    const Tensor bias = narrow_broadcast(narrow_broadcast(*bias_, 2, piece.row_begin, piece.rows()),
+                                         3, piece.key_begin, piece.keys());
     return mask ? to_dtype(add(bias, *mask), bias.scalar_type()) : bias;
   }
 
-  // PyTorch gives a row whose keys are all at -inf the log-sum-exp 0. `mask`: (batch or 1, heads or 1, rows or 1, keys or 1).
+  // PyTorch gives a row whose keys are all at -inf the log-sum-exp 0. `mask`: (batch or 1, heads or
+  // 1, rows or 1, keys or 1).
   static void clear_dead_rows(const Tensor& mask, const Tensor& out, const Tensor& lse) {
-    const Tensor dead = aten<Tensor>("aten::eq", "Tensor", amax(mask, -1), scalar(-kInfinity));  // (batch, heads, rows)
+    const Tensor dead = aten<Tensor>("aten::eq", "Tensor", amax(mask, -1),
+                                     scalar(-kInfinity));  // (batch, heads, rows)
     aten<Tensor>("aten::masked_fill_", "Tensor", lse, dead, scalar(kInfinity));
-    aten<Tensor>("aten::masked_fill_", "Tensor", transpose(out, 1, 2), unsqueeze(dead, -1), scalar(0.0));
+    aten<Tensor>("aten::masked_fill_", "Tensor", transpose(out, 1, 2), unsqueeze(dead, -1),
+                 scalar(0.0));
   }
 
   const double scale_;
@@ -137,12 +147,16 @@ class RunProblem {
 Block merge(const Block& a, const Block& b) {
   const ScalarType dtype = accumulator_type(a.out);
   const Tensor lse = aten<Tensor>("aten::logaddexp", "", a.lse, b.lse);
-  const Tensor weight = unsqueeze(transpose(aten<Tensor>("aten::sigmoid", "", sub(b.lse, a.lse)), 1, 2), -1);
-  return {aten<Tensor>("aten::lerp", "Tensor", to_dtype(a.out, dtype), to_dtype(b.out, dtype), weight), lse};
+  const Tensor weight =
+      unsqueeze(transpose(aten<Tensor>("aten::sigmoid", "", sub(b.lse, a.lse)), 1, 2), -1);
+  return {
+      aten<Tensor>("aten::lerp", "Tensor", to_dtype(a.out, dtype), to_dtype(b.out, dtype), weight),
+      lse};
 }
 
 // The plan of a problem that is one call, whose results need no copy.
-std::optional<Piece> single_call(const AttentionArgs& args, const std::vector<Run>& runs, PlanFor purpose) {
+std::optional<Piece> single_call(const AttentionArgs& args, const std::vector<Run>& runs,
+                                 PlanFor purpose) {
   if (args.packed() || runs.size() != 1 || runs[0].count != args.q.size(0)) return std::nullopt;
   const Plan plan = plan_run(args, runs[0], purpose);
   if (plan.pieces.size() != 1 || !covers_all_rows(plan, runs[0])) return std::nullopt;
@@ -170,7 +184,8 @@ void forward_run(const AttentionArgs& args, const Run& run, const Tensor& out, c
   }
 }
 
-// Sums pieces of a key gradient into (count, length, heads_k, head_dim): keys below `written` hold a sum, the others nothing yet.
+// Sums pieces of a key gradient into (count, length, heads_k, head_dim): keys below `written` hold
+// a sum, the others nothing yet.
 void accumulate(const Tensor& sum, int64_t written, const Piece& piece, const Tensor& x) {
   const int64_t shared = std::clamp<int64_t>(written - piece.key_begin, 0, piece.keys());
   if (shared > 0) {
@@ -178,12 +193,14 @@ void accumulate(const Tensor& sum, int64_t written, const Piece& piece, const Te
     copy_(part, add(part, narrow(x, 1, 0, shared)));
   }
   if (shared < piece.keys()) {
-    copy_(narrow(sum, 1, piece.key_begin + shared, piece.keys() - shared), narrow(x, 1, shared, piece.keys() - shared));
+    copy_(narrow(sum, 1, piece.key_begin + shared, piece.keys() - shared),
+          narrow(x, 1, shared, piece.keys() - shared));
   }
 }
 
 // The gradients are zero on entry.
-void backward_run(const AttentionArgs& args, const BackwardArgs& grad, const Run& run, const Gradients& result) {
+void backward_run(const AttentionArgs& args, const BackwardArgs& grad, const Run& run,
+                  const Gradients& result) {
   const std::vector<Piece> pieces = plan_run(args, run, PlanFor::kBackward).pieces;
   if (pieces.empty()) return;
   const RunProblem problem(args, run);
@@ -232,7 +249,8 @@ Gradients backward(const AttentionArgs& args, const BackwardArgs& grad) {
   const auto piece = single_call(args, runs, PlanFor::kBackward);
   if (piece && piece->keys() == args.k.size(1)) {
     const auto [dq, dk, dv] =
-        RunProblem(args, runs[0]).differentiate(*piece, computable(grad.dout), computable(grad.out), grad.lse);
+        RunProblem(args, runs[0])
+            .differentiate(*piece, computable(grad.dout), computable(grad.out), grad.lse);
     return promised_gradients(args, dq, dk, dv);
   }
   const Gradients result = no_gradients(args);

@@ -1,4 +1,5 @@
-// PyTorch's CUDA flash attention, through the operators that know packed sequences, windows and bottom-right causal masks.
+// PyTorch's CUDA flash attention, through the operators that know packed sequences, windows and
+// bottom-right causal masks.
 #include <algorithm>
 
 #include "fallback/promised.h"
@@ -9,13 +10,17 @@ namespace {
 
 using OptionalInt = std::optional<int64_t>;
 
-// A left window without a right end is closed by this attention at the key length, which hides keys where a sequence has more queries
-// than keys: known for dense problems, not for packed ones, whose lengths are on the device.
+// A left window without a right end is closed by this attention at the key length, which hides keys
+// where a sequence has more queries than keys: known for dense problems, not for packed ones, whose
+// lengths are on the device.
 bool may_lose_keys(const AttentionArgs& args) {
-  return args.window_left >= 0 && args.window_right < 0 && (args.packed() || args.seqused_k || args.max_seqlen_q > args.max_seqlen_k);
+  return args.window_left >= 0 && args.window_right < 0 &&
+         (args.packed() || args.seqused_k || args.max_seqlen_q > args.max_seqlen_k);
 }
 
-bool has_nothing_to_do(const AttentionArgs& args) { return args.q.numel() == 0 || args.k.numel() == 0 || args.max_seqlen_k == 0; }
+bool has_nothing_to_do(const AttentionArgs& args) {
+  return args.q.numel() == 0 || args.k.numel() == 0 || args.max_seqlen_k == 0;
+}
 
 struct Window {
   OptionalInt left, right;
@@ -32,7 +37,9 @@ struct Packed {
   OptionalTensor cu_seqlens_q, cu_seqlens_k;
 };
 
-Tensor as_packed(const Tensor& x) { return reshape(x, {x.size(0) * x.size(1), x.size(2), x.size(3)}); }
+Tensor as_packed(const Tensor& x) {
+  return reshape(x, {x.size(0) * x.size(1), x.size(2), x.size(3)});
+}
 
 // 0, seqlen, 2 seqlen, ...: (batch + 1) int32
 Tensor equal_starts(const AttentionArgs& args, int64_t seqlen) {
@@ -40,15 +47,17 @@ Tensor equal_starts(const AttentionArgs& args, int64_t seqlen) {
 }
 
 Packed packed_for(const AttentionArgs& args) {
-  if (args.packed() || !args.seqused_k) return {args.q, args.k, args.v, args.cu_seqlens_q, args.cu_seqlens_k};
-  return {as_packed(args.q), as_packed(args.k), as_packed(args.v), equal_starts(args, args.max_seqlen_q),
-          equal_starts(args, args.max_seqlen_k)};
+  if (args.packed() || !args.seqused_k)
+    return {args.q, args.k, args.v, args.cu_seqlens_q, args.cu_seqlens_k};
+  return {as_packed(args.q), as_packed(args.k), as_packed(args.v),
+          equal_starts(args, args.max_seqlen_q), equal_starts(args, args.max_seqlen_k)};
 }
 
 // out, log-sum-exp, then three results of no use here (dropout state, a debug mask).
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// For packed sequences of one query each, this attention takes a shortcut that breaks where one of them is empty.
+// For packed sequences of one query each, this attention takes a shortcut that breaks where one of
+// them is empty.
 int64_t longest_query(const AttentionArgs& args) {
   const bool some_empty = args.packed() && args.q.size(0) != args.batch();
   return some_empty ? std::max<int64_t>(args.max_seqlen_q, 2) : args.max_seqlen_q;
@@ -57,13 +66,17 @@ int64_t longest_query(const AttentionArgs& args) {
 // Later versions append arguments (block_table, num_splits), which read as None (aten.h).
 Results call_forward(const AttentionArgs& args, const Packed& packed) {
   const Window window(args);
-  return aten<Results>("aten::_flash_attention_forward", "", packed.q, packed.k, packed.v, packed.cu_seqlens_q, packed.cu_seqlens_k,
-                       longest_query(args), args.max_seqlen_k, /*dropout_p=*/0.0, args.purely_causal(), /*return_debug_mask=*/false,
-                       std::optional<double>(args.softmax_scale), window.left, window.right, args.seqused_k, args.alibi_slopes);
+  return aten<Results>("aten::_flash_attention_forward", "", packed.q, packed.k, packed.v,
+                       packed.cu_seqlens_q, packed.cu_seqlens_k, longest_query(args),
+                       args.max_seqlen_k, /*dropout_p=*/0.0, args.purely_causal(),
+                       /*return_debug_mask=*/false, std::optional<double>(args.softmax_scale),
+                       window.left, window.right, args.seqused_k, args.alibi_slopes);
 }
 
 // (heads, batch * seqlen) -> (batch, heads, seqlen)
-Tensor dense_lse(const AttentionArgs& args, const Tensor& lse) { return transpose(split_dim(lse, 1, args.max_seqlen_q), 0, 1); }
+Tensor dense_lse(const AttentionArgs& args, const Tensor& lse) {
+  return transpose(split_dim(lse, 1, args.max_seqlen_q), 0, 1);
+}
 
 }  // namespace
 
@@ -85,8 +98,9 @@ Gradients backward(const AttentionArgs& args, const BackwardArgs& grad) {
   const Tensor no_state = full({2}, 0, args.q, ScalarType::Long);
   const auto starts = [&](const OptionalTensor& x) { return args.packed() ? *x : undefined(); };
   const auto [dq, dk, dv] = aten<std::tuple<Tensor, Tensor, Tensor>>(
-      "aten::_flash_attention_backward", "", grad.dout, args.q, args.k, args.v, grad.out, contiguous(grad.lse), starts(args.cu_seqlens_q),
-      starts(args.cu_seqlens_k), args.max_seqlen_q, args.max_seqlen_k, /*dropout_p=*/0.0, args.purely_causal(), no_state, no_state,
+      "aten::_flash_attention_backward", "", grad.dout, args.q, args.k, args.v, grad.out,
+      contiguous(grad.lse), starts(args.cu_seqlens_q), starts(args.cu_seqlens_k), args.max_seqlen_q,
+      args.max_seqlen_k, /*dropout_p=*/0.0, args.purely_causal(), no_state, no_state,
       std::optional<double>(args.softmax_scale), window.left, window.right);
   return promised_gradients(args, dq, dk, dv);
 }

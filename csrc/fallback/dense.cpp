@@ -10,13 +10,16 @@ namespace anyflash {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr int64_t kScoreBytes = int64_t{64} << 20;  // of one chunk's scores; a handful of tensors of this size live at a time
+constexpr int64_t kScoreBytes =
+    int64_t{64} << 20;  // of one chunk's scores; a handful of tensors of this size live at a time
 
 Tensor exp_(const Tensor& x) { return aten<Tensor>("aten::exp_", "", x); }
 Tensor mul_(const Tensor& x, const Tensor& y) { return aten<Tensor>("aten::mul_", "Tensor", x, y); }
 Tensor mul_(const Tensor& x, double factor) { return factor == 1 ? x : mul_(x, scalar(factor)); }
 Tensor less(const Tensor& a, const Tensor& b) { return aten<Tensor>("aten::lt", "Tensor", a, b); }
-Tensor greater_equal(const Tensor& a, const Tensor& b) { return aten<Tensor>("aten::ge", "Tensor", a, b); }
+Tensor greater_equal(const Tensor& a, const Tensor& b) {
+  return aten<Tensor>("aten::ge", "Tensor", a, b);
+}
 Tensor equal(const Tensor& a, double b) { return aten<Tensor>("aten::eq", "Tensor", a, scalar(b)); }
 void fill_where_(const Tensor& x, const Tensor& where, double value) {
   aten<Tensor>("aten::masked_fill_", "Tensor", x, where, scalar(value));
@@ -26,7 +29,8 @@ void fill_where_(const Tensor& x, const Tensor& where, double value) {
 Tensor flat_keys(const Tensor& x, ScalarType dtype) {
   const Tensor result = empty({x.size(0), x.size(2), x.size(1), x.size(3)}, x, dtype);
   copy_(result, transpose(x, 1, 2));
-  return view(result, {x.size(0) * x.size(2), x.size(1), x.size(3)}, {x.size(1) * x.size(3), x.size(3), 1});
+  return view(result, {x.size(0) * x.size(2), x.size(1), x.size(3)},
+              {x.size(1) * x.size(3), x.size(3), 1});
 }
 
 // (n * heads_k, keys, d) -> (n, keys, heads_k, d)
@@ -35,7 +39,9 @@ void store_keys(const Tensor& destination, const Tensor& x) {
 }
 
 // sum[.., keys of the chunk, ..] += a b
-void add_product(const Tensor& sum, const Tensor& a, const Tensor& b) { copy_(sum, add(sum, bmm(a, b))); }
+void add_product(const Tensor& sum, const Tensor& a, const Tensor& b) {
+  copy_(sum, add(sum, bmm(a, b)));
+}
 
 }  // namespace
 
@@ -50,25 +56,32 @@ DenseAttention::DenseAttention(const AttentionArgs& args, const DenseBatch& batc
       mask_{batch.q.size(1), batch.k.size(1), args.window_left, args.window_right},
       keys_(flat_keys(batch.k, dtype_)),
       values_(flat_keys(batch.v, dtype_)) {
-  const auto own_sequences = [&](const Tensor& x) { return narrow_broadcast(x, 0, batch.sequence, sequences_); };
+  const auto own_sequences = [&](const Tensor& x) {
+    return narrow_broadcast(x, 0, batch.sequence, sequences_);
+  };
   if (args.alibi_slopes) {
-    const Tensor slopes = args.alibi_slopes->dim() == 1 ? unsqueeze(*args.alibi_slopes, 0) : *args.alibi_slopes;
+    const Tensor slopes =
+        args.alibi_slopes->dim() == 1 ? unsqueeze(*args.alibi_slopes, 0) : *args.alibi_slopes;
     slopes_ = to_dtype(own_sequences(unsqueeze(unsqueeze(slopes, -1), -1)), dtype_);
   }
   if (args.bias) bias_ = own_sequences(four_dims(*args.bias));
-  if (args.sinks) sinks_ = to_dtype(unsqueeze(unsqueeze(unsqueeze(*args.sinks, 0), -1), -1), dtype_);
+  if (args.sinks)
+    sinks_ = to_dtype(unsqueeze(unsqueeze(unsqueeze(*args.sinks, 0), -1), -1), dtype_);
   if (args.dropout_p > 0) dropout_.emplace(args);
 }
 
 // Rows at multiples of a dropout tile, and as many as keep the scores below kScoreBytes.
 std::vector<DenseAttention::Chunk> DenseAttention::chunks() const {
-  const int64_t row_bytes = std::max<int64_t>(sequences_ * heads_ * mask_.seqlen_k * (dtype_ == ScalarType::Double ? 8 : 4), 1);
-  const int64_t rows = std::max(kScoreBytes / row_bytes / DropoutMask::kTile, int64_t{1}) * DropoutMask::kTile;
+  const int64_t row_bytes = std::max<int64_t>(
+      sequences_ * heads_ * mask_.seqlen_k * (dtype_ == ScalarType::Double ? 8 : 4), 1);
+  const int64_t rows =
+      std::max(kScoreBytes / row_bytes / DropoutMask::kTile, int64_t{1}) * DropoutMask::kTile;
   std::vector<Chunk> result;
   for (int64_t row = 0; row < mask_.seqlen_q; row += rows) {
     Chunk chunk{row, std::min(rows, mask_.seqlen_q - row), 0, mask_.seqlen_k};
     if (!batch_.lengths_k) {
-      const int64_t begin = std::min(mask_.kv_begin(row), mask_.seqlen_k) / DropoutMask::kTile * DropoutMask::kTile;
+      const int64_t begin =
+          std::min(mask_.kv_begin(row), mask_.seqlen_k) / DropoutMask::kTile * DropoutMask::kTile;
       const int64_t end = std::max<int64_t>(mask_.kv_end(row + chunk.rows - 1), 0);
       chunk.key = begin;
       chunk.keys = std::max<int64_t>(end - begin, 0);
@@ -78,7 +91,8 @@ std::vector<DenseAttention::Chunk> DenseAttention::chunks() const {
   return result;
 }
 
-// Heads that share keys side by side: (n, rows of x, heads, d) -> (n * heads_k, group * rows, d), contiguous, in dtype_.
+// Heads that share keys side by side: (n, rows of x, heads, d) -> (n * heads_k, group * rows, d),
+// contiguous, in dtype_.
 Tensor DenseAttention::grouped_rows(const Tensor& x, const Chunk& chunk) const {
   const Tensor result = empty({sequences_, heads_, chunk.rows, x.size(3)}, x, dtype_);
   copy_(result, transpose(narrow(x, 1, chunk.row, chunk.rows), 1, 2));
@@ -86,11 +100,15 @@ Tensor DenseAttention::grouped_rows(const Tensor& x, const Chunk& chunk) const {
 }
 
 // The reverse of grouped_rows into the chunk's rows of `destination`.
-void DenseAttention::store_rows(const Tensor& destination, const Chunk& chunk, const Tensor& x) const {
-  copy_(transpose(narrow(destination, 1, chunk.row, chunk.rows), 1, 2), by_head(x, chunk, destination.size(3)));
+void DenseAttention::store_rows(const Tensor& destination, const Chunk& chunk,
+                                const Tensor& x) const {
+  copy_(transpose(narrow(destination, 1, chunk.row, chunk.rows), 1, 2),
+        by_head(x, chunk, destination.size(3)));
 }
 
-Tensor DenseAttention::chunk_keys(const Tensor& x, const Chunk& chunk) const { return narrow(x, 1, chunk.key, chunk.keys); }
+Tensor DenseAttention::chunk_keys(const Tensor& x, const Chunk& chunk) const {
+  return narrow(x, 1, chunk.key, chunk.keys);
+}
 
 // Contiguous (n * heads_k, group * rows, columns) as (n, heads, rows, columns), and back.
 Tensor DenseAttention::by_head(const Tensor& x, const Chunk& chunk, int64_t columns) const {
@@ -115,8 +133,10 @@ Tensor DenseAttention::per_sequence(const Tensor& x) const {
 Tensor DenseAttention::diagonal(const Chunk& chunk) const {
   const Tensor rows = four_dims(unsqueeze(numbers(chunk.row, chunk.rows), -1));
   if (!batch_.lengths_k) return add(rows, scalar(static_cast<double>(mask_.shift())));
-  return add(rows, batch_.lengths_q ? sub(per_sequence(*batch_.lengths_k), per_sequence(*batch_.lengths_q))
-                                    : sub(per_sequence(*batch_.lengths_k), scalar(static_cast<double>(mask_.seqlen_q))));
+  return add(rows, batch_.lengths_q
+                       ? sub(per_sequence(*batch_.lengths_k), per_sequence(*batch_.lengths_q))
+                       : sub(per_sequence(*batch_.lengths_k),
+                             scalar(static_cast<double>(mask_.seqlen_q))));
 }
 
 // begin, begin + 1, .. in dtype_: exact up to 2^24
@@ -130,13 +150,18 @@ Tensor DenseAttention::alibi(const Tensor& diagonal, const Chunk& chunk) const {
   return mul(mul(*slopes_, -1), aten<Tensor>("aten::abs", "", sub(diagonal, keys)));
 }
 
-// kernels/masks.h for tensors of lengths: which keys a row does not see, broadcastable to (n, heads, rows, keys).
+// kernels/masks.h for tensors of lengths: which keys a row does not see, broadcastable to (n,
+// heads, rows, keys).
 Tensor DenseAttention::hidden(const Tensor& diagonal, const Chunk& chunk) const {
   const Tensor keys = numbers(chunk.key, chunk.keys);
   OptionalTensor result;
-  const auto also = [&](const Tensor& x) { result = result ? aten<Tensor>("aten::bitwise_or", "Tensor", *result, x) : x; };
-  if (args_.window_left >= 0) also(less(keys, sub(diagonal, scalar(static_cast<double>(args_.window_left)))));
-  if (args_.window_right >= 0) also(less(add(diagonal, scalar(static_cast<double>(args_.window_right))), keys));
+  const auto also = [&](const Tensor& x) {
+    result = result ? aten<Tensor>("aten::bitwise_or", "Tensor", *result, x) : x;
+  };
+  if (args_.window_left >= 0)
+    also(less(keys, sub(diagonal, scalar(static_cast<double>(args_.window_left)))));
+  if (args_.window_right >= 0)
+    also(less(add(diagonal, scalar(static_cast<double>(args_.window_right))), keys));
   if (batch_.lengths_k) {
     const Tensor lengths = per_sequence(*batch_.lengths_k);
     also(greater_equal(keys, lengths));
@@ -146,18 +171,22 @@ Tensor DenseAttention::hidden(const Tensor& diagonal, const Chunk& chunk) const 
 }
 
 Tensor DenseAttention::bias_chunk(const Tensor& bias, const Chunk& chunk) const {
-  return narrow_broadcast(narrow_broadcast(bias, 2, chunk.row, chunk.rows), 3, chunk.key, chunk.keys);
+  return narrow_broadcast(narrow_broadcast(bias, 2, chunk.row, chunk.rows), 3, chunk.key,
+                          chunk.keys);
 }
 
 OptionalTensor DenseAttention::dropped(const Chunk& chunk) const {
   if (!dropout_) return std::nullopt;
-  const Tensor result = dropout_->dropped(batch_.sequence, sequences_, chunk.row, chunk.rows, chunk.key, chunk.keys);
+  const Tensor result =
+      dropout_->dropped(batch_.sequence, sequences_, chunk.row, chunk.rows, chunk.key, chunk.keys);
   return split_dim(result, 0, heads_);
 }
 
 // `queries`: grouped_rows times the softmax scale.
-DenseAttention::Scores DenseAttention::scores(const Tensor& queries, const Chunk& chunk, bool keep_tanh) const {
-  Scores result{by_head(bmm(queries, transpose(chunk_keys(keys_, chunk), 1, 2)), chunk, chunk.keys), std::nullopt};
+DenseAttention::Scores DenseAttention::scores(const Tensor& queries, const Chunk& chunk,
+                                              bool keep_tanh) const {
+  Scores result{by_head(bmm(queries, transpose(chunk_keys(keys_, chunk), 1, 2)), chunk, chunk.keys),
+                std::nullopt};
   Tensor& s = result.values;
   if (args_.softcap > 0) {
     const Tensor tanh = aten<Tensor>("aten::tanh_", "", mul_(s, 1 / args_.softcap));
@@ -180,7 +209,9 @@ DenseAttention::Scores DenseAttention::scores(const Tensor& queries, const Chunk
       s = add(s, to_dtype(bias, dtype_));
     }
   }
-  if (masked) fill_where_(s, hidden(*rows, chunk), -kInfinity);  // last: a bias may hold anything where nothing is used
+  if (masked)
+    fill_where_(s, hidden(*rows, chunk),
+                -kInfinity);  // last: a bias may hold anything where nothing is used
   return result;
 }
 
@@ -202,7 +233,8 @@ void DenseAttention::forward_chunk(const Chunk& chunk, const Tensor& out, const 
     fill_where_(p, *drop, 0);
     total = mul_(total, 1 / dropout_->kept_scale());
   }
-  const Tensor sums = by_head(bmm(by_group(p, chunk, chunk.keys), chunk_keys(values_, chunk)), chunk, out.size(3));
+  const Tensor sums =
+      by_head(bmm(by_group(p, chunk, chunk.keys), chunk_keys(values_, chunk)), chunk, out.size(3));
   const Tensor row_out = aten<Tensor>("aten::div_", "Tensor", sums, total);
   fill_where_(row_out, dead, 0);
   store_rows(out, chunk, row_out);
@@ -230,19 +262,24 @@ Tensor reduce_like(const Tensor& x, const Tensor& like) {
   return dims.empty() ? x : sum(x, dims, true);
 }
 
-void accumulate(const Tensor& destination, const Tensor& x) { copy_(destination, add(destination, x)); }
+void accumulate(const Tensor& destination, const Tensor& x) {
+  copy_(destination, add(destination, x));
+}
 
 }  // namespace
 
-void DenseAttention::backward_chunk(const Chunk& chunk, const DenseGrad& grad, const DenseGradResult& result,
-                                    const Tensor& sum_dk, const Tensor& sum_dv) const {
+void DenseAttention::backward_chunk(const Chunk& chunk, const DenseGrad& grad,
+                                    const DenseGradResult& result, const Tensor& sum_dk,
+                                    const Tensor& sum_dv) const {
   const Tensor queries = mul_(grouped_rows(batch_.q, chunk), args_.softmax_scale);
   const Tensor lse = lse_rows(grad.lse, chunk);
   const Tensor dead = equal(lse, kInfinity);
   const Tensor dout = grouped_rows(grad.dout, chunk);
   fill_where_(by_head(dout, chunk, dout.size(2)), dead, 0);
   // d score = p (dp - offset), offset = sum over keys of p dp, less the gradient of the log-sum-exp
-  Tensor offset = sum(mul(by_head(dout, chunk, dout.size(2)), by_head(grouped_rows(grad.out, chunk), chunk, dout.size(2))), {-1}, true);
+  Tensor offset = sum(mul(by_head(dout, chunk, dout.size(2)),
+                          by_head(grouped_rows(grad.out, chunk), chunk, dout.size(2))),
+                      {-1}, true);
   if (grad.dlse) {
     const Tensor dlse = mul(lse_rows(*grad.dlse, chunk), 1);
     fill_where_(dlse, dead, 0);
@@ -261,14 +298,16 @@ void DenseAttention::backward_chunk(const Chunk& chunk, const DenseGrad& grad, c
     mul_(dp, dropout_->kept_scale());
     const Tensor kept = mul(p, dropout_->kept_scale());
     fill_where_(kept, *drop, 0);
-    add_product(chunk_keys(sum_dv, chunk), transpose(by_group(kept, chunk, chunk.keys), 1, 2), dout);
+    add_product(chunk_keys(sum_dv, chunk), transpose(by_group(kept, chunk, chunk.keys), 1, 2),
+                dout);
   } else {
     add_product(chunk_keys(sum_dv, chunk), transpose(by_group(p, chunk, chunk.keys), 1, 2), dout);
   }
   dp = sub(dp, offset);
   const Tensor ds = mul_(dp, p);
   if (result.dbias) {
-    const Tensor part = bias_chunk(narrow_broadcast(*result.dbias, 0, batch_.sequence, sequences_), chunk);
+    const Tensor part =
+        bias_chunk(narrow_broadcast(*result.dbias, 0, batch_.sequence, sequences_), chunk);
     accumulate(part, reduce_like(ds, part));
   }
   if (scores.tanh) mul_(ds, sub(scalar(1.0), mul_(*scores.tanh, *scores.tanh)));

@@ -1,4 +1,5 @@
-// Attention over one dense batch, composed from plain operators in chunks of query rows: all features, any device, no host sync.
+// Attention over one dense batch, composed from plain operators in chunks of query rows: all
+// features, any device, no host sync.
 #pragma once
 
 #include "attention.h"
@@ -8,8 +9,8 @@
 
 namespace anyflash {
 
-// Sequences [sequence, sequence + q.size(0)) of a problem. Where their lengths differ they are padded: with rows and keys of zeros, and
-// the true lengths in tensors, which stay on their device.
+// Sequences [sequence, sequence + q.size(0)) of a problem. Where their lengths differ they are
+// padded: with rows and keys of zeros, and the true lengths in tensors, which stay on their device.
 struct DenseBatch {
   int64_t sequence;
   Tensor q;                  // (n, rows, heads, head_dim)
@@ -19,7 +20,8 @@ struct DenseBatch {
   OptionalTensor lengths_k;  // (n), unset: every length is k.size(1)
 };
 
-// What the backward has beside the batch: rows that belong to no sequence hold dout 0, lse +inf, dlse 0.
+// What the backward has beside the batch: rows that belong to no sequence hold dout 0, lse +inf,
+// dlse 0.
 struct DenseGrad {
   Tensor dout;          // (n, rows, heads, head_dim_v)
   Tensor out;           // the same
@@ -70,8 +72,8 @@ class DenseAttention {
   OptionalTensor dropped(const Chunk& chunk) const;
   Tensor bias_chunk(const Tensor& bias, const Chunk& chunk) const;
   void forward_chunk(const Chunk& chunk, const Tensor& out, const Tensor& lse) const;
-  void backward_chunk(const Chunk& chunk, const DenseGrad& grad, const DenseGradResult& result, const Tensor& sum_dk,
-                      const Tensor& sum_dv) const;
+  void backward_chunk(const Chunk& chunk, const DenseGrad& grad, const DenseGradResult& result,
+                      const Tensor& sum_dk, const Tensor& sum_dv) const;
 
   const AttentionArgs& args_;
   const DenseBatch& batch_;

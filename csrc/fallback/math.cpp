@@ -1,5 +1,6 @@
-// Attention composed from plain operators (dense.h): every feature, on any device. On the CPU sequence by sequence, with exact lengths;
-// elsewhere padded, so that no length has to come to the host.
+// Attention composed from plain operators (dense.h): every feature, on any device. On the CPU
+// sequence by sequence, with exact lengths; elsewhere padded, so that no length has to come to the
+// host.
 #include <algorithm>
 #include <limits>
 
@@ -15,10 +16,12 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// Scores of this many elements are one chunk (dense.cpp) at most; batches are cut so that a chunk of 16 rows stays below it.
+// Scores of this many elements are one chunk (dense.cpp) at most; batches are cut so that a chunk
+// of 16 rows stays below it.
 constexpr int64_t kMaxScores = int64_t{1} << 24;
 
-// `x` of a batch reduced to sequences [begin, begin + count); the lengths of one sequence are a slice too.
+// `x` of a batch reduced to sequences [begin, begin + count); the lengths of one sequence are a
+// slice too.
 OptionalTensor sequences_of(const OptionalTensor& x, int64_t begin, int64_t count) {
   return x ? OptionalTensor(narrow(*x, 0, begin, count)) : x;
 }
@@ -31,25 +34,29 @@ void for_each_part(const DenseBatch& batch, Compute compute) {
   const int64_t step = std::clamp<int64_t>(kMaxScores / scores, 1, std::max<int64_t>(count, 1));
   for (int64_t begin = 0; begin < count; begin += step) {
     const int64_t size = std::min(step, count - begin);
-    compute(DenseBatch{batch.sequence + begin, narrow(batch.q, 0, begin, size), narrow(batch.k, 0, begin, size),
-                       narrow(batch.v, 0, begin, size), sequences_of(batch.lengths_q, begin, size),
+    compute(DenseBatch{batch.sequence + begin, narrow(batch.q, 0, begin, size),
+                       narrow(batch.k, 0, begin, size), narrow(batch.v, 0, begin, size),
+                       sequences_of(batch.lengths_q, begin, size),
                        sequences_of(batch.lengths_k, begin, size)},
             begin, size);
   }
 }
 
-void forward_dense(const AttentionArgs& args, const DenseBatch& batch, const Tensor& out, const Tensor& lse) {
+void forward_dense(const AttentionArgs& args, const DenseBatch& batch, const Tensor& out,
+                   const Tensor& lse) {
   for_each_part(batch, [&](const DenseBatch& part, int64_t begin, int64_t size) {
     DenseAttention(args, part).forward(narrow(out, 0, begin, size), narrow(lse, 0, begin, size));
   });
 }
 
-void backward_dense(const AttentionArgs& args, const DenseBatch& batch, const DenseGrad& grad, const DenseGradResult& result) {
+void backward_dense(const AttentionArgs& args, const DenseBatch& batch, const DenseGrad& grad,
+                    const DenseGradResult& result) {
   for_each_part(batch, [&](const DenseBatch& part, int64_t begin, int64_t size) {
     const auto own = [&](const Tensor& x) { return narrow(x, 0, begin, size); };
     DenseAttention(args, part)
-        .backward({own(grad.dout), own(grad.out), own(grad.lse), sequences_of(grad.dlse, begin, size)},
-                  {own(result.dq), own(result.dk), own(result.dv), result.dbias, result.dsinks});
+        .backward(
+            {own(grad.dout), own(grad.out), own(grad.lse), sequences_of(grad.dlse, begin, size)},
+            {own(result.dq), own(result.dk), own(result.dv), result.dbias, result.dsinks});
   });
 }
 
@@ -82,8 +89,12 @@ ForwardResult forward_by_sequence(const AttentionArgs& args) {
   const Tensor lse = new_lse(args);
   clear_unowned_rows(args, out, lse);
   for (const Run& run : split_runs(args)) {
-    const DenseBatch batch{run.sequence, query_rows(args, run, args.q), key_rows(args, run, args.k), key_rows(args, run, args.v),
-                           std::nullopt, std::nullopt};
+    const DenseBatch batch{run.sequence,
+                           query_rows(args, run, args.q),
+                           key_rows(args, run, args.k),
+                           key_rows(args, run, args.v),
+                           std::nullopt,
+                           std::nullopt};
     forward_dense(args, batch, query_rows(args, run, out), lse_rows(args, run, lse));
   }
   return {out, lse};
@@ -94,13 +105,19 @@ Gradients backward_by_sequence(const AttentionArgs& args, const BackwardArgs& gr
   const Tensor dq = zeros_like(args.q), dk = zeros_like(args.k), dv = zeros_like(args.v);
   for (const Run& run : split_runs(args)) {
     if (run.k.length == 0) continue;
-    const DenseBatch batch{run.sequence, query_rows(args, run, args.q), key_rows(args, run, args.k), key_rows(args, run, args.v),
-                           std::nullopt, std::nullopt};
+    const DenseBatch batch{run.sequence,
+                           query_rows(args, run, args.q),
+                           key_rows(args, run, args.k),
+                           key_rows(args, run, args.v),
+                           std::nullopt,
+                           std::nullopt};
     OptionalTensor dlse;
     if (grad.dlse) dlse = lse_rows(args, run, *grad.dlse);
     backward_dense(args, batch,
-                   {query_rows(args, run, grad.dout), query_rows(args, run, grad.out), lse_rows(args, run, grad.lse), dlse},
-                   {query_rows(args, run, dq), key_rows(args, run, dk), key_rows(args, run, dv), shared.dbias, shared.dsinks});
+                   {query_rows(args, run, grad.dout), query_rows(args, run, grad.out),
+                    lse_rows(args, run, grad.lse), dlse},
+                   {query_rows(args, run, dq), key_rows(args, run, dk), key_rows(args, run, dv),
+                    shared.dbias, shared.dsinks});
   }
   return {dq, dk, dv, shared.bias_gradient(args), shared.sinks_gradient(args)};
 }
@@ -116,7 +133,8 @@ ForwardResult forward_padded(const AttentionArgs& args) {
     return {out, lse};
   }
   const Sizes q = padded.q.sizes();
-  const Tensor padded_out = empty({q[0], q[1], q[2], args.head_dim_v()}, args.q, accumulator_type(args.q));
+  const Tensor padded_out =
+      empty({q[0], q[1], q[2], args.head_dim_v()}, args.q, accumulator_type(args.q));
   const Tensor padded_lse = empty({q[0], q[2], q[1]}, args.q, accumulator_type(args.q));
   forward_dense(args, batch, padded_out, padded_lse);
   padded.unpad_query(out, padded_out, 0);
@@ -132,8 +150,11 @@ Gradients backward_padded(const AttentionArgs& args, const BackwardArgs& grad) {
     const DenseBatch batch{0, padded.q, padded.k, padded.v, padded.lengths_q, padded.lengths_k};
     OptionalTensor dlse;
     if (grad.dlse) dlse = padded.pad_lse(*grad.dlse, 0);
-    const Tensor padded_dq = empty_like(padded.q), padded_dk = empty_like(padded.k), padded_dv = empty_like(padded.v);
-    backward_dense(args, batch, {padded.pad_query(grad.dout), padded.pad_query(grad.out), padded.pad_lse(grad.lse, kInfinity), dlse},
+    const Tensor padded_dq = empty_like(padded.q), padded_dk = empty_like(padded.k),
+                 padded_dv = empty_like(padded.v);
+    backward_dense(args, batch,
+                   {padded.pad_query(grad.dout), padded.pad_query(grad.out),
+                    padded.pad_lse(grad.lse, kInfinity), dlse},
                    {padded_dq, padded_dk, padded_dv, shared.dbias, shared.dsinks});
     padded.unpad_query(dq, padded_dq, 0);
     padded.unpad_key(dk, padded_dk);
@@ -142,7 +163,9 @@ Gradients backward_padded(const AttentionArgs& args, const BackwardArgs& grad) {
   return {dq, dk, dv, shared.bias_gradient(args), shared.sinks_gradient(args)};
 }
 
-ForwardResult forward(const AttentionArgs& args) { return args.q.is_cpu() ? forward_by_sequence(args) : forward_padded(args); }
+ForwardResult forward(const AttentionArgs& args) {
+  return args.q.is_cpu() ? forward_by_sequence(args) : forward_padded(args);
+}
 
 Gradients backward(const AttentionArgs& args, const BackwardArgs& grad) {
   return args.q.is_cpu() ? backward_by_sequence(args, grad) : backward_padded(args, grad);

@@ -9,10 +9,16 @@ namespace {
 Tensor minimum(const Tensor& a, const Tensor& b) { return aten<Tensor>("aten::minimum", "", a, b); }
 Tensor maximum(const Tensor& a, const Tensor& b) { return aten<Tensor>("aten::maximum", "", a, b); }
 Tensor less(const Tensor& a, const Tensor& b) { return aten<Tensor>("aten::lt", "Tensor", a, b); }
-Tensor both(const Tensor& a, const Tensor& b) { return aten<Tensor>("aten::bitwise_and", "Tensor", a, b); }
-Tensor floor_divide(const Tensor& a, int64_t b) { return aten<Tensor>("aten::floor_divide", "", a, scalar(b)); }
+Tensor both(const Tensor& a, const Tensor& b) {
+  return aten<Tensor>("aten::bitwise_and", "Tensor", a, b);
+}
+Tensor floor_divide(const Tensor& a, int64_t b) {
+  return aten<Tensor>("aten::floor_divide", "", a, scalar(b));
+}
 Tensor to_int64(const Tensor& x) { return to_dtype(x, ScalarType::Long); }
-Tensor index_select(const Tensor& x, const Tensor& index) { return aten<Tensor>("aten::index_select", "", x, 0, index); }
+Tensor index_select(const Tensor& x, const Tensor& index) {
+  return aten<Tensor>("aten::index_select", "", x, 0, index);
+}
 
 Tensor flat(const Tensor& x) { return reshape(x, {-1}); }
 
@@ -48,34 +54,41 @@ Tensor split_rows(const Tensor& x, int64_t inner) { return split_dim(x, 0, inner
 OptionalTensor key_lengths(const AttentionArgs& args) {
   OptionalTensor lengths;
   if (args.cu_seqlens_k) lengths = differences(*args.cu_seqlens_k, args.batch());
-  if (args.seqused_k) lengths = lengths ? minimum(*lengths, to_int64(*args.seqused_k)) : to_int64(*args.seqused_k);
+  if (args.seqused_k)
+    lengths = lengths ? minimum(*lengths, to_int64(*args.seqused_k)) : to_int64(*args.seqused_k);
   if (!lengths && !args.leftpad_k) return std::nullopt;
-  if (!lengths) lengths = to_int64(full({args.batch()}, static_cast<double>(args.max_seqlen_k), args.q, ScalarType::Double));
+  if (!lengths)
+    lengths = to_int64(
+        full({args.batch()}, static_cast<double>(args.max_seqlen_k), args.q, ScalarType::Double));
   if (args.leftpad_k) lengths = sub(*lengths, to_int64(*args.leftpad_k));
   return maximum(*lengths, scalar(int64_t{0}));
 }
 
-// (pages, page, ..) -> (batch, max_blocks * page, ..). A table entry beyond the used length may be anything: clamped, its rows are unused.
+// (pages, page, ..) -> (batch, max_blocks * page, ..). A table entry beyond the used length may be
+// anything: clamped, its rows are unused.
 Tensor gather_pages(const Tensor& x, const Tensor& table) {
-  const Tensor inside = maximum(minimum(to_int64(table), scalar(x.size(0) - 1)), scalar(int64_t{0}));
+  const Tensor inside =
+      maximum(minimum(to_int64(table), scalar(x.size(0) - 1)), scalar(int64_t{0}));
   return split_rows(merge_rows(index_select(x, flat(inside))), table.size(1) * x.size(1));
 }
 
 }  // namespace
 
-RowMap::RowMap(const OptionalTensor& starts, const Tensor& lengths, const OptionalTensor& skip, int64_t storage_rows,
-               int64_t capacity, int64_t positions)
+RowMap::RowMap(const OptionalTensor& starts, const Tensor& lengths, const OptionalTensor& skip,
+               int64_t storage_rows, int64_t capacity, int64_t positions)
     : batch_(lengths.size(0)), positions_(positions) {
   const Tensor position = arange(positions, lengths);
   const Tensor last_row = scalar(storage_rows - 1);
-  Tensor first = starts ? to_int64(narrow(*starts, 0, 0, batch_)) : mul(arange(batch_, lengths), scalar(capacity));
+  Tensor first = starts ? to_int64(narrow(*starts, 0, 0, batch_))
+                        : mul(arange(batch_, lengths), scalar(capacity));
   if (skip) first = add(first, to_int64(*skip));  // storage row of position 0
   to_padded_ = flat(minimum(add(column(first), position), last_row));
   padded_valid_ = flat(less(position, column(lengths)));
 
   const Tensor row = arange(storage_rows, lengths);
   const Tensor sequence =
-      starts ? sub(aten<Tensor>("aten::bucketize", "Tensor", row, to_int64(*starts), false, true), scalar(int64_t{1}))
+      starts ? sub(aten<Tensor>("aten::bucketize", "Tensor", row, to_int64(*starts), false, true),
+                   scalar(int64_t{1}))
              : floor_divide(row, capacity);
   const Tensor owner = maximum(minimum(sequence, scalar(batch_ - 1)), scalar(int64_t{0}));
   const Tensor offset = sub(row, index_select(first, owner));
@@ -87,7 +100,8 @@ RowMap::RowMap(const OptionalTensor& starts, const Tensor& lengths, const Option
 
 Tensor RowMap::pad(const Tensor& storage, double fill) const {
   if (storage.size(0) == 0) return filled({batch_, positions_}, storage, 1, fill);
-  return split_rows(fill_invalid(index_select(storage, to_padded_), padded_valid_, fill), positions_);
+  return split_rows(fill_invalid(index_select(storage, to_padded_), padded_valid_, fill),
+                    positions_);
 }
 
 Tensor RowMap::unpad(const Tensor& padded, double fill) const {
@@ -95,24 +109,30 @@ Tensor RowMap::unpad(const Tensor& padded, double fill) const {
   return fill_invalid(index_select(merge_rows(padded), to_storage_), storage_valid_, fill);
 }
 
-PaddedProblem::PaddedProblem(const AttentionArgs& args) : q(args.q), k(args.k), v(args.v), lengths_k(key_lengths(args)) {
+PaddedProblem::PaddedProblem(const AttentionArgs& args)
+    : q(args.q), k(args.k), v(args.v), lengths_k(key_lengths(args)) {
   if (args.packed()) {
     lengths_q = differences(*args.cu_seqlens_q, args.batch());
-    query_rows_.emplace(args.cu_seqlens_q, *lengths_q, std::nullopt, args.q.size(0), 0, args.max_seqlen_q);
+    query_rows_.emplace(args.cu_seqlens_q, *lengths_q, std::nullopt, args.q.size(0), 0,
+                        args.max_seqlen_q);
   }
   const bool packed_k = args.packed() && !args.paged();
   if (lengths_k) {
     const int64_t rows = packed_k ? args.k.size(0) : args.batch() * args.max_seqlen_k;
-    key_rows_.emplace(packed_k ? args.cu_seqlens_k : std::nullopt, *lengths_k, args.leftpad_k, rows, args.max_seqlen_k,
-                      args.max_seqlen_k);
+    key_rows_.emplace(packed_k ? args.cu_seqlens_k : std::nullopt, *lengths_k, args.leftpad_k, rows,
+                      args.max_seqlen_k, args.max_seqlen_k);
   }
-  if (lengths_q && !lengths_k) lengths_k = to_int64(full({args.batch()}, static_cast<double>(args.max_seqlen_k), q, ScalarType::Double));
+  if (lengths_q && !lengths_k)
+    lengths_k = to_int64(
+        full({args.batch()}, static_cast<double>(args.max_seqlen_k), q, ScalarType::Double));
   q = pad_query(args.q);
   k = pad_key(args, args.k);
   v = pad_key(args, args.v);
 }
 
-Tensor PaddedProblem::pad_query(const Tensor& x) const { return query_rows_ ? query_rows_->pad(x, 0) : x; }
+Tensor PaddedProblem::pad_query(const Tensor& x) const {
+  return query_rows_ ? query_rows_->pad(x, 0) : x;
+}
 
 Tensor PaddedProblem::pad_lse(const Tensor& lse, double fill) const {
   if (!query_rows_) return lse;

@@ -6,10 +6,11 @@ namespace anyflash {
 
 namespace {
 
-// Measured on PyTorch 2.13: its causal attention skips invisible keys only from about this many rows on; below it, one call with a mask
-// (or, in the forward, a few) is faster than two without.
+// Measured on PyTorch 2.13: its causal attention skips invisible keys only from about this many
+// rows on; below it, one call with a mask (or, in the forward, a few) is faster than two without.
 constexpr int64_t kCausalMinRows = 1024;
-// Rows per piece where masks are explicit: few enough to skip most invisible keys, enough for large matrix products.
+// Rows per piece where masks are explicit: few enough to skip most invisible keys, enough for large
+// matrix products.
 constexpr int64_t kChunkMinRows = 64;
 constexpr int64_t kCausalChunkRows = 192;
 constexpr int64_t kChunkMaxRows = 512;
@@ -19,13 +20,15 @@ class Planner {
   Planner(const IntervalMask<int64_t>& mask, PlanFor purpose) : mask_(mask), purpose_(purpose) {}
 
   Plan run() {
-    // Both interval ends never decrease, so the rows with keys are one range, and so are those that see the first key.
+    // Both interval ends never decrease, so the rows with keys are one range, and so are those that
+    // see the first key.
     plan_.row_begin = first_row([&](int64_t row) { return mask_.kv_end(row) > 0; }, 0);
-    plan_.row_end = first_row([&](int64_t row) { return mask_.kv_begin(row) >= mask_.seqlen_k; }, 0);
+    plan_.row_end =
+        first_row([&](int64_t row) { return mask_.kv_begin(row) >= mask_.seqlen_k; }, 0);
     plan_.row_begin = std::min(plan_.row_begin, plan_.row_end);
-    const int64_t windowed = std::clamp(
-        first_row([&](int64_t row) { return mask_.kv_begin(row) > 0; }, plan_.row_begin),
-        plan_.row_begin, plan_.row_end);
+    const int64_t windowed =
+        std::clamp(first_row([&](int64_t row) { return mask_.kv_begin(row) > 0; }, plan_.row_begin),
+                   plan_.row_begin, plan_.row_end);
     if (purpose_ == PlanFor::kBias) {
       add_chunks(plan_.row_begin, plan_.row_end, chunk_rows());
     } else {
@@ -59,8 +62,10 @@ class Planner {
   // Rows that see keys [0, kv_end(row)).
   void add_from_first_key(int64_t begin, int64_t end) {
     if (begin >= end) return;
-    // Rows before `full` see one key more than their predecessor; `full` is the first that sees the last key.
-    const int64_t full = first_row([&](int64_t row) { return mask_.kv_end(row) == mask_.seqlen_k; }, begin);
+    // Rows before `full` see one key more than their predecessor; `full` is the first that sees the
+    // last key.
+    const int64_t full =
+        first_row([&](int64_t row) { return mask_.kv_end(row) == mask_.seqlen_k; }, begin);
     if (full > begin) {
       const int64_t growing_end = std::min(end, full + 1);
       add_growing(begin, growing_end);
@@ -70,7 +75,8 @@ class Planner {
   }
 
   void add_growing(int64_t begin, int64_t end) {
-    const int64_t common = mask_.kv_end(begin) - 1;  // keys before it are seen by all, then a square triangle
+    const int64_t common =
+        mask_.kv_end(begin) - 1;  // keys before it are seen by all, then a square triangle
     const int64_t rows = end - begin;
     if (common == 0) {
       add(begin, end, 0, rows, Piece::Mask::kCausal);
@@ -78,7 +84,9 @@ class Planner {
       add(begin, end, 0, common, Piece::Mask::kNone);
       add(begin, end, common, common + rows, Piece::Mask::kCausal, /*merges=*/true);
     } else {
-      add_chunks(begin, end, purpose_ == PlanFor::kForward && rows > kCausalChunkRows * 3 / 2 ? kCausalChunkRows : rows);
+      add_chunks(begin, end,
+                 purpose_ == PlanFor::kForward && rows > kCausalChunkRows * 3 / 2 ? kCausalChunkRows
+                                                                                  : rows);
     }
   }
 

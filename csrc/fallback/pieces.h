@@ -1,4 +1,5 @@
-// How one attention problem is cut into calls of an attention that knows no mask, the top-left causal mask, or an explicit one.
+// How one attention problem is cut into calls of an attention that knows no mask, the top-left
+// causal mask, or an explicit one.
 #pragma once
 
 #include <cstdint>
@@ -18,14 +19,15 @@ struct Piece {
   int64_t row_begin, row_end;
   int64_t key_begin, key_end;
   Mask mask;
-  bool merges;  // more keys for the rows of the piece before it: the two results are merged by their log-sum-exp
+  bool merges;  // more keys for the rows of the piece before it: the two results are merged by
+                // their log-sum-exp
 
   int64_t rows() const { return row_end - row_begin; }
   int64_t keys() const { return key_end - key_begin; }
 };
 
-// Pieces in the order of their rows, each visible (row, key) in exactly one. Rows outside [row_begin, row_end) see no key; in each piece
-// that does not merge every row sees one.
+// Pieces in the order of their rows, each visible (row, key) in exactly one. Rows outside
+// [row_begin, row_end) see no key; in each piece that does not merge every row sees one.
 struct Plan {
   int64_t row_begin = 0, row_end = 0;
   std::vector<Piece> pieces;
@@ -33,7 +35,8 @@ struct Plan {
 
 enum class PlanFor {
   kForward,
-  kBackward,  // pieces share few keys: what several of them add to a key's gradient costs passes over memory
+  kBackward,  // pieces share few keys: what several of them add to a key's gradient costs passes
+              // over memory
   kBias,      // neither causal nor merging pieces: the scores are masked explicitly anyway
 };
 

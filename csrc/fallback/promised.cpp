@@ -55,8 +55,10 @@ Gradients no_gradients(const AttentionArgs& args) {
   return {zeros_like(args.q), zeros_like(args.k), zeros_like(args.v), std::nullopt, std::nullopt};
 }
 
-Gradients promised_gradients(const AttentionArgs& args, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
-  return {as_promised(dq, args.q), as_promised(dk, args.k), as_promised(dv, args.v), std::nullopt, std::nullopt};
+Gradients promised_gradients(const AttentionArgs& args, const Tensor& dq, const Tensor& dk,
+                             const Tensor& dv) {
+  return {as_promised(dq, args.q), as_promised(dk, args.k), as_promised(dv, args.v), std::nullopt,
+          std::nullopt};
 }
 
 ScalarType accumulator_type(const Tensor& x) {

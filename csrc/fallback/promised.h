@@ -6,7 +6,8 @@
 
 namespace anyflash {
 
-// out and lse as the fake kernels promise them, uninitialised: out has q's strides where head_dim_v is head_dim, else it is contiguous.
+// out and lse as the fake kernels promise them, uninitialised: out has q's strides where head_dim_v
+// is head_dim, else it is contiguous.
 Tensor new_out(const AttentionArgs& args);
 Tensor new_lse(const AttentionArgs& args);
 // Gradients of every element, none of which counts: empty_like and zero.
@@ -20,7 +21,8 @@ ForwardResult nothing_visible(const AttentionArgs& args);
 Gradients no_gradients(const AttentionArgs& args);
 
 // Gradients of a route, laid out like q, k and v.
-Gradients promised_gradients(const AttentionArgs& args, const Tensor& dq, const Tensor& dk, const Tensor& dv);
+Gradients promised_gradients(const AttentionArgs& args, const Tensor& dq, const Tensor& dk,
+                             const Tensor& dv);
 
 // The type that sums are kept in: fp64 for fp64, else fp32.
 ScalarType accumulator_type(const Tensor& x);

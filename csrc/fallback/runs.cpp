@@ -11,7 +11,8 @@ namespace {
 class HostInts {
  public:
   explicit HostInts(const OptionalTensor& x)
-      : data_(x ? static_cast<const int32_t*>(x->data_ptr()) : nullptr), stride_(x ? x->stride(0) : 0) {}
+      : data_(x ? static_cast<const int32_t*>(x->data_ptr()) : nullptr),
+        stride_(x ? x->stride(0) : 0) {}
   explicit operator bool() const { return data_ != nullptr; }
   int64_t operator[](int64_t index) const { return data_[index * stride_]; }
 
@@ -29,8 +30,8 @@ bool continues(const Span& span, int64_t count, const Span& next, bool packed) {
 
 Tensor packed_rows(const Span& span, int64_t count, const Tensor& x) {
   const int64_t row = x.stride(0);
-  return view(x, {count, span.length, x.size(1), x.size(2)}, {span.step * row, row, x.stride(1), x.stride(2)},
-              span.begin * row);
+  return view(x, {count, span.length, x.size(1), x.size(2)},
+              {span.step * row, row, x.stride(1), x.stride(2)}, span.begin * row);
 }
 
 Tensor dense_rows(const Span& span, const Run& run, const Tensor& x) {
@@ -42,11 +43,12 @@ Tensor gather_pages(const AttentionArgs& args, const Run& run, const Tensor& x) 
   const int64_t page = x.size(1);
   const int64_t pages = (run.k.begin + run.k.length + page - 1) / page;
   const Tensor table = narrow(select(*args.block_table, 0, run.sequence), 0, 0, pages);
-  const Tensor gathered = aten<Tensor>("aten::index_select", "", x, 0, table);  // (pages, page, heads_k, n), contiguous
+  const Tensor gathered =
+      aten<Tensor>("aten::index_select", "", x, 0, table);  // (pages, page, heads_k, n), contiguous
   const Sizes sizes = gathered.sizes();
   const int64_t row = sizes[2] * sizes[3];
-  return view(gathered, {1, run.k.length, sizes[2], sizes[3]}, {pages * page * row, row, sizes[3], 1},
-              run.k.begin * row);
+  return view(gathered, {1, run.k.length, sizes[2], sizes[3]},
+              {pages * page * row, row, sizes[3], 1}, run.k.begin * row);
 }
 
 }  // namespace
@@ -100,7 +102,8 @@ Tensor key_rows(const AttentionArgs& args, const Run& run, const Tensor& x) {
 }
 
 Tensor lse_rows(const AttentionArgs& args, const Run& run, const Tensor& lse) {
-  if (!args.packed()) return run.count == lse.size(0) ? lse : narrow(lse, 0, run.sequence, run.count);
+  if (!args.packed())
+    return run.count == lse.size(0) ? lse : narrow(lse, 0, run.sequence, run.count);
   const int64_t row = lse.stride(1);
   return view(lse, {run.count, lse.size(0), run.q.length}, {run.q.step * row, lse.stride(0), row},
               run.q.begin * row);

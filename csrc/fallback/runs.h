@@ -1,4 +1,5 @@
-// A CPU problem as dense batches: lengths are read on the host, and neighbouring sequences of equal lengths are one batch.
+// A CPU problem as dense batches: lengths are read on the host, and neighbouring sequences of equal
+// lengths are one batch.
 #pragma once
 
 #include <vector>
@@ -9,7 +10,8 @@
 
 namespace anyflash {
 
-// Rows of consecutive sequences: the n-th sequence begins at storage row begin + n * step (dense storage: row `begin` of batch entry n).
+// Rows of consecutive sequences: the n-th sequence begins at storage row begin + n * step (dense
+// storage: row `begin` of batch entry n).
 struct Span {
   int64_t begin, step, length;
 };
@@ -25,11 +27,13 @@ std::vector<Run> split_runs(const AttentionArgs& args);
 
 // The run's part of a tensor laid out like q: (count, length, heads, n).
 Tensor query_rows(const AttentionArgs& args, const Run& run, const Tensor& x);
-// The run's part of a tensor laid out like k: (count, length, heads_k, n); paged: gathered from its pages.
+// The run's part of a tensor laid out like k: (count, length, heads_k, n); paged: gathered from its
+// pages.
 Tensor key_rows(const AttentionArgs& args, const Run& run, const Tensor& x);
 // The run's part of a log-sum-exp: (count, heads, length).
 Tensor lse_rows(const AttentionArgs& args, const Run& run, const Tensor& lse);
-// The run's part of args.bias, dimensions that broadcast left at 1: (count or 1, heads or 1, length_q or 1, length_k or 1).
+// The run's part of args.bias, dimensions that broadcast left at 1: (count or 1, heads or 1,
+// length_q or 1, length_k or 1).
 Tensor bias_block(const AttentionArgs& args, const Run& run, const Tensor& bias);
 
 // Packed storage may hold rows after the last sequence: out 0, lse +inf.

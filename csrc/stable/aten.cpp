@@ -148,10 +148,10 @@ Tensor empty(Sizes sizes, const Tensor& like, ScalarType dtype) {
   }
   const DeviceCode device(like);
   AtenTensorHandle result = nullptr;
-  check_code(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                      strides.data(), dtype_code(dtype), device.type, device.index,
-                                      &result),
-             "empty");
+  check_code(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               dtype_code(dtype), device.type, device.index, &result),
+      "empty");
   return Tensor(result);
 }
 
@@ -166,7 +166,8 @@ Tensor full(Sizes sizes, double value, const Tensor& like, ScalarType dtype) {
   return result;
 }
 
-// aten::arange takes Scalars; the row numbers of the lower triangle of an (end, 1) matrix are the same.
+// aten::arange takes Scalars; the row numbers of the lower triangle of an (end, 1) matrix are the
+// same.
 Tensor arange(int64_t end, const Tensor& like) {
   Tensor rows_and_columns =
       aten<Tensor>("aten::tril_indices", "", end, 1, 0, std::optional<ScalarType>(ScalarType::Long),
@@ -212,7 +213,8 @@ void fill_(const Tensor& x, double value) {
   check_code(aoti_torch_aten_fill__Scalar(x.get(), value), "fill_");
 }
 
-// The shim's alpha is a double, which PyTorch refuses for integers: those go through fp64, exact up to 2^53.
+// The shim's alpha is a double, which PyTorch refuses for integers: those go through fp64, exact up
+// to 2^53.
 Tensor add(const Tensor& a, const Tensor& b, double alpha) {
   if (is_integer(a) && is_integer(b)) {
     return to_dtype(add(to_dtype(a, ScalarType::Double), b, alpha), ScalarType::Long);
