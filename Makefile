@@ -7,9 +7,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PATH := $(abspath $(BIN)):$(PATH)
 # Where there is a compiler, a failing build is an error; without one the install is pure Python.
 MUST_BUILD := $(if $(shell command -v c++ g++ clang++),ANYFLASH_BUILD=1)
+CPP_BUILD := cmake -G Ninja -DANYFLASH_TORCH=OFF -DANYFLASH_PYTHON=OFF -DANYFLASH_TESTS=ON
 SOURCES := $(shell find csrc kernels cmake tools -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: help setup demo test test-cpp test-python bench test-matrix wheels lint format clean
+.PHONY: help setup demo test test-cpp test-python fuzz sanitize build-address build-thread bench test-matrix wheels lint format clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -33,9 +34,28 @@ demo: setup     ## sentence embeddings and a small language model through flash_
 test: test-cpp test-python   ## all tests
 
 test-cpp: $(VENV)/.packages   ## the tests of the torch-free C++
-	cmake -S . -B $(BUILD) -G Ninja -DANYFLASH_TORCH=OFF -DANYFLASH_PYTHON=OFF -DANYFLASH_TESTS=ON
+	$(CPP_BUILD) -S . -B $(BUILD)
 	cmake --build $(BUILD)
 	ctest --test-dir $(BUILD) --output-on-failure
+
+fuzz: $(VENV)/.packages build-address   ## 100000 random attention problems on the CPU kernels, 10000 under AddressSanitizer
+	$(CPP_BUILD) -S . -B $(BUILD)
+	cmake --build $(BUILD) --target fuzz_cpu_attention
+	$(BUILD)/$(FUZZ) --perturb --count 2000
+	seq 0 9 | xargs -P $$(nproc) -I {} $(BUILD)/$(FUZZ) --count 10000 --seed {}00001
+	seq 0 9 | xargs -P $$(nproc) -I {} build/address/$(FUZZ) --count 1000 --seed 9{}00001
+
+sanitize: build-address build-thread   ## the C++ tests under the address, undefined-behaviour and thread sanitizers
+	for kind in address thread; do \
+	  build/$$kind/tests/cpp/anyflash_tests && build/$$kind/$(FUZZ) --count 1000 || exit 1; \
+	done
+
+FUZZ := tests/cpp/fuzz_cpu_attention
+build-address: FLAGS := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
+build-thread: FLAGS := -O1 -g1 -fsanitize=thread
+build-address build-thread: build-%: $(VENV)/.packages
+	$(CPP_BUILD) -S . -B build/$* -DANYFLASH_CUDA=OFF -DCMAKE_BUILD_TYPE=Sanitizer -DCMAKE_CXX_FLAGS="$(FLAGS)"
+	cmake --build build/$*
 
 test-python: setup   ## the tests of the operators, the drop-in and the packaging
 	$(BIN)/python -m pytest

@@ -21,7 +21,13 @@ from build_plan import no_binary_reason, setting, wants_cuda  # noqa: E402
 from cuda_pins import package_root  # noqa: E402
 
 DIST_INFO = "anyflash/dropin/flash_attn-2.8.3.dist-info"
-DEFS = ("csrc/schemas.def", "csrc/routes.def", "kernels/instances.def")
+DEFS = (
+    "csrc/schemas.def",
+    "csrc/routes.def",
+    "csrc/measured.def",
+    "kernels/features.def",
+    "kernels/instances.def",
+)
 
 
 class BuildFailed(Exception):

@@ -16,7 +16,8 @@ class Row:
         name: What is measured, with its unit.
         ours: The figure of anyflash.
         reference: The figure it stands beside; None where the goal is absolute.
-        ratio: reference / ours, so that above 1 is better; None without a reference.
+        ratio: reference / ours for times, ours / reference for rates, so that more is better; None
+            without a reference.
         goal: The figure to reach, in words.
         met: Whether it is reached.
     """
@@ -33,6 +34,12 @@ class Row:
         """A row whose goal is a ratio: ours may take at most reference / at_least."""
         ratio = reference / ours
         return cls(name, ours, reference, ratio, f">= {at_least:g}x", ratio >= at_least)
+
+    @classmethod
+    def share(cls, name: str, ours: float, reference: float, at_least: float) -> Row:
+        """A row of rates whose goal is a share of the reference; ratio is that share."""
+        ratio = ours / reference
+        return cls(name, ours, reference, ratio, f">= {at_least:.0%}", ratio >= at_least)
 
     @classmethod
     def excess(cls, name: str, ours: float, reference: float, at_most: float, unit: str) -> Row:

@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include "attention_run.h"
+#include "cpu/attention_kernel.h"
 #include "describe.h"
 #include "dispatch.h"
 #include "fallback/routes.h"
@@ -15,19 +16,21 @@
 namespace anyflash {
 namespace {
 
-Route chosen_route(const Problem& problem) {
+Choice checked_choice(const Problem& problem) {
   const Choice choice = choose(problem);
   AF_CHECK(choice.route != Route::none, refusal(problem, decide(problem)));
   note_fallback(problem, choice);
-  return choice.route;
+  return choice;
 }
 
 [[noreturn]] void no_such_route(Route route) {
   raise_runtime_error(text("anyflash: attention cannot run on ", route_name(route)));
 }
 
-Gradients run_backward(Route route, const AttentionArgs& args, const BackwardArgs& grad) {
-  switch (route) {
+Gradients run_backward(const Choice& choice, const AttentionArgs& args, const BackwardArgs& grad) {
+  switch (choice.route) {
+    case Route::kernel:
+      return cpu_kernel::backward(*choice.instance, args, grad);
     case Route::aten_cpu:
       return aten_cpu::backward(args, grad);
     case Route::aten_flash:
@@ -39,15 +42,17 @@ Gradients run_backward(Route route, const AttentionArgs& args, const BackwardArg
     case Route::math:
       return math::backward(args, grad);
     default:
-      no_such_route(route);
+      no_such_route(choice.route);
   }
 }
 
 }  // namespace
 
 ForwardResult run_forward(const AttentionArgs& args, int64_t backend) {
-  const Route route = chosen_route(describe_forward(args, backend));
-  switch (route) {
+  const Choice choice = checked_choice(describe_forward(args, backend));
+  switch (choice.route) {
+    case Route::kernel:
+      return cpu_kernel::forward(*choice.instance, args);
     case Route::aten_cpu:
       return aten_cpu::forward(args);
     case Route::aten_flash:
@@ -59,7 +64,7 @@ ForwardResult run_forward(const AttentionArgs& args, int64_t backend) {
     case Route::math:
       return math::forward(args);
     default:
-      no_such_route(route);
+      no_such_route(choice.route);
   }
 }
 
@@ -128,8 +133,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   grad.dout = contiguous_last_dim(grad.dout);
   grad.out = contiguous_last_dim(grad.out);
 
-  const Route route = chosen_route(describe_backward(args, grad, backend));
-  Gradients result = run_backward(route, args, grad);
+  const Choice choice = checked_choice(describe_backward(args, grad, backend));
+  Gradients result = run_backward(choice, args, grad);
   const auto or_empty = [&q](OptionalTensor& tensor) {
     return tensor ? *tensor : empty({0}, q, q.scalar_type());
   };

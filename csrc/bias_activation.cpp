@@ -132,8 +132,8 @@ Tensor activation_gradient(const Tensor& dy, const Tensor& z, Activation activat
       return mul_(gelu_derivative(z, activation), dy);
     case Activation::relu: {
       const Tensor zero = scalar(0.0);
-      return aten<Tensor>("aten::where", "self", aten<Tensor>("aten::gt", "Tensor", z, zero), dy,
-                          zero);
+      return aten<Tensor>("aten::where", "self", aten<Tensor>("aten::le", "Tensor", z, zero), zero,
+                          dy);
     }
     case Activation::squared_relu:
       return mul(mul(dy, aten<Tensor>("aten::relu", "", z)), 2.0);
@@ -173,7 +173,9 @@ Tensor bias_activation(const Tensor& x, const OptionalTensor& bias, int64_t acti
   const Activation act = activation_of(activation);
   validate(x, bias, act);
   const Choice choice = chosen(x, Direction::forward, backend);
-  if (choice.route == Route::kernel) return cuda::bias_activation(*choice.instance, x, bias, act);
+  if (choice.route == Route::kernel) {
+    return kernel::bias_activation(*choice.instance, x, bias, act);
+  }
   return contiguous(to_dtype(activated(activation_input(x, bias), act), x.scalar_type()));
 }
 
@@ -187,7 +189,7 @@ std::tuple<Tensor, Tensor> bias_activation_backward(const Tensor& dy, const Tens
   const Choice choice = chosen(x, Direction::backward, backend);
   const Tensor no_dbias = empty({0}, x, x.scalar_type());
   if (choice.route == Route::kernel) {
-    auto [dx, dbias] = cuda::bias_activation_backward(*choice.instance, dy, x, bias, act);
+    auto [dx, dbias] = kernel::bias_activation_backward(*choice.instance, dy, x, bias, act);
     return {dx, dbias.value_or(no_dbias)};
   }
   const Tensor z = activation_input(x, bias);

@@ -18,7 +18,7 @@ inline int64_t inputs_per_output(Activation activation) {
 }
 
 // The route `kernel`: one launch. `instance` fits x's dtype and device.
-namespace cuda {
+namespace kernel {
 Tensor bias_activation(const Instance& instance, const Tensor& x, const OptionalTensor& bias,
                        Activation activation);
 // dbias is unset where there is no bias.
@@ -26,6 +26,6 @@ std::pair<Tensor, OptionalTensor> bias_activation_backward(const Instance& insta
                                                            const Tensor& dy, const Tensor& x,
                                                            const OptionalTensor& bias,
                                                            Activation activation);
-}  // namespace cuda
+}  // namespace kernel
 
 }  // namespace anyflash

@@ -37,7 +37,7 @@ Problem describe(const Tensor& x, Family family, Direction direction, int64_t ba
   problem.family = family;
   problem.direction = direction;
   problem.device = x.is_cuda() ? Device::cuda : Device::cpu;
-  problem.sm = problem.device == Device::cuda ? cuda::device_sm(x.get_device_index()) : 0;
+  problem.sm = problem.device == Device::cuda ? cuda::device_sm(x.get_device_index()) : cpu_isa();
   problem.dtype = kernel_dtype(x);
   problem.torch_version = torch_version();
   problem.chain = checked_chain(backend);
@@ -106,6 +106,13 @@ Problem describe_backward(const AttentionArgs& args, const BackwardArgs& grad, i
 
 Problem describe_bias_activation(const Tensor& x, Direction direction, int64_t backend) {
   return describe(x, Family::bias_activation, direction, backend);
+}
+
+Problem describe_kvcache_append(const Tensor& k_cache, const Tensor& v_cache, int64_t backend) {
+  Problem problem = describe(k_cache, Family::kvcache_append, Direction::forward, backend);
+  problem.head_dim = static_cast<int32_t>(k_cache.size(3));
+  problem.head_dim_v = static_cast<int32_t>(v_cache.size(3));
+  return problem;
 }
 
 }  // namespace anyflash

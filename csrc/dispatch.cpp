@@ -4,53 +4,14 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "dispatch_tables.h"
+#include "kernels/arch.h"
+
 namespace anyflash {
 namespace {
 
-// What the columns of routes.def mean.
-namespace column {
-using namespace Feature;
-constexpr uint32_t fp16 = uint32_t(Dtype::fp16), bf16 = uint32_t(Dtype::bf16),
-                   fp32 = uint32_t(Dtype::fp32), fp64 = uint32_t(Dtype::fp64);
-constexpr uint32_t cpu = 1, cuda = 2, any = cpu | cuda;
-constexpr BackEnd named = BackEnd::unset, sdpa = BackEnd::sdpa, math = BackEnd::math;
-}  // namespace column
-
-struct RouteRow {
-  Route route;
-  BackEnd own_name;
-  BackEnd chain;     // unset: tried under its own name only
-  uint32_t devices;  // column::cpu | column::cuda
-  int32_t min_sm;
-  uint32_t dtypes;
-  int32_t max_head_dim;
-  int32_t head_dim_multiple;
-  int32_t min_torch;
-  Features features[2];  // by Direction
-};
-
-constexpr RouteRow kRoutes[] = {
-#define FEATURE(name, phrase)
-#define ROUTE(name, chain, device, min_sm, dtypes, max_head_dim, multiple, min_torch, forward, \
-              backward)                                                                        \
-  [] {                                                                                         \
-    using namespace column;                                                                    \
-    return RouteRow{                                                                           \
-        Route::name, BackEnd::name, column::chain, device,    min_sm,                          \
-        dtypes,      max_head_dim,  multiple,      min_torch, {(forward), (backward)}};        \
-  }(),
-#include "routes.def"
-#undef ROUTE
-#undef FEATURE
-};
-
-constexpr const char* kFeaturePhrases[] = {
-#define FEATURE(name, phrase) phrase,
-#define ROUTE(...)
-#include "routes.def"
-#undef ROUTE
-#undef FEATURE
-};
+// The default order takes a kernel that is at no point of the grid slower than this.
+constexpr double kSlowest = 0.97;
 
 constexpr struct {
   Dtype dtype;
@@ -66,7 +27,8 @@ const char* dtype_name(Dtype dtype) {
 }
 
 const char* family_name(Family family) {
-  return family == Family::attention ? "attention" : "bias_activation";
+  constexpr const char* kNames[] = {"attention", "bias_activation", "kvcache_append"};
+  return kNames[int32_t(family)];
 }
 
 std::string device_name(const Problem& problem) {
@@ -86,12 +48,51 @@ std::string dtype_list(uint32_t dtypes) {
   return list;
 }
 
+// "0.97x"
+std::string ratio_text(double ratio) {
+  const std::string hundredths = std::to_string(int32_t(ratio * 100 + 0.5) % 100 + 100);
+  return std::to_string(int32_t(ratio * 100 + 0.5) / 100) + "." + hundredths.substr(1) + "x";
+}
+
 std::string version_text(int32_t version) {
   return std::to_string(version / 100) + "." + std::to_string(version % 100);
 }
 
-// Calls obstacle(make_text) for everything that keeps the route from computing the problem. The
-// text is only made by who wants it.
+std::string required_sm(int32_t min_sm, int32_t sm) {
+  return "needs sm_" + std::to_string(min_sm) + " or newer, this GPU is sm_" + std::to_string(sm);
+}
+
+// Calls obstacle(make_text) for everything that keeps something with these limits from computing
+// the problem. The text is only made by who wants it.
+template <typename Obstacle>
+void visit_limits(const Limits& limits, const Problem& problem, Obstacle obstacle) {
+  if (!(limits.dtypes & uint32_t(problem.dtype))) {
+    obstacle([&] {
+      return "needs " + dtype_list(limits.dtypes) + ", got " + dtype_name(problem.dtype);
+    });
+  }
+  const auto check_head_dim = [&](const char* name, int32_t head_dim) {
+    const auto value = [=] { return std::string(name) + " " + std::to_string(head_dim); };
+    if (head_dim > limits.max_head_dim) {
+      obstacle([&] { return value() + " is above " + std::to_string(limits.max_head_dim); });
+    }
+    if (head_dim % limits.head_dim_multiple != 0) {
+      obstacle([&] {
+        return value() + " is not a multiple of " + std::to_string(limits.head_dim_multiple);
+      });
+    }
+  };
+  check_head_dim("head_dim", problem.head_dim);
+  if (problem.head_dim_v != problem.head_dim) check_head_dim("head_dim_v", problem.head_dim_v);
+  const Features missing = problem.features & ~limits.features;
+  for (uint32_t i = 0; missing >> i != 0; ++i) {
+    if (missing >> i & 1) {
+      obstacle([=] { return std::string("does not support ") + kFeatureTexts[i].phrase; });
+    }
+  }
+}
+
+// The same for a route on the problem's device.
 template <typename Obstacle>
 void visit_obstacles(const RouteRow& row, const Problem& problem, Obstacle obstacle) {
   const bool on_cuda = problem.device == Device::cuda;
@@ -100,80 +101,140 @@ void visit_obstacles(const RouteRow& row, const Problem& problem, Obstacle obsta
     return;
   }
   if (on_cuda && problem.sm < row.min_sm) {
-    obstacle([&] {
-      return "needs sm_" + std::to_string(row.min_sm) + " or newer, this GPU is sm_" +
-             std::to_string(problem.sm);
-    });
+    obstacle([&] { return required_sm(row.min_sm, problem.sm); });
   } else if (row.devices == column::cuda && problem.dtype == Dtype::bf16 && problem.sm < 80) {
     obstacle([] { return std::string("bf16 needs sm_80"); });
   }
-  if (!(row.dtypes & uint32_t(problem.dtype))) {
-    obstacle(
-        [&] { return "needs " + dtype_list(row.dtypes) + ", got " + dtype_name(problem.dtype); });
-  }
-  const auto check_head_dim = [&](const char* name, int32_t head_dim) {
-    const auto value = [=] { return std::string(name) + " " + std::to_string(head_dim); };
-    if (head_dim > row.max_head_dim) {
-      obstacle([&] { return value() + " is above " + std::to_string(row.max_head_dim); });
-    }
-    if (head_dim % row.head_dim_multiple != 0) {
-      obstacle([&] {
-        return value() + " is not a multiple of " + std::to_string(row.head_dim_multiple);
-      });
-    }
-  };
-  check_head_dim("head_dim", problem.head_dim);
-  if (problem.head_dim_v != problem.head_dim) check_head_dim("head_dim_v", problem.head_dim_v);
   if (problem.torch_version < row.min_torch) {
     obstacle([&] {
       return "needs torch " + version_text(row.min_torch) + ", this is " +
              version_text(problem.torch_version);
     });
   }
-  const Features missing = problem.features & ~row.features[int32_t(problem.direction)];
-  for (uint32_t i = 0; missing >> i != 0; ++i) {
-    if (missing >> i & 1) {
-      obstacle([=] { return std::string("does not support ") + kFeaturePhrases[i]; });
+  visit_limits(row.limits[int32_t(problem.direction)], problem, obstacle);
+}
+
+Limits limits_of(const Instance& instance) {
+  return {uint32_t(instance.dtype), instance.max_head_dim, instance.head_dim_multiple,
+          instance.features};
+}
+
+// The obstacles when no kernel computes the problem: what the architecture lacks, or what is in the
+// way of the kernel that comes closest.
+template <typename Obstacle>
+void visit_missing_kernel(const Problem& problem, InstanceTable table, Obstacle obstacle) {
+  const Instance* oldest = nullptr;  // of those for this kind of device
+  bool runs_here = false;
+  Limits closest{};
+  int32_t fewest = INT32_MAX;
+  uint32_t dtypes = 0;
+  for (int32_t i = 0; i < table.count; ++i) {
+    const Instance& instance = table.instances[i];
+    if (instance.device != problem.device || instance.family != problem.family) continue;
+    if (!oldest || instance.min_sm < oldest->min_sm) oldest = &instance;
+    if (problem.sm < instance.min_sm || problem.sm > instance.max_sm) continue;
+    runs_here = true;
+    if (instance.direction != problem.direction) continue;
+    dtypes |= uint32_t(instance.dtype);
+    int32_t obstacles = 0;
+    visit_limits(limits_of(instance), problem, [&](auto) { ++obstacles; });
+    if (obstacles < fewest) {
+      fewest = obstacles;
+      closest = limits_of(instance);
     }
+  }
+  if (dtypes != 0) {
+    closest.dtypes = dtypes;
+    visit_limits(closest, problem, obstacle);
+  } else if (oldest && problem.sm < oldest->min_sm) {
+    obstacle([&] {
+      if (problem.device == Device::cuda) return required_sm(oldest->min_sm, problem.sm);
+      return std::string("needs ") + oldest->arch + ", this CPU has " + isa_name(problem.sm);
+    });
+  } else {
+    obstacle([&] {
+      return std::string("this build has no ") + family_name(problem.family) + " kernel for " +
+             (runs_here ? "the backward on " : "") + device_name(problem);
+    });
   }
 }
 
-// The kernel for the problem, or null after one call of obstacle(make_text).
+// Whether a kernel competes with PyTorch's CPU attention, not with plain operators.
+bool aten_cpu_runs(const Problem& problem) {
+  bool runs = false;
+  for (const RouteRow& row : kRoutes) {
+    if (row.route != Route::aten_cpu) continue;
+    runs = true;
+    visit_obstacles(row, problem, [&](auto) { runs = false; });
+  }
+  return runs;
+}
+
+// Calls obstacle(make_text) once if the default order passes over a kernel that could compute the
+// problem.
+template <typename Obstacle>
+void visit_doubt(const Instance& instance, const Problem& problem, Obstacle obstacle) {
+  const auto doubt = [&](auto make_text) {
+    obstacle([&] {
+      return make_text() + "; naming `kernel` as the first back end selects it all the same";
+    });
+  };
+  const bool on_cpu = instance.device == Device::cpu;
+  if (std::strcmp(instance.checked_on, "none") == 0) {
+    return doubt([&] {
+      return std::string("has not been checked on a ") + (on_cpu ? "CPU" : "GPU") +
+             " of its architecture yet";
+    });
+  }
+  if (!on_cpu || instance.family != Family::attention || !aten_cpu_runs(problem)) return;
+  for (const PassOverRow& row : kPassOver) {
+    if (contains(problem.sm, row.isa) && (row.dtypes & uint32_t(problem.dtype)) &&
+        !(problem.features & ~row.features)) {
+      return doubt([&] { return std::string(row.reason); });
+    }
+  }
+  const std::optional<Measured> speed = measured(instance, problem);
+  if (!speed) {
+    doubt([] { return std::string("has not been measured beside PyTorch's CPU attention"); });
+  } else if (speed->worst < kSlowest) {
+    doubt([&] {
+      return "measured " + ratio_text(speed->worst) + " PyTorch's CPU attention at worst, below " +
+             ratio_text(kSlowest);
+    });
+  }
+}
+
+// The kernel for the problem, or null after calls of obstacle(make_text).
 template <typename Obstacle>
 const Instance* find_kernel(const Problem& problem, InstanceTable table, Obstacle obstacle) {
-  bool for_this_gpu = false;
   const Instance* found = nullptr;
   for (int32_t i = 0; i < table.count; ++i) {
     const Instance& instance = table.instances[i];
-    if (problem.device != Device::cuda || instance.family != problem.family) continue;
-    if (problem.sm < instance.min_sm || problem.sm > instance.max_sm) continue;
-    for_this_gpu = true;
-    if (instance.direction != problem.direction || instance.dtype != problem.dtype ||
-        instance.head_dim != problem.head_dim)
+    if (instance.device != problem.device || instance.family != problem.family ||
+        instance.direction != problem.direction || problem.sm < instance.min_sm ||
+        problem.sm > instance.max_sm) {
       continue;
-    if (!found || instance.min_sm > found->min_sm) found = &instance;  // the newest architecture's
+    }
+    bool computes = true;
+    visit_limits(limits_of(instance), problem, [&](auto) { computes = false; });
+    // The newest architecture's, of those the one made for the smallest head_dim.
+    if (computes &&
+        (!found || instance.min_sm > found->min_sm ||
+         (instance.min_sm == found->min_sm && instance.max_head_dim < found->max_head_dim))) {
+      found = &instance;
+    }
   }
   if (!found) {
-    obstacle([&] {
-      const std::string kernel =
-          std::string("this build has no ") + family_name(problem.family) + " kernel for ";
-      if (!for_this_gpu) return kernel + device_name(problem);
-      return kernel + (problem.direction == Direction::backward ? "the backward in " : "") +
-             dtype_name(problem.dtype) +
-             (problem.head_dim ? " with head_dim " + std::to_string(problem.head_dim) : "");
-    });
+    visit_missing_kernel(problem, table, obstacle);
     return nullptr;
   }
-  const bool asked_for = problem.explicit_chain && first_back_end(problem.chain) == BackEnd::kernel;
-  if (!asked_for && std::strcmp(found->checked_on, "none") == 0) {
-    obstacle([] {
-      return std::string(
-          "has not been checked on a GPU yet; naming `kernel` as the first back end selects it all "
-          "the same");
-    });
-    return nullptr;
-  }
-  return found;
+  if (problem.explicit_chain && first_back_end(problem.chain) == BackEnd::kernel) return found;
+  bool doubted = false;
+  visit_doubt(*found, problem, [&](auto make_text) {
+    doubted = true;
+    obstacle(make_text);
+  });
+  return doubted ? nullptr : found;
 }
 
 // Tries the routes in the chain's order and calls report(route, make_text) for each obstacle on the
@@ -228,6 +289,29 @@ Decision decide(const Problem& problem, InstanceTable table) {
     decision.reasons.push_back({route, make_text()});
   });
   return decision;
+}
+
+std::optional<Measured> measured(const Instance& instance, const Problem& problem) {
+  if (instance.family != Family::attention) return std::nullopt;
+  const MeasuredRow* found = nullptr;
+  for (const MeasuredRow& row : kMeasured) {
+    if (row.isa == instance.min_sm && row.direction == instance.direction &&
+        row.dtype == instance.dtype &&
+        std::max(problem.head_dim, problem.head_dim_v) <= row.max_head_dim &&
+        (!found || row.max_head_dim < found->max_head_dim)) {
+      found = &row;
+    }
+  }
+  return found ? std::optional<Measured>(found->measured) : std::nullopt;
+}
+
+int32_t parse_isa(const std::string& name) {
+  std::string known;
+  for (const IsaName& entry : kIsaNames) {
+    if (name == entry.name) return entry.isa;
+    known += (known.empty() ? "" : ", ") + std::string(entry.name);
+  }
+  throw std::invalid_argument("unknown instruction set '" + name + "'; known: " + known);
 }
 
 std::string refusal(const Problem& problem, const Decision& decision) {

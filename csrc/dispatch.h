@@ -2,6 +2,7 @@
 // no torch, no environment.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -13,6 +14,12 @@ namespace anyflash {
 enum class Route : int32_t { none, kernel, aten_cudnn, aten_flash, aten_efficient, aten_cpu, math };
 
 const char* route_name(Route route);
+
+// How fast a kernel is beside PyTorch's own attention: a row of measured.def.
+struct Measured {
+  double worst;  // over the benchmark grid: 1.02 = never slower
+  double median;
+};
 
 struct Choice {
   Route route = Route::none;
@@ -40,14 +47,21 @@ InstanceTable built_instances();
 // The first route of the problem's chain that supports it: tens of nanoseconds, no allocation, for
 // every call.
 //
-// Attention tries, per back end of the chain: `kernel` the instances, `sdpa` its routes in the
-// order of routes.def, any other name the route of that name. Bias-activation has a kernel or plain
-// operators: every name but `kernel` means Route::math there.
+// Attention tries, per back end of the chain: `kernel` the instances (the newest architecture
+// first), `sdpa` its routes in the order of routes.def, any other name the route of that name.
+// Bias-activation has a kernel or plain operators: every name but `kernel` means Route::math there.
 Choice choose(const Problem& problem, InstanceTable table = built_instances());
 
 // The same choice with the reasons against every route that comes before it (all routes of the
 // chain if there is none).
 Decision decide(const Problem& problem, InstanceTable table = built_instances());
+
+// Where the kernel has been measured for the problem.
+std::optional<Measured> measured(const Instance& instance, const Problem& problem);
+
+// The Isa of a name of arch.h. Throws std::invalid_argument: `unknown instruction set 'sse'; known:
+// none, avx2, ...`.
+int32_t parse_isa(const std::string& name);
 
 // `anyflash: no back end of "kernel" can run this attention: kernel: this build has no attention
 // kernel for cpu`

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "dispatch.h"
+#include "kernels/arch.h"
 
 namespace anyflash {
 namespace {
@@ -28,10 +29,29 @@ Chain read_chain() {
   return is_set("ANYFLASH_STRICT") ? strict(chain) : chain;
 }
 
+int32_t read_cpu_isa() {
+  const int32_t present = anyflash_cpu_isa();
+  const char* name = std::getenv("ANYFLASH_CPU_ISA");
+  if (name == nullptr || *name == '\0') return present;
+  try {
+    const int32_t isa = parse_isa(name);
+    if (contains(present, isa)) return isa;
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument(std::string("ANYFLASH_CPU_ISA: ") + error.what());
+  }
+  throw std::invalid_argument(std::string("ANYFLASH_CPU_ISA: this CPU does not have '") + name +
+                              "'; it has " + isa_name(present));
+}
+
 }  // namespace
 
 const Environment& environment() {
   static const Environment read{read_chain(), is_set("ANYFLASH_CHECK")};
+  return read;
+}
+
+int32_t cpu_isa() {
+  static const int32_t read = read_cpu_isa();
   return read;
 }
 

@@ -14,4 +14,9 @@ struct Environment {
 // an unknown back end.
 const Environment& environment();
 
+// The instruction set that CPU kernels may use, an Isa of kernels/arch.h: this machine's, or what
+// ANYFLASH_CPU_ISA says. Raises std::invalid_argument, on every call, while that names an unknown
+// one or one that this machine does not have.
+int32_t cpu_isa();
+
 }  // namespace anyflash

@@ -1,7 +1,9 @@
 #include "kvcache.h"
 
 #include "attention_run.h"
+#include "cpu/kvcache_append.h"
 #include "describe.h"
+#include "dispatch.h"
 #include "operators.h"
 #include "stable/aten.h"
 #include "stable/grad_mode.h"
@@ -25,6 +27,19 @@ Tensor positions(const Tensor& first, int64_t begin, int64_t end) {
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t i = begin; i < end; ++i) *position++ = starts[b] + i;
   }
+  return result;
+}
+
+// lengths (batch) int32, each plus `added`.
+Tensor longer(const Tensor& lengths, int64_t added) {
+  if (!lengths.is_cpu()) {
+    return to_dtype(select(positions(lengths, added, added + 1), 1, 0), ScalarType::Int);
+  }
+  const int64_t batch = lengths.size(0);
+  const auto* before = static_cast<const int32_t*>(lengths.const_data_ptr());
+  Tensor result = empty({batch}, lengths, ScalarType::Int);
+  auto* after = static_cast<int32_t*>(result.mutable_data_ptr());
+  for (int64_t b = 0; b < batch; ++b) after[b] = before[b] + static_cast<int32_t>(added);
   return result;
 }
 
@@ -52,12 +67,19 @@ AttentionArgs attention_over(const KVCacheCall& call, int64_t window_left, int64
 }
 
 // Appends the new keys and values; q comes back rotated where rotary tables are given.
-void append_and_rotate(const KVCacheCall& call, AttentionArgs& args) {
+void append_and_rotate(const KVCacheCall& call, AttentionArgs& args, int64_t backend) {
   const Tensor& first = *call.cache_seqlens;
   const int64_t seqlen_new = call.seqlen_new(), seqlen_q = call.q.size(1);
+  args.seqused_k = longer(first, seqlen_new);
+  // Under a mask that moves with the query each row of q has its own position, else all stand at
+  // the end of the cache.
+  const bool moving_mask = args.window_left >= 0 || args.window_right >= 0;
+  const Choice choice = choose(describe_kvcache_append(call.k_cache, call.v_cache, backend));
+  if (choice.route == Route::kernel) {
+    args.q = cpu_kernel::append(*choice.instance, call, moving_mask);
+    return;
+  }
   const Tensor rows = positions(first, 0, seqlen_new);
-  const Tensor end = select(positions(first, seqlen_new, seqlen_new + 1), 1, 0);
-  args.seqused_k = to_dtype(end, ScalarType::Int);
   if (!call.rotary_cos) {
     append(call, *call.k, *call.v, rows);
     return;
@@ -66,9 +88,6 @@ void append_and_rotate(const KVCacheCall& call, AttentionArgs& args) {
     return rotate(x, *call.rotary_cos, *call.rotary_sin, where, call.rotary_interleaved);
   };
   append(call, rotated(*call.k, rows), *call.v, rows);
-  // Under a mask that moves with the query each row of q has its own position, else all stand at
-  // the end of the cache.
-  const bool moving_mask = args.window_left >= 0 || args.window_right >= 0;
   const Tensor q_rows = moving_mask ? positions(first, 0, seqlen_q)
                                     : expand(positions(first, 0, 1), {call.batch(), seqlen_q});
   args.q = rotated(call.q, q_rows);
@@ -150,7 +169,7 @@ std::tuple<Tensor, Tensor> attention_kvcache_(
   validate_kvcache(call);
   AttentionArgs args = attention_over(call, window_left, window_right);
   normalise(args, causal);
-  if (call.seqlen_new() > 0 && call.batch() > 0) append_and_rotate(call, args);
+  if (call.seqlen_new() > 0 && call.batch() > 0) append_and_rotate(call, args, backend);
   return run_forward(args, backend);
 }
 

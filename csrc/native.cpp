@@ -8,6 +8,8 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "environment.h"
+#include "kernels/arch.h"
 #include "kernels/masks.h"
 #include "kernels/philox.h"
 
@@ -23,20 +25,13 @@ struct Name {
 };
 
 constexpr Name<Family> kFamilies[] = {{"attention", Family::attention},
-                                      {"bias_activation", Family::bias_activation}};
+                                      {"bias_activation", Family::bias_activation},
+                                      {"kvcache_append", Family::kvcache_append}};
 constexpr Name<Direction> kDirections[] = {{"forward", Direction::forward},
                                            {"backward", Direction::backward}};
 constexpr Name<Device> kDevices[] = {{"cpu", Device::cpu}, {"cuda", Device::cuda}};
 constexpr Name<Dtype> kDtypes[] = {
     {"fp16", Dtype::fp16}, {"bf16", Dtype::bf16}, {"fp32", Dtype::fp32}, {"fp64", Dtype::fp64}};
-constexpr Name<Features> kFeatures[] = {
-#define FEATURE(name, phrase) {#name, Feature::name},
-#define ROUTE(...)
-#include "routes.def"
-#undef ROUTE
-#undef FEATURE
-};
-
 template <typename Value, size_t kCount>
 Value value_of(const char* what, const Name<Value> (&names)[kCount], const std::string& name) {
   std::string known;
@@ -55,19 +50,30 @@ const char* name_of(const Name<Value> (&names)[kCount], Value value) {
   return "";
 }
 
+Features feature_of(const std::string& name) {
+  std::string known;
+  for (uint32_t i = 0; i < feature_number::count; ++i) {
+    if (name == kFeatureTexts[i].name) return 1u << i;
+    known += (known.empty() ? "" : ", ") + std::string(kFeatureTexts[i].name);
+  }
+  throw py::value_error("unknown feature '" + name + "'; known: " + known);
+}
+
 std::string join(const std::vector<std::string>& names) {
   std::string joined;
   for (const std::string& name : names) joined += (joined.empty() ? "" : ",") + name;
   return joined;
 }
 
-void set_field(Problem& problem, const std::string& field, const py::handle& value) {
+void set_field(Problem& problem, int32_t& isa, const std::string& field, const py::handle& value) {
   if (field == "op") {
     problem.family = value_of("op", kFamilies, value.cast<std::string>());
   } else if (field == "device") {
     problem.device = value_of("device", kDevices, value.cast<std::string>());
   } else if (field == "sm") {
     problem.sm = value.cast<int32_t>();
+  } else if (field == "isa") {
+    isa = parse_isa(value.cast<std::string>());
   } else if (field == "direction") {
     problem.direction = value_of("direction", kDirections, value.cast<std::string>());
   } else if (field == "dtype") {
@@ -78,7 +84,7 @@ void set_field(Problem& problem, const std::string& field, const py::handle& val
     problem.head_dim_v = value.cast<int32_t>();
   } else if (field == "features") {
     for (const py::handle feature : value) {
-      problem.features |= value_of("feature", kFeatures, feature.cast<std::string>());
+      problem.features |= feature_of(feature.cast<std::string>());
     }
   } else if (field == "torch_version") {
     problem.torch_version = value.cast<int32_t>();
@@ -95,15 +101,17 @@ void set_field(Problem& problem, const std::string& field, const py::handle& val
 
 Problem problem_from(const py::dict& fields) {
   Problem problem;
+  int32_t isa = Isa::none;
   for (const auto& [key, value] : fields) {
     const auto field = py::str(key).cast<std::string>();
     try {
-      set_field(problem, field, value);
+      set_field(problem, isa, field, value);
     } catch (const py::cast_error&) {
       throw py::type_error("problem: " + field + " cannot be " +
                            py::repr(value).cast<std::string>());
     }
   }
+  if (problem.device == Device::cpu) problem.sm = isa;
   return problem;
 }
 
@@ -118,9 +126,23 @@ py::dict decide_dict(const py::dict& fields) {
   result["instance"] = decision.choice.instance
                            ? py::object(py::str(decision.choice.instance->name))
                            : py::object(py::none());
+  const auto speed =
+      decision.choice.instance ? measured(*decision.choice.instance, problem) : std::nullopt;
+  result["measured"] =
+      speed
+          ? py::object(py::dict(py::arg("worst") = speed->worst, py::arg("median") = speed->median))
+          : py::object(py::none());
   result["reasons"] = reasons;
   if (decision.choice.route == Route::none) result["refusal"] = refusal(problem, decision);
   return result;
+}
+
+std::vector<std::string> feature_names(Features features) {
+  std::vector<std::string> names;
+  for (uint32_t i = 0; i < feature_number::count; ++i) {
+    if (features >> i & 1) names.push_back(kFeatureTexts[i].name);
+  }
+  return names;
 }
 
 py::list instances() {
@@ -131,12 +153,15 @@ py::list instances() {
     py::dict row;
     row["name"] = instance.name;
     row["family"] = name_of(kFamilies, instance.family);
+    row["device"] = name_of(kDevices, instance.device);
     row["arch"] = instance.arch;
     row["min_sm"] = instance.min_sm;
     row["max_sm"] = instance.max_sm;
     row["direction"] = name_of(kDirections, instance.direction);
     row["dtype"] = name_of(kDtypes, instance.dtype);
-    row["head_dim"] = instance.head_dim;
+    row["max_head_dim"] = instance.max_head_dim;
+    row["head_dim_multiple"] = instance.head_dim_multiple;
+    row["features"] = feature_names(instance.features);
     row["checked_on"] = instance.checked_on;
     rows.append(row);
   }
@@ -146,7 +171,6 @@ py::list instances() {
 // The rows of routes.def; lists as written there, joined by '|'.
 py::list routes() {
   py::list rows;
-#define FEATURE(name, phrase)
 #define ROUTE(name, chain, device, min_sm, dtypes, max_head_dim, multiple, min_torch, forward,    \
               backward)                                                                           \
   rows.append(py::dict(py::arg("name") = #name, py::arg("chain") = #chain,                        \
@@ -156,7 +180,6 @@ py::list routes() {
                        py::arg("forward") = #forward, py::arg("backward") = #backward));
 #include "routes.def"
 #undef ROUTE
-#undef FEATURE
   return rows;
 }
 
@@ -197,11 +220,15 @@ std::vector<std::pair<int64_t, int64_t>> kv_ranges(int64_t seqlen_q, int64_t seq
 PYBIND11_MODULE(_native, m) {
   using namespace anyflash;
   m.doc() = "What anyflash's binary knows without torch.";
-  m.def("instances", &instances, "The compiled kernels, one dict per line of instances.def.");
+  m.def("instances", &instances,
+        "The compiled kernels, a dict for each line of instances.def that is in this build.");
   m.def("routes", &routes, "The rows of routes.def.");
   m.def("decide", &decide_dict, py::arg("problem"),
-        "The route for a problem: {'route', 'instance', 'reasons': [(route, text), ...]}, and "
-        "'refusal' if there is none.");
+        "The route for a problem: {'route', 'instance', 'measured', 'reasons': [(route, text), "
+        "...]}, and 'refusal' if there is none.");
+  m.def(
+      "cpu_isa", [] { return isa_name(cpu_isa()); },
+      "The instruction set that CPU kernels may use: this machine's, or ANYFLASH_CPU_ISA.");
   m.def("build_info", &build_info, "Versions this module was built with.");
   m.def("parse_chain", &parse_chain, py::arg("names"), "'kernel,sdpa,math' -> 0x321.");
   m.def("dropout_keep", &dropout_keep, py::arg("seed"), py::arg("offset"), py::arg("bh"),

@@ -3,11 +3,10 @@
 
 #include <cstdint>
 
+#include "kernels/features.h"
 #include "kernels/launch.h"
 
 namespace anyflash {
-
-enum class Device : int32_t { cpu, cuda };
 
 // The digits of a chain. `sdpa` stands for all routes of routes.def that belong to it, an aten_*
 // name for that route alone.
@@ -36,34 +35,12 @@ constexpr BackEnd first_back_end(Chain chain) { return static_cast<BackEnd>(chai
 constexpr Chain rest_of(Chain chain) { return chain >> 4; }
 constexpr Chain strict(Chain chain) { return chain & 0xF; }
 
-// Feature::causal is a bit, Features a set of them.
-using Features = uint32_t;
-
-namespace feature_number {
-enum : uint32_t {
-#define FEATURE(name, phrase) name,
-#define ROUTE(...)
-#include "routes.def"
-#undef ROUTE
-#undef FEATURE
-  count
-};
-}  // namespace feature_number
-
-namespace Feature {
-#define FEATURE(name, phrase) constexpr Features name = 1u << feature_number::name;
-#define ROUTE(...)
-#include "routes.def"
-#undef ROUTE
-#undef FEATURE
-}  // namespace Feature
-
 // One call, without its lengths: dynamic shapes never change the decision.
 struct Problem {
   Family family = Family::attention;
   Direction direction = Direction::forward;
   Device device = Device::cpu;
-  int32_t sm = 0;  // compute capability, major * 10 + minor; 0 on the CPU
+  int32_t sm = 0;  // compute capability, major * 10 + minor; on a CPU the Isa of kernels/arch.h
   Dtype dtype = Dtype::fp32;
   int32_t head_dim = 0;  // 0 for families without heads
   int32_t head_dim_v = 0;

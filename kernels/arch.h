@@ -1,7 +1,7 @@
-// The architectures that kernels are written for, and the GPUs that run each of them.
+// The architectures that kernels are written for, and the GPUs or CPUs that run each of them.
 #pragma once
 
-#include "kernels/portable.h"
+#include "kernels/launch.h"
 
 namespace anyflash {
 
@@ -10,6 +10,7 @@ namespace anyflash {
 // sm_90a code on sm_90 alone.
 struct Arch {
   const char* name;
+  Device device;
   int32_t min_sm;
   int32_t max_sm;
 
@@ -18,6 +19,48 @@ struct Arch {
 
 constexpr int32_t kAnyLaterSm = 9999;
 
-constexpr Arch kSm75{"sm75", 75, kAnyLaterSm};  // plain CUDA
+constexpr Arch kSm75{"sm75", Device::cuda, 75, kAnyLaterSm};  // plain CUDA
+
+// On a CPU the instruction set takes the place of the compute capability. Those of one processor
+// family contain each other; the families are a hundred apart.
+namespace Isa {
+constexpr int32_t none = 0;
+constexpr int32_t avx2 = 101;        // with FMA and F16C
+constexpr int32_t avx512 = 102;      // F, BW, VL, DQ
+constexpr int32_t avx512bf16 = 103;  // and BF16
+constexpr int32_t amx = 104;   // and AMX tiles of BF16: PyTorch uses them, no kernel here does
+constexpr int32_t neon = 201;  // aarch64
+}  // namespace Isa
+
+constexpr Arch kAvx2{"avx2", Device::cpu, Isa::avx2, 199};
+constexpr Arch kAvx512{"avx512", Device::cpu, Isa::avx512, 199};
+constexpr Arch kAvx512Bf16{"avx512bf16", Device::cpu, Isa::avx512bf16, 199};
+constexpr Arch kNeon{"neon", Device::cpu, Isa::neon, 299};
+
+// By the names of instances.def.
+namespace arch {
+constexpr Arch sm75 = kSm75, avx2 = kAvx2, avx512 = kAvx512, avx512bf16 = kAvx512Bf16, neon = kNeon;
+}
+
+struct IsaName {
+  const char* name;
+  int32_t isa;
+};
+
+constexpr IsaName kIsaNames[] = {{"none", Isa::none},     {"avx2", Isa::avx2},
+                                 {"avx512", Isa::avx512}, {"avx512bf16", Isa::avx512bf16},
+                                 {"amx", Isa::amx},       {"neon", Isa::neon}};
+
+constexpr const char* isa_name(int32_t isa) {
+  for (const IsaName& entry : kIsaNames) {
+    if (entry.isa == isa) return entry.name;
+  }
+  return "an unknown instruction set";
+}
+
+// Whether a CPU of instruction set `isa` also has `wanted`.
+constexpr bool contains(int32_t isa, int32_t wanted) {
+  return wanted == Isa::none || (isa / 100 == wanted / 100 && wanted <= isa);
+}
 
 }  // namespace anyflash

@@ -5,6 +5,7 @@
 #include "kernels/arch.h"
 #include "kernels/common/launch_kernel.h"
 #include "kernels/elementwise/bias_activation_shape.h"
+#include "kernels/features.h"
 
 #if ANYFLASH_HAS_CUDA
 #include <cuda_runtime_api.h>
@@ -12,52 +13,65 @@
 
 namespace anyflash {
 
-#if ANYFLASH_HAS_CUDA
+// built.def, written by CMake: the lines of instances.def whose architecture is in this build.
 
-namespace arch {
-constexpr Arch sm75 = kSm75;
-}
-
-// Defined by the generated translation units.
 #define BIAS_ACTIVATION(arch, direction, dtype, checked_on) \
   int32_t bias_activation_##direction##_##dtype##_##arch(const void* params, void* stream);
-#include "kernels/instances.def"
+#define ATTENTION(arch, direction, dtype, max_head_dim, multiple, features, checked_on) \
+  int32_t attention_##direction##_##dtype##_##arch(const void* params, void* stream);
+#define KVCACHE_APPEND(arch, dtype, checked_on) \
+  int32_t kvcache_append_forward_##dtype##_##arch(const void* params, void* stream);
+#include "built.def"
+#undef KVCACHE_APPEND
+#undef ATTENTION
 #undef BIAS_ACTIVATION
 
 namespace {
 
+#define INSTANCE(family, arch_name, direction, dtype, max_head_dim, multiple, features, \
+                 checked_on)                                                            \
+  [] {                                                                                  \
+    using namespace Feature;                                                            \
+    return Instance{#family "_" #direction "_" #dtype "_" #arch_name,                   \
+                    Family::family,                                                     \
+                    arch::arch_name.device,                                             \
+                    arch::arch_name.name,                                               \
+                    arch::arch_name.min_sm,                                             \
+                    arch::arch_name.max_sm,                                             \
+                    Direction::direction,                                               \
+                    Dtype::dtype,                                                       \
+                    max_head_dim,                                                       \
+                    multiple,                                                           \
+                    (features),                                                         \
+                    #checked_on,                                                        \
+                    family##_##direction##_##dtype##_##arch_name};                      \
+  }(),
+#define BIAS_ACTIVATION(arch, direction, dtype, checked_on) \
+  INSTANCE(bias_activation, arch, direction, dtype, 0, 1, 0, checked_on)
+#define ATTENTION(arch, direction, dtype, max_head_dim, multiple, features, checked_on) \
+  INSTANCE(attention, arch, direction, dtype, max_head_dim, multiple, features, checked_on)
+#define KVCACHE_APPEND(arch, dtype, checked_on) \
+  INSTANCE(kvcache_append, arch, forward, dtype, 512, 1, 0, checked_on)
+
 constexpr Instance kInstances[] = {
-#define BIAS_ACTIVATION(arch_name, direction, dtype, checked_on) \
-  {"bias_activation_" #direction "_" #dtype "_" #arch_name,      \
-   Family::bias_activation,                                      \
-   arch::arch_name.name,                                         \
-   arch::arch_name.min_sm,                                       \
-   arch::arch_name.max_sm,                                       \
-   Direction::direction,                                         \
-   Dtype::dtype,                                                 \
-   0,                                                            \
-   #checked_on,                                                  \
-   bias_activation_##direction##_##dtype##_##arch_name},
-#include "kernels/instances.def"
-#undef BIAS_ACTIVATION
+#include "built.def"
+    {}  // an end: a build may have no kernel at all
 };
-constexpr int32_t kNumInstances = sizeof(kInstances) / sizeof(Instance);
+constexpr int32_t kNumInstances = sizeof(kInstances) / sizeof(Instance) - 1;
+
+#undef KVCACHE_APPEND
+#undef ATTENTION
+#undef BIAS_ACTIVATION
+#undef INSTANCE
 
 }  // namespace
+
+#if ANYFLASH_HAS_CUDA
 
 int32_t launch_on_device(const void* kernel, Grid grid, void** arguments, void* stream) {
   return cudaLaunchKernel(kernel, dim3(grid.x, grid.y), dim3(grid.threads), arguments, 0,
                           static_cast<cudaStream_t>(stream));
 }
-
-#else
-
-namespace {
-
-constexpr const Instance* kInstances = nullptr;
-constexpr int32_t kNumInstances = 0;
-
-}  // namespace
 
 #endif
 
@@ -112,11 +126,21 @@ int32_t anyflash_build_cuda_version(void) { return 0; }
 const char* anyflash_build_archs(void) { return ANYFLASH_ARCHS; }
 
 const char* anyflash_error_string(int32_t code) {
-  if (code == anyflash::kErrorInvalidParams) return "invalid kernel parameters";
-  if (code == anyflash::kErrorNoCuda) return "no CUDA device";
+  switch (code) {
+    case 0:
+      return "no error";
+    case anyflash::kErrorInvalidParams:
+      return "invalid kernel parameters";
+    case anyflash::kErrorNoCuda:
+      return "no CUDA device";
+    case anyflash::kErrorNoMemory:
+      return "out of memory";
+    case anyflash::kErrorParallelFor:
+      return "the parallel-for of the caller failed";
+  }
 #if ANYFLASH_HAS_CUDA
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 #else
-  return code == 0 ? "no error" : "this build has no CUDA";
+  return "this build has no CUDA";
 #endif
 }

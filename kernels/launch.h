@@ -9,7 +9,8 @@
 
 namespace anyflash {
 
-enum class Family : int32_t { attention, bias_activation };
+enum class Family : int32_t { attention, bias_activation, kvcache_append };
+enum class Device : int32_t { cpu, cuda };
 enum class Direction : int32_t { forward, backward };
 enum class Dtype : int32_t {
   fp16 = 1,
@@ -20,40 +21,50 @@ enum class Dtype : int32_t {
 
 // One line of instances.def.
 struct Instance {
-  const char* name;  // family_direction_dtype[_headdim]_arch, unique
+  const char* name;  // family_direction_dtype_arch, unique
   Family family;
+  Device device;
   const char* arch;
-  int32_t min_sm;  // runs on min_sm <= compute capability <= max_sm
+  int32_t min_sm;  // runs on min_sm <= compute capability <= max_sm; on a CPU the Isa of arch.h
   int32_t max_sm;
   Direction direction;
   Dtype dtype;
-  int32_t head_dim;        // 0: the family has none
-  const char* checked_on;  // the GPU that ran its tests, "none" until then
+  int32_t max_head_dim;  // of q and of v; 0: the family has none
+  int32_t head_dim_multiple;
+  uint32_t features;       // supported ones, a set of features.h
+  const char* checked_on;  // the GPU or CPU that ran its tests, "none" until then
   int32_t (*run)(const void* params, void* stream);
 };
 
 // Beside CUDA's own codes, which are positive. 0 is success.
 constexpr int32_t kErrorInvalidParams = -1;
 constexpr int32_t kErrorNoCuda = -2;
+constexpr int32_t kErrorNoMemory = -3;
+constexpr int32_t kErrorParallelFor = -4;  // the caller's parallel-for failed
 
 }  // namespace anyflash
 
 extern "C" {
 
-// The compiled kernels; none in a build without CUDA.
+// The compiled kernels: those for CPUs of the build's processor family and, in a build with CUDA,
+// those for GPUs.
 ANYFLASH_EXPORT const anyflash::Instance* anyflash_instances(int32_t* count);
 
 // The instance of that name, or null.
 ANYFLASH_EXPORT const anyflash::Instance* anyflash_find_instance(const char* name);
 
-// Queues the kernel on `stream` (a CUstream) of the current device. `params` is the family's struct
-// of params.h.
+// Queues the kernel on `stream` (a CUstream) of the current device, or, on a CPU, computes before
+// it returns: there `stream` is a const CpuThreads*, null for the calling thread alone. `params` is
+// the family's struct of params.h.
 ANYFLASH_EXPORT int32_t anyflash_launch(const anyflash::Instance* instance, const void* params,
                                         void* stream);
 
 // Bytes of workspace for a backward that returns dbias.
 ANYFLASH_EXPORT int64_t anyflash_bias_activation_workspace(int64_t rows, int64_t cols,
                                                            anyflash::Activation activation);
+
+// The best instruction set with kernels here that this CPU has: an Isa of arch.h.
+ANYFLASH_EXPORT int32_t anyflash_cpu_isa(void);
 
 // Compute capability of a device as major * 10 + minor, or a negative number if it cannot be told.
 ANYFLASH_EXPORT int32_t anyflash_device_sm(int32_t device);

@@ -14,5 +14,5 @@ using uint64_t = unsigned long long;
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define ANYFLASH_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define ANYFLASH_HOST_DEVICE inline
+#define ANYFLASH_HOST_DEVICE inline __attribute__((always_inline))
 #endif

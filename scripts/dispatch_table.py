@@ -3,7 +3,8 @@
     python scripts/dispatch_table.py           # write
     python scripts/dispatch_table.py --check   # exit 1 if a table is not current
 
-Routes come from csrc/routes.def, kernels from kernels/instances.def, choices from `decide`.
+Routes come from csrc/routes.def, kernels from kernels/instances.def, their speed from
+csrc/measured.def, features from kernels/features.def, choices from `decide`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ END = "<!-- end of table -->"
 TORCH = 213  # the tables are for torch 2.13; older versions lack some routes
 
 DEVICES = {
-    "CPU": {"device": "cpu"},
+    "CPU (avx512)": {"device": "cpu", "isa": "avx512"},
     "T4 (sm_75)": {"sm": 75},
     "A100 (sm_80)": {"sm": 80},
     "H100 (sm_90)": {"sm": 90},
@@ -63,20 +64,19 @@ def choices() -> str:
 
 def routes() -> str:
     """routes.def, row by row."""
-    features = [e.fields[0] for e in _defs.entries("routes") if e.macro == "FEATURE"]
+    features = _defs.feature_phrases()
     rows = []
     for entry in _defs.entries("routes"):
         if entry.macro != "ROUTE":
             continue
         name, chain, device, sm, dtypes, top, multiple, torch, forward, backward = entry.fields
         where = {"cpu": "CPU", "any": "everywhere"}.get(device, f"GPU, sm_{sm} or newer")
-        dims = f"1 to {top}" if multiple == "1" else f"multiples of {multiple} up to {top}"
         rows.append([
             f"`{name}`: {ROUTE_TITLES[name]}",
             "by name only" if chain == "named" else f"`{chain}`",
             where,
             dtypes.replace("|", ", "),
-            dims,
+            _head_dims(top, multiple),
             f"{int(torch) // 100}.{int(torch) % 100}",
             _lacking((name for name in features if name not in BACKWARD_ONLY), forward),
             _lacking(features, backward),
@@ -85,25 +85,54 @@ def routes() -> str:
     return _markdown([*header, "forward lacks", "backward lacks"], rows)
 
 
+def _head_dims(top: str, multiple: str) -> str:
+    return f"1 to {top}" if multiple == "1" else f"multiples of {multiple} up to {top}"
+
+
 def _lacking(features: Iterable[str], supported: str) -> str:
-    names = [part.strip() for part in supported.split("|")]
-    missing = [name for name in features if name not in names]
+    missing = [name for name in features if name not in _defs.features(supported)]
     return ", ".join(f"`{name}`" for name in missing) or "nothing"
 
 
 def features() -> str:
-    rows = [
-        [f"`{e.fields[0]}`", e.fields[1]] for e in _defs.entries("routes") if e.macro == "FEATURE"
-    ]
+    rows = [[f"`{name}`", phrase] for name, phrase in _defs.feature_phrases().items()]
     return _markdown(["name", "meaning"], rows)
 
 
 def kernels() -> str:
-    """instances.def, row by row."""
-    rows = []
+    """instances.def, a row for the dtypes of a family, an architecture and a direction."""
+    dtypes: dict[tuple[str, ...], list[str]] = {}
     for entry in _defs.entries("instances"):
-        rows.append([entry.macro.lower(), *entry.fields])
-    return _markdown(["family", "architecture", "direction", "dtype", "checked on"], rows)
+        arch, direction, *rest = entry.fields
+        if entry.macro == "KVCACHE_APPEND":
+            direction, rest = "forward", [direction, *rest]
+        dims, lacks = "any", "nothing"
+        if entry.macro == "ATTENTION":
+            dims = _head_dims(rest[1], rest[2])
+            asked = _defs.feature_phrases()
+            if direction == "forward":
+                asked = [name for name in asked if name not in BACKWARD_ONLY]
+            lacks = _lacking(asked, rest[3])
+        row = (entry.macro.lower(), arch, direction, dims, lacks, rest[-1])
+        dtypes.setdefault(row, []).append(rest[0])
+    rows = [
+        [family, arch, direction, ", ".join(names), dims, lacks, checked_on]
+        for (family, arch, direction, dims, lacks, checked_on), names in dtypes.items()
+    ]
+    header = ["family", "architecture", "direction", "dtype", "head_dim", "lacks", "checked on"]
+    return _markdown(header, rows)
+
+
+def measured() -> str:
+    """measured.def, row by row."""
+    rows = [
+        [arch, direction, dtype, f"1 to {top}", f"{float(median):.2f}x", f"{float(worst):.2f}x"]
+        for arch, direction, dtype, top, worst, median in (
+            entry.fields for entry in _defs.entries("measured") if entry.macro == "MEASURED"
+        )
+    ]
+    header = ["architecture", "direction", "dtype", "head_dim", "median", "at worst"]
+    return _markdown(header, rows)
 
 
 PAGES = {
@@ -113,6 +142,7 @@ PAGES = {
         "routes": routes,
         "features": features,
         "kernels": kernels,
+        "measured": measured,
     },
 }
 

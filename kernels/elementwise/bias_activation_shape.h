@@ -5,11 +5,11 @@
 
 namespace anyflash::bias_activation {
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+ANYFLASH_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Rows of the workspace. Enough blocks to fill any GPU, few enough that the second stage costs
 // little; depends on the shape alone, so that sums come out the same everywhere.
-constexpr int64_t num_partials(int64_t rows, int64_t cols) {
+ANYFLASH_HOST_DEVICE constexpr int64_t num_partials(int64_t rows, int64_t cols) {
   constexpr int64_t kBlocks = 2048, kMostPartials = 256, kTileRows = 16, kTileCols = 256;
   const int64_t per_column_tile = kBlocks / (cols < kTileCols ? 1 : ceil_div(cols, kTileCols));
   const int64_t wanted = per_column_tile < 1               ? 1

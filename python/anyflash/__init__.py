@@ -36,16 +36,18 @@ def decide(problem: dict[str, Any]) -> dict[str, Any]:
     """Which route runs a problem, and why those before it do not.
 
     Args:
-        problem: plain data, as in csrc/problem.h: op, device, sm, direction, dtype, head_dim,
-            head_dim_v, features, torch_version, chain, explicit.
+        problem: plain data, as in csrc/problem.h: op, device, sm (of a GPU), isa (of a CPU),
+            direction, dtype, head_dim, head_dim_v, features, torch_version, chain, explicit.
 
     Returns:
-        ``{"route": str, "reasons": [(route, text), ...]}``; route ``"none"`` if nothing runs.
+        ``{"route": str, "instance": str | None, "measured": dict | None, "reasons": [(route, text),
+        ...]}``: the route, ``"none"`` if nothing runs; for the route ``"kernel"`` its name and its
+        speed beside PyTorch's attention, where that has been measured.
 
     Raises:
         ValueError: names that do not exist.
     """
-    if _loader.native is not None:
+    if _loader.has_kernels():
         return _loader.native.decide(problem)
     from ._python_ops import dispatch
 

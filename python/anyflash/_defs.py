@@ -1,4 +1,4 @@
-"""Reads the lists that C++ and Python share: schemas.def, routes.def and instances.def."""
+"""Reads the lists that C++ and Python share: the .def files of csrc/ and kernels/."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _fields(text: str) -> tuple[str, ...]:
 
 @functools.cache
 def entries(name: str) -> tuple[Entry, ...]:
-    """The entries of ``schemas``, ``routes`` or ``instances``, in the order of the file."""
+    """The entries of ``schemas``, ``routes``, ``features``, ..., in the order of the file."""
     found = []
     for line in path_of(name).read_text(encoding="utf-8").splitlines():
         match = _ENTRY.match(line)
@@ -76,3 +76,17 @@ def operators() -> tuple[Operator, ...]:
         for entry in entries("schemas")
         if entry.macro == "OPERATOR"
     )
+
+
+@functools.cache
+def feature_phrases() -> dict[str, str]:
+    """How a reason names each feature, in the order of features.def."""
+    return {e.fields[0]: e.fields[1] for e in entries("features") if e.macro == "FEATURE"}
+
+
+@functools.cache
+def features(text: str) -> frozenset[str]:
+    """The features in a column: names and names of sets, joined by ``|``."""
+    sets = {e.fields[0]: e.fields[1] for e in entries("features") if e.macro == "FEATURE_SET"}
+    names = "|".join(sets.get(part.strip(), part) for part in text.split("|"))
+    return frozenset(part.strip() for part in names.split("|"))

@@ -31,7 +31,8 @@ def summary(report: Report) -> str:
 
 
 def heading(facts: dict[str, Any]) -> str:
-    """One line each for anyflash, its operators, torch, every GPU, and what the import finds."""
+    """One line each for anyflash, its operators, torch, the CPU, every GPU, and what the import
+    finds."""
     own, operators, torch_facts = facts["anyflash"], facts["operators"], facts["torch"]
     lines = []
     if not _failed(own):
@@ -41,6 +42,8 @@ def heading(facts: dict[str, Any]) -> str:
         lines.append(f"operators   {'compiled' if compiled else 'Python'}{_kernels(operators)}")
     if not _failed(torch_facts):
         lines.append(f"torch       {_torch(torch_facts)}")
+    if not _failed(facts["cpu"]):
+        lines.append(f"CPU         {_cpu(facts['cpu'])}")
     for gpu in facts["gpus"] if isinstance(facts["gpus"], list) else ():
         lines.append(f"GPU         {gpu['name']}, sm_{gpu['sm']}, {gpu['memory_gib']:.0f} GiB")
     trial = facts["trial"]
@@ -56,8 +59,17 @@ def heading(facts: dict[str, Any]) -> str:
 
 
 def _kernels(operators: dict[str, Any]) -> str:
-    count = len(operators["native"]["instances"])
-    return f", {count} CUDA kernels built" if count else ", no CUDA kernels built"
+    devices = [instance["device"] for instance in operators["native"]["instances"]]
+    counts = [f"{devices.count(name) or 'no'} {name.upper()} kernels" for name in ("cpu", "cuda")]
+    return f", {' and '.join(counts)} built"
+
+
+def _cpu(facts: dict[str, Any]) -> str:
+    """avx512bf16, attention kernels bf16 avx512bf16, fp16 avx512, fp32 avx512"""
+    kernels = [name.split("_") for name in facts["kernels"]]
+    forwards = [f"{dtype} {arch}" for _, way, dtype, arch in kernels if way == "forward"]
+    isa = "no instruction set of a kernel" if facts["isa"] == "none" else facts["isa"]
+    return f"{isa}, attention kernels {', '.join(forwards)}" if forwards else isa
 
 
 def _torch(facts: dict[str, Any]) -> str:

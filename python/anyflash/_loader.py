@@ -172,6 +172,20 @@ def _load_native() -> Any:
         return None
 
 
+def has_kernels() -> bool:
+    """Whether the operators in use know the compiled kernels: those of the binary do."""
+    return provider == "binary" and native is not None
+
+
+def cpu_isa() -> str:
+    """The instruction set that kernels may use on this CPU; "none" without kernels.
+
+    Raises:
+        ValueError: ANYFLASH_CPU_ISA names an unknown one, or one that this CPU does not have.
+    """
+    return native.cpu_isa() if has_kernels() else "none"
+
+
 def load() -> str:
     """Loads the operators once and returns the provider: "binary", "python" or "none"."""
     global _loaded, native, provider

@@ -24,6 +24,8 @@ CODES: dict[str, int] = {
 NAMES: dict[int, str] = {code: name for name, code in CODES.items()}
 DEFAULT_CHAIN = ("kernel", "sdpa", "math")
 DEFAULT_CODE = 0x321
+#: Instruction sets of CPUs, as in kernels/arch.h.
+ISAS = ("none", "avx2", "avx512", "avx512bf16", "amx", "neon")
 _MAX_NAMES = 15  # digits of a positive int64
 
 _chosen: contextvars.ContextVar[int] = contextvars.ContextVar("anyflash_backend", default=0)

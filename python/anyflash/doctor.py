@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import torch
 
-from . import _machine
+from . import _loader, _machine
 from .explain import explain, torch_version
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ ENVIRONMENT = {
     "ANYFLASH_BACKEND": "back ends in order, such as sdpa,math",
     "ANYFLASH_STRICT": "1: an error instead of a fallback",
     "ANYFLASH_CHECK": "1: check also what makes the GPU wait",
+    "ANYFLASH_CPU_ISA": "instruction set of the CPU kernels: none, avx2, avx512, avx512bf16, neon",
     "ANYFLASH_PROVIDER": "binary, python or auto: which operators to load",
     "ANYFLASH_DROPIN": "0: flash_attn is not ours; append: only where there is no other",
     "ANYFLASH_BUILD": "when installing; 0: no compiled operators, 1: an error without them",
@@ -87,6 +88,7 @@ def diagnose(probe: bool = True) -> Report:
         "anyflash": _anyflash,
         "operators": _operators,
         "torch": _torch,
+        "cpu": _cpu,
         "gpus": _gpus,
         "flash_attn": lambda report: _flash_attn(report, probe),
         "environment": _environment,
@@ -116,8 +118,6 @@ def _anyflash(report: Report) -> dict[str, Any]:
 
 def _operators(report: Report) -> dict[str, Any]:
     """Which of the two operator sets is in use, and if it is the slower one, why."""
-    from . import _loader
-
     state: dict[str, Any] = {
         "provider": _loader.provider,
         "reasons": list(_loader.reasons),
@@ -208,6 +208,15 @@ def _major(version: str) -> int:
     return int(version.partition(".")[0])
 
 
+def _cpu(report: Report) -> dict[str, Any]:
+    """The instruction set that kernels use here, and the attention kernels that calls get."""
+    kernels = []
+    for dtype in ("bf16", "fp16", "fp32"):
+        answer = explain(f"{dtype} head_dim 64 training", device="cpu", backend="auto")
+        kernels += [d["instance"] for d in answer.decisions if d["instance"] is not None]
+    return {"isa": _loader.cpu_isa(), "kernels": kernels}
+
+
 def _gpus(report: Report) -> list[dict[str, Any]]:
     gpus = _machine.gpus()
     for gpu in gpus:
@@ -287,6 +296,7 @@ def _environment(report: Report) -> dict[str, str]:
             report.note(f"{name} is set, but anyflash reads no such variable.", remedy)
     try:
         backends.environment_chain()
+        _loader.cpu_isa()
     except ValueError as error:
         report.problem(str(error), "correct the variable, or unset it")
     if backends.is_set("ANYFLASH_STRICT"):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import backends
+from . import _loader, backends
 
 if TYPE_CHECKING:
     import argparse
@@ -71,7 +71,7 @@ _FILLER = frozenset(
 )
 
 _KEYWORDS = frozenset(
-    ("op", "device", "sm", "dtype", "head_dim", "head_dim_v", "features", "training")
+    ("op", "device", "sm", "isa", "dtype", "head_dim", "head_dim_v", "features", "training")
     + ("torch_version", "backend")
 )
 
@@ -82,7 +82,7 @@ class Explanation:
 
     Attributes:
         problems: One `Problem` dict per direction, as handed to `decide`.
-        decisions: One `{"route", "reasons"}` per direction, as `decide` returned it.
+        decisions: One dict per direction, as `decide` returned it.
         assumed: What the question left open and how it was filled in.
     """
 
@@ -111,7 +111,7 @@ class Explanation:
             route = decision["route"]
             title = "nothing in this chain can run it"
             if route != "none":
-                title = f"{route}: {ROUTE_TITLES[route]}"
+                title = f"{route}: {ROUTE_TITLES[route]}{_kernel_text(decision)}"
             lines += ["", f"{problem['direction']:9s} {title}"]
             obstacles: dict[str, list[str]] = {}
             for name, reason in decision["reasons"]:
@@ -120,13 +120,23 @@ class Explanation:
         return "\n".join(lines)
 
 
+def _kernel_text(decision: dict[str, Any]) -> str:
+    """Which kernel, and its speed beside PyTorch's attention; empty for other routes."""
+    if decision["instance"] is None:
+        return ""
+    text, speed = f", {decision['instance']}", decision["measured"]
+    if speed is not None:
+        text += f", measured {speed['median']:.2f}x PyTorch's CPU attention (median), "
+        text += f"at worst {speed['worst']:.2f}x"
+    return text
+
+
 def describe_problem(problem: dict[str, Any]) -> str:
     """One line for a `Problem`: what is asked, where, and the back ends in order."""
-    where = (
-        "on the CPU"
-        if problem["device"] == "cpu"
-        else f"on a GPU of compute capability sm_{problem['sm']}"
-    )
+    if problem["device"] == "cuda":
+        where = f"on a GPU of compute capability sm_{problem['sm']}"
+    else:
+        where = "on a CPU" if problem["isa"] == "none" else f"on a CPU with {problem['isa']}"
     if problem["op"] == "bias_activation":
         what = f"bias + activation, {problem['dtype']}"
     else:
@@ -193,6 +203,8 @@ def _read_single_words(text: str, facts: dict[str, Any]) -> None:
             facts.setdefault("features", []).append(features[word])
         elif word in _GPUS:
             facts.update(device="cuda", sm=_GPUS[word])
+        elif word in backends.ISAS[1:]:
+            facts.update(device="cpu", isa=word)
         elif word in ("cpu", "cuda", "gpu"):
             facts["device"] = "cpu" if word == "cpu" else "cuda"
         elif word in ("training", "train", "backward", "gradient", "gradients", "grad"):
@@ -216,8 +228,8 @@ def _not_understood(word: str) -> str:
     return (
         f'explain: "{word}" is not understood.{hint} It knows '
         f"dtypes ({', '.join(_DTYPES)}), features ({', '.join(_FEATURE_WORDS)}), head_dim N, "
-        "head_dim N/M, devices (cpu, cuda, sm_NN, T4, A100, H100, ...), training, inference, mlp, "
-        "torch N.N, backend NAME"
+        "head_dim N/M, devices (cpu, avx512, cuda, sm_NN, T4, A100, H100, ...), training, "
+        "inference, mlp, torch N.N, backend NAME"
     )
 
 
@@ -228,9 +240,10 @@ def explain(words: str | torch.Tensor = "", *tensors: torch.Tensor, **facts: Any
         words: The shape in words; may be empty. Keywords win over words. Or q, followed by k and v:
             then the keywords are those of `anyflash.attention`, and the call is explained.
         *tensors: k and v, where q was given.
-        **facts: op ("attention", "bias_activation"), device ("cpu", "cuda"), sm (90), dtype ("bf16"
-            or torch.bfloat16), head_dim, head_dim_v, features (names of `routes.def`), training
-            (bool: also the backward), torch_version (213 means 2.13), backend ("kernel,sdpa").
+        **facts: op ("attention", "bias_activation"), device ("cpu", "cuda"), sm (90), isa ("avx2",
+            of a CPU), dtype ("bf16" or torch.bfloat16), head_dim, head_dim_v, features (names of
+            `features.def`), training (bool: also the backward), torch_version (213 means 2.13),
+            backend ("kernel,sdpa").
 
     Returns:
         An `Explanation`; print it, or read `.route`, `.decisions`.
@@ -308,7 +321,7 @@ def _complete(said: dict[str, Any]) -> tuple[dict[str, Any], bool, list[str]]:
         return said.get(name, default)
 
     gpu = torch.cuda.is_available()
-    device = str(get("device", "cuda" if "sm" in said or gpu else "cpu"))
+    device = str(get("device", "cuda" if "sm" in said or (gpu and "isa" not in said) else "cpu"))
     if device not in ("cpu", "cuda"):
         raise ValueError(f'explain: device must be "cpu" or "cuda", got "{device}"')
     sm = 0
@@ -321,6 +334,7 @@ def _complete(said: dict[str, Any]) -> tuple[dict[str, Any], bool, list[str]]:
                 None if gpu else f"compute capability sm_{here[0]}{here[1]}",
             )
         )
+    isa = str(said.get("isa", _loader.cpu_isa())) if device == "cpu" else "none"
     op = said.get("op", "attention")
     dtype = _dtype_name(get("dtype", "bf16" if sm >= 80 else "fp16" if sm else "fp32"))
     head_dim = int(get("head_dim", 64)) if op == "attention" else 0
@@ -330,7 +344,7 @@ def _complete(said: dict[str, Any]) -> tuple[dict[str, Any], bool, list[str]]:
         features.append("unequal_head_dims")
     chain, explicit = _chain(said.get("backend"))
     problem = {
-        "op": op, "device": device, "sm": sm, "dtype": dtype, "head_dim": head_dim,
+        "op": op, "device": device, "sm": sm, "isa": isa, "dtype": dtype, "head_dim": head_dim,
         "head_dim_v": head_dim_v, "features": features, "chain": chain, "explicit": explicit,
         "torch_version": int(said.get("torch_version", torch_version())),
     }  # fmt: skip
@@ -373,6 +387,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--sm", type=int, help="compute capability without the dot: 75, 80, 90")
+    parser.add_argument("--isa", choices=backends.ISAS, help="instruction set of a CPU")
     parser.add_argument("--dtype", help="fp16, bf16, fp32 or fp64")
     parser.add_argument("--head-dim", type=int)
     parser.add_argument("--head-dim-v", type=int)
@@ -402,4 +417,4 @@ def main(options: argparse.Namespace) -> int:
     return 0 if explanation.runs else 1
 
 
-_FLAGS = ("device", "sm", "dtype", "head_dim", "head_dim_v", "features", "training", "backend")
+_FLAGS = _KEYWORDS - {"op", "torch_version"}

@@ -126,6 +126,7 @@ CORRECTNESS = [
         seqlens_q=(21, 21),
         seqlens_k=(40, 40),
     ),
+    Case("dropout_gqa", dropout=0.2, heads_k=2, causal=True),
     # Packed.
     Case("packed", layout="packed", seqlens_q=_RAGGED_Q, seqlens_k=_RAGGED_K),
     Case(

@@ -5,6 +5,7 @@
 
 #include "catch.h"
 #include "dispatch.h"
+#include "kernels/arch.h"
 
 using namespace anyflash;
 
@@ -13,19 +14,6 @@ namespace {
 constexpr InstanceTable kNoKernels{nullptr, 0};
 constexpr int32_t kTorch = 213;
 const int32_t kGpus[] = {50, 60, 61, 70, 72, 75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121};
-
-struct NamedFeature {
-  Features bit;
-  const char* phrase;
-};
-
-const NamedFeature kFeatures[] = {
-#define FEATURE(name, phrase) {Feature::name, phrase},
-#define ROUTE(...)
-#include "routes.def"
-#undef ROUTE
-#undef FEATURE
-};
 
 Problem on_gpu(int32_t sm, Features features = 0, Direction direction = Direction::forward) {
   Problem problem;
@@ -62,9 +50,27 @@ std::string reasons(const Problem& problem, Route route, InstanceTable table = k
 int32_t never_run(const void*, void*) { return 0; }
 
 Instance instance(Family family, int32_t min_sm, int32_t max_sm, Direction direction, Dtype dtype,
-                  int32_t head_dim, const char* checked_on) {
-  return {"an instance", family, "sm",     min_sm,     max_sm,
-          direction,     dtype,  head_dim, checked_on, never_run};
+                  int32_t max_head_dim, const char* checked_on) {
+  return {"an instance", family, Device::cuda, "sm", min_sm, max_sm,
+          direction,     dtype,  max_head_dim, 1,    0,      checked_on,
+          never_run};
+}
+
+Instance cpu_instance(const Arch& arch, Direction direction, Dtype dtype, const char* checked_on) {
+  using namespace Feature;
+  return {"a CPU instance",
+          Family::attention,
+          arch.device,
+          arch.name,
+          arch.min_sm,
+          arch.max_sm,
+          direction,
+          dtype,
+          512,
+          1,
+          direction == Direction::forward ? every_forward : every_backward,
+          checked_on,
+          never_run};
 }
 
 }  // namespace
@@ -93,16 +99,16 @@ TEST_CASE("dispatch: every GPU and feature ends on a route that lists the featur
                             packed | causal | window | gqa};
   const Features efficient = packed | causal | bias | gqa | unequal_head_dims;
   for (const int32_t sm : kGpus) {
-    for (const NamedFeature& feature : kFeatures) {
+    for (uint32_t i = 0; i < feature_number::count; ++i) {
       for (const Direction direction : {Direction::forward, Direction::backward}) {
-        const bool caches = feature.bit == paged;  // no gradient
+        const Features feature = 1u << i;
+        const bool caches = feature == paged;  // no gradient
         if (caches && direction == Direction::backward) continue;
-        CAPTURE(sm, feature.phrase, int(direction));
-        const std::string expected = sm >= 80 && (flash[int(direction)] & feature.bit)
-                                         ? "aten_flash"
-                                     : efficient & feature.bit ? "aten_efficient"
-                                                               : "math";
-        CHECK(route_of(on_gpu(sm, feature.bit, direction)) == expected);
+        CAPTURE(sm, kFeatureTexts[i].name, int(direction));
+        const std::string expected = sm >= 80 && (flash[int(direction)] & feature) ? "aten_flash"
+                                     : efficient & feature ? "aten_efficient"
+                                                           : "math";
+        CHECK(route_of(on_gpu(sm, feature, direction)) == expected);
       }
     }
   }
@@ -113,12 +119,13 @@ TEST_CASE("dispatch: every feature on the CPU", "[dispatch]") {
   const Features cpu[] = {
       packed | paged | seqused_k | leftpad_k | causal | window | bias | gqa,
       packed | seqused_k | leftpad_k | causal | window | bias | gqa | deterministic};
-  for (const NamedFeature& feature : kFeatures) {
+  for (uint32_t i = 0; i < feature_number::count; ++i) {
     for (const Direction direction : {Direction::forward, Direction::backward}) {
-      if (feature.bit == paged && direction == Direction::backward) continue;
-      CAPTURE(feature.phrase, int(direction));
-      CHECK(route_of(on_cpu(feature.bit, direction)) ==
-            (cpu[int(direction)] & feature.bit ? "aten_cpu" : "math"));
+      const Features feature = 1u << i;
+      if (feature == paged && direction == Direction::backward) continue;
+      CAPTURE(kFeatureTexts[i].name, int(direction));
+      CHECK(route_of(on_cpu(feature, direction)) ==
+            (cpu[int(direction)] & feature ? "aten_cpu" : "math"));
     }
   }
 }
@@ -232,22 +239,80 @@ TEST_CASE("dispatch: kernels of the table", "[dispatch]") {
   CHECK(choose(on_gpu(120), table).instance == &instances[0]);
   CHECK(route_of(on_cpu(), table) == "aten_cpu");
 
+  CHECK(reasons(on_gpu(75), Route::kernel, table) == "needs sm_80 or newer, this GPU is sm_75");
   Problem problem = on_gpu(80);
   problem.dtype = Dtype::bf16;
-  CHECK(reasons(problem, Route::kernel, table) ==
-        "this build has no attention kernel for bf16 with head_dim 64");
+  CHECK(reasons(problem, Route::kernel, table) == "needs fp16, got bf16");
   CHECK(reasons(on_gpu(80, 0, Direction::backward), Route::kernel, table) ==
-        "this build has no attention kernel for the backward in fp16 with head_dim 64");
+        "this build has no attention kernel for the backward on sm_80");
+  CHECK(reasons(on_gpu(80, Feature::softcap), Route::kernel, table) == "does not support softcap");
 
   problem = on_gpu(80);
   problem.head_dim = problem.head_dim_v = 128;
   CHECK(route_of(problem, table) == "aten_flash");
-  CHECK_THAT(reasons(problem, Route::kernel, table),
-             ContainsSubstring("has not been checked on a GPU"));
+  CHECK(reasons(problem, Route::kernel, table) ==
+        "has not been checked on a GPU of its architecture yet; naming `kernel` as the first back "
+        "end selects it all the same");
   problem.explicit_chain = true;
   CHECK(choose(problem, table).instance == &instances[2]);
   problem.chain = parse_chain("sdpa,kernel");
   CHECK(route_of(problem, table) == "aten_flash");
+  problem.chain = kDefaultChain;
+  problem.head_dim_v = 129;
+  CHECK(reasons(problem, Route::kernel, table) == "head_dim_v 129 is above 128");
+  problem.head_dim_v = 64;
+  problem.head_dim = 65;  // both fit into the kernel for 128
+  CHECK(choose(problem, table).instance == &instances[2]);
+}
+
+TEST_CASE("dispatch: kernels of a CPU", "[dispatch]") {
+  const Instance instances[] = {
+      cpu_instance(kAvx2, Direction::forward, Dtype::fp32, "zen4"),
+      cpu_instance(kAvx2, Direction::forward, Dtype::bf16, "zen4"),
+      cpu_instance(kAvx512, Direction::forward, Dtype::fp32, "zen4"),
+      cpu_instance(kAvx512Bf16, Direction::forward, Dtype::bf16, "zen4"),
+      cpu_instance(kNeon, Direction::forward, Dtype::fp32, "none"),
+  };
+  const InstanceTable table{instances, 5};
+  const auto on = [](int32_t isa, Dtype dtype = Dtype::fp32, Features features = 0) {
+    Problem problem = on_cpu(features);
+    problem.sm = isa;
+    problem.dtype = dtype;
+    return problem;
+  };
+  CHECK(choose(on(Isa::avx2), table).instance == &instances[0]);
+  CHECK(choose(on(Isa::avx512), table).instance == &instances[2]);
+  CHECK(choose(on(Isa::avx512bf16), table).instance == &instances[2]);
+  CHECK(choose(on(Isa::avx512bf16, Dtype::bf16), table).instance == &instances[3]);
+  CHECK(choose(on(Isa::avx512, Dtype::bf16, Feature::every_forward), table).instance ==
+        &instances[1]);
+  CHECK(reasons(on(Isa::none), Route::kernel, table) == "needs avx2, this CPU has none");
+  CHECK(reasons(on(Isa::avx512, Dtype::fp64), Route::kernel, table) ==
+        "needs bf16 or fp32, got fp64");
+  CHECK(reasons(on(Isa::avx2, Dtype::fp16), Route::kernel, table) ==
+        "needs bf16 or fp32, got fp16");
+
+  Problem neon = on(Isa::neon);
+  CHECK(reasons(neon, Route::kernel, table) ==
+        "has not been checked on a CPU of its architecture yet; naming `kernel` as the first back "
+        "end selects it all the same");
+  neon.explicit_chain = true;
+  CHECK(choose(neon, table).instance == &instances[4]);
+}
+
+TEST_CASE("dispatch: a CPU with AMX computes plain 16-bit attention with PyTorch", "[dispatch]") {
+  const Instance instances[] = {cpu_instance(kAvx512Bf16, Direction::forward, Dtype::bf16, "zen4")};
+  const InstanceTable table{instances, 1};
+  Problem problem = on_cpu(Feature::gqa);
+  problem.sm = Isa::amx;
+  problem.dtype = Dtype::bf16;
+  CHECK(route_of(problem, table) == "aten_cpu");
+  CHECK_THAT(reasons(problem, Route::kernel, table), ContainsSubstring("AMX"));
+  problem.features |= Feature::causal;
+  CHECK(route_of(problem, table) == "kernel");
+  problem.features = 0;
+  problem.explicit_chain = true;
+  CHECK(route_of(problem, table) == "kernel");
 }
 
 TEST_CASE("dispatch: bias_activation", "[dispatch]") {
@@ -270,15 +335,15 @@ TEST_CASE("dispatch: bias_activation", "[dispatch]") {
   problem.chain = parse_chain("kernel");
   problem.sm = 70;
   CHECK(refusal(problem, decide(problem, table)) ==
-        "anyflash: no back end of \"kernel\" can run this bias_activation: kernel: this build has "
-        "no bias_activation kernel for sm_70");
+        "anyflash: no back end of \"kernel\" can run this bias_activation: kernel: needs sm_75 or "
+        "newer, this GPU is sm_70");
   problem.device = Device::cpu;
   problem.chain = kDefaultChain;
   CHECK(route_of(problem, table) == "math");
 }
 
 TEST_CASE("dispatch: the built table serves bias_activation where asked for", "[dispatch]") {
-  if (built_instances().count == 0) return;
+  if (anyflash_build_cuda_version() == 0) return;
   for (const int32_t sm : kGpus) {
     Problem problem = on_gpu(sm);
     problem.family = Family::bias_activation;
@@ -287,6 +352,18 @@ TEST_CASE("dispatch: the built table serves bias_activation where asked for", "[
     CAPTURE(sm);
     CHECK(route_of(problem, built_instances()) == (sm >= 75 ? "kernel" : "math"));
   }
+}
+
+TEST_CASE("instruction sets: names and what contains what", "[dispatch]") {
+  CHECK(parse_isa("avx512bf16") == Isa::avx512bf16);
+  CHECK(std::string(isa_name(Isa::amx)) == "amx");
+  CHECK(contains(Isa::avx512, Isa::avx2));
+  CHECK(contains(Isa::none, Isa::none));
+  CHECK_FALSE(contains(Isa::avx2, Isa::avx512));
+  CHECK_FALSE(contains(Isa::neon, Isa::avx2));
+  CHECK_THROWS_WITH(parse_isa("sse"),
+                    "unknown instruction set 'sse'; known: none, avx2, avx512, avx512bf16, amx, "
+                    "neon");
 }
 
 TEST_CASE("chains: names and numbers", "[dispatch]") {

@@ -8,7 +8,9 @@
 #include "kernels/launch.h"
 
 using anyflash::Activation;
+using anyflash::Arch;
 using anyflash::BiasActivationParams;
+using anyflash::Device;
 using anyflash::Dtype;
 using anyflash::Family;
 using anyflash::Instance;
@@ -26,17 +28,35 @@ struct Table {
   int32_t count_ = 0;
 };
 
+#if defined(__x86_64__)
+constexpr bool kBuildsForX86 = true, kBuildsForArm = false;
+#elif defined(__aarch64__)
+constexpr bool kBuildsForX86 = false, kBuildsForArm = true;
+#else
+constexpr bool kBuildsForX86 = false, kBuildsForArm = false;
+#endif
+
 bool has_gpu() { return std::ifstream("/dev/nvidiactl").good(); }
 
 }  // namespace
 
-TEST_CASE("instances: the table holds the lines of instances.def, or none without CUDA",
+TEST_CASE("instances: the table holds the lines of instances.def for this build's devices",
           "[instances]") {
+  const int32_t family = kBuildsForX86 ? 100 : kBuildsForArm ? 200 : -1;
+  const auto is_built = [family](const Arch& arch) {
+    return arch.device == Device::cuda ? anyflash_build_cuda_version() > 0
+                                       : arch.min_sm / 100 * 100 == family;
+  };
   int32_t lines = 0;
-#define BIAS_ACTIVATION(arch, direction, dtype, checked_on) ++lines;
+#define BIAS_ACTIVATION(arch_name, direction, dtype, checked_on) \
+  lines += is_built(anyflash::arch::arch_name);
+#define ATTENTION(arch_name, ...) lines += is_built(anyflash::arch::arch_name);
+#define KVCACHE_APPEND(arch_name, ...) lines += is_built(anyflash::arch::arch_name);
 #include "kernels/instances.def"
+#undef KVCACHE_APPEND
+#undef ATTENTION
 #undef BIAS_ACTIVATION
-  CHECK(Table().size() == (anyflash_build_cuda_version() > 0 ? lines : 0));
+  CHECK(Table().size() == lines);
 }
 
 TEST_CASE("instances: names are unique and found", "[instances]") {
@@ -46,9 +66,8 @@ TEST_CASE("instances: names are unique and found", "[instances]") {
     CHECK(names.insert(instance.name).second);
     CHECK(anyflash_find_instance(instance.name) == &instance);
     CHECK(std::regex_match(
-        instance.name,
-        std::regex(
-            "(attention|bias_activation)_(forward|backward)_(fp16|bf16|fp32)(_\\d+)?_sm\\d+a?")));
+        instance.name, std::regex("(attention|bias_activation|kvcache_append)_(forward|backward)_"
+                                  "(fp16|bf16|fp32)_(sm\\d+a?|avx2|avx512|avx512bf16|neon)")));
   }
   CHECK(anyflash_find_instance("no such kernel") == nullptr);
 }
@@ -59,15 +78,16 @@ TEST_CASE("instances: what can be chosen for a problem is unique", "[instances]"
     const std::string key = std::to_string(int(instance.family)) + instance.arch +
                             std::to_string(int(instance.direction)) + "/" +
                             std::to_string(int(instance.dtype)) + "/" +
-                            std::to_string(instance.head_dim);
+                            std::to_string(instance.max_head_dim);
     CHECK(keys.insert(key).second);
   }
 }
 
-TEST_CASE("instances: each names the GPU it was checked on, or none", "[instances]") {
+TEST_CASE("instances: each names the device it was checked on, or none", "[instances]") {
   for (const Instance& instance : Table()) {
     CHECK(!std::string(instance.checked_on).empty());
     CHECK(instance.min_sm <= instance.max_sm);
+    CHECK(instance.head_dim_multiple > 0);
     CHECK(instance.run != nullptr);
   }
 }
@@ -80,6 +100,7 @@ TEST_CASE("instances: architectures", "[instances]") {
 
 TEST_CASE("launch: null arguments are an error", "[launch]") {
   CHECK(anyflash_launch(nullptr, nullptr, nullptr) == anyflash::kErrorInvalidParams);
+  CHECK(std::string(anyflash_error_string(anyflash::kErrorNoMemory)) == "out of memory");
   CHECK(std::string(anyflash_error_string(anyflash::kErrorInvalidParams)) ==
         "invalid kernel parameters");
   CHECK(!std::string(anyflash_error_string(0)).empty());
@@ -104,7 +125,7 @@ TEST_CASE("launch: without a driver, an error with a text", "[launch]") {
   CHECK(std::string(anyflash_error_string(anyflash::kErrorNoCuda)) == "no CUDA device");
   float x[4] = {}, y[4] = {};
   for (const Instance& instance : Table()) {
-    if (instance.family != Family::bias_activation) continue;
+    if (instance.device != Device::cuda || instance.family != Family::bias_activation) continue;
     BiasActivationParams params{};
     params.x = params.dy = x;
     params.y = params.dx = y;

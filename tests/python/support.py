@@ -10,16 +10,17 @@ from pathlib import Path
 
 import torch
 
+from anyflash import _loader
 from anyflash.testing import Case, Expected, Inputs, expect, make_inputs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 # What the tests ask for by name; None is the default chain.
 ROUTES = {
-    "cpu": (None, "aten_cpu", "math"),
+    "cpu": (None, "kernel", "aten_cpu", "math"),
     "cuda": (None, "aten_flash", "aten_efficient", "aten_cudnn", "math"),
 }
-ALL_ROUTES = (None, "aten_cpu", "aten_flash", "aten_efficient", "aten_cudnn", "math")
+ALL_ROUTES = (None, "kernel", "aten_cpu", "aten_flash", "aten_efficient", "aten_cudnn", "math")
 
 
 def torch_version() -> int:
@@ -28,7 +29,7 @@ def torch_version() -> int:
 
 
 def features_of(case: Case, *gradients: str) -> list[str]:
-    """The features of routes.def that a case needs, told from the case and not from the tensors."""
+    """The features that a case needs, told from the case and not from the tensors."""
     longest_k = max(case.seqlens_k)
     if case.paged:
         longest_k = (-(-longest_k // case.page_size) + 1) * case.page_size
@@ -62,6 +63,7 @@ def problem_of(case: Case, direction: str, device: str, chain: str | None, *grad
         "op": "attention",
         "device": device,
         "sm": sm,
+        "isa": _loader.cpu_isa() if device == "cpu" else "none",
         "direction": direction,
         "dtype": case.dtype,
         "head_dim": case.head_dim,

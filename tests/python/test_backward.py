@@ -7,6 +7,7 @@ import torch
 from support import ALL_ROUTES, ROUTES, expected_of, inputs_of, problem_of
 
 import anyflash
+from anyflash.backends import chain_code
 from anyflash.testing import CORNER, CORRECTNESS, assert_close, error_bound
 
 pytestmark = pytest.mark.providers
@@ -90,7 +91,6 @@ def _leaf_backward(inputs, out, lse, backend, dout=None, dlse=None, k=None, v=No
     q, given_k, given_v = inputs.qkv
     k, v = given_k if k is None else k, given_v if v is None else v
     o = {**inputs.options, **changes}
-    digits = {"math": 3, "aten_flash": 5, "aten_efficient": 6, "aten_cpu": 7, None: 0x321}
     window_left, window_right = o["window_size"]
     longest = o.get("max_seqlen_k", k.size(1))
     return torch.ops.anyflash.attention_backward(
@@ -120,7 +120,7 @@ def _leaf_backward(inputs, out, lse, backend, dout=None, dlse=None, k=None, v=No
         False,
         False,
         False,
-        digits[backend],
+        chain_code(backend),
     )
 
 

@@ -137,9 +137,9 @@ def damaged_package(folder: Path, name: str, content: bytes | None) -> Path:
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     defs = copy / "defs"
     defs.mkdir(exist_ok=True)
-    for source in ("csrc/schemas.def", "csrc/routes.def", "kernels/instances.def"):
-        if (PACKAGE.parents[1] / source).is_file():
-            shutil.copy(PACKAGE.parents[1] / source, defs)
+    for source in ("csrc", "kernels"):
+        for path in (PACKAGE.parents[1] / source).glob("*.def"):
+            shutil.copy(path, defs)
     (copy / name).unlink()
     if content is not None:
         (copy / name).write_bytes(content)

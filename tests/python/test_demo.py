@@ -10,6 +10,8 @@ import torch
 
 from anyflash import demo
 
+_WAYS = [f"{dtype}{own}" for dtype in ("fp32", "bf16") for own in ("", "_own", "_own_sorted")]
+
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 language_model = pytest.importorskip("anyflash.demo.language_model")
@@ -73,6 +75,7 @@ def test_writes_its_files(embedding, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(language_model, "PROMPTS", ("The ",))
     assert demo.main(argparse.Namespace(out=str(tmp_path), short=True)) == 0
     results = json.loads((tmp_path / "demo.json").read_text())
-    assert set(results["embedding"]) == {"max_abs_error", "seconds_ours", "seconds_own"}
+    rates = {f"tokens_per_second_{way}" for way in _WAYS}
+    assert set(results["embedding"]) == {"max_abs_error", "seconds_ours", "seconds_own"} | rates
     assert set(results["training"]) == {"loss_start", "loss_end", "max_loss_difference"}
     assert (tmp_path / "demo.png").read_bytes()[:4] == b"\x89PNG"

@@ -13,7 +13,7 @@ import torch
 from support import REPOSITORY, run_python, torch_version
 
 import anyflash
-from anyflash import backends
+from anyflash import _defs, backends
 from anyflash._python_ops import dispatch
 
 pytestmark = pytest.mark.providers
@@ -49,6 +49,7 @@ def _random_problem(draw: random.Random) -> dict:
         "sm": draw.choice([50, 61, 70, 75, 80, 86, 89, 90, 100, 103, 120])
         if device == "cuda"
         else 0,
+        "isa": draw.choice(backends.ISAS) if device == "cpu" else "none",
         "direction": draw.choice(["forward", "backward"]),
         "dtype": draw.choice(["fp16", "bf16", "fp32", "fp64"]),
         "head_dim": head_dim,
@@ -71,12 +72,96 @@ def test_cpp_and_python_decide_alike(provider):
 
     draw = random.Random(0)
     routes = set()
-    for _ in range(4000):
+    for _ in range(8000):
         problem = _random_problem(draw)
+        # Python's operators have no kernels: an order without that name, so that none is left out.
+        problem["chain"] = [name for name in problem["chain"] if name != "kernel"] or ["math"]
         python, cpp = dispatch.decide(problem), _native.decide(problem)
         assert _plain(cpp) == _plain(python), problem
         routes.add(cpp["route"])
     assert routes == {"none", "math", "aten_cpu", "aten_flash", "aten_efficient", "aten_cudnn"}
+
+
+def test_a_kernel_is_chosen_as_its_line_says(provider):
+    """The choice in C++ against the columns of instances.def as Python reads them."""
+    if provider != "binary":
+        pytest.skip("there are no kernels without the binary")
+    from anyflash import _native
+
+    lines = {
+        f"attention_{direction}_{dtype}_{arch}": (dtype, direction, int(top), int(multiple), names)
+        for arch, direction, dtype, top, multiple, names, _ in (
+            entry.fields for entry in _defs.entries("instances") if entry.macro == "ATTENTION"
+        )
+    }
+    assert {i["name"] for i in _native.instances() if i["family"] == "attention"} <= set(lines)
+    draw = random.Random(3)
+    chosen = set()
+    for _ in range(2000):
+        problem = {**_random_problem(draw), "chain": ["kernel"], "explicit": True}
+        decision = _native.decide(problem)
+        if problem["op"] != "attention" or decision["route"] != "kernel":
+            continue
+        dtype, direction, top, multiple, names = lines[decision["instance"]]
+        assert (problem["dtype"], problem["direction"]) == (dtype, direction)
+        for head_dim in (problem["head_dim"], problem["head_dim_v"]):
+            assert head_dim <= top and head_dim % multiple == 0
+        assert set(problem["features"]) <= _defs.features(names)
+        chosen.add(decision["instance"])
+    built = [i["name"] for i in _native.instances() if i["device"] == "cpu"]
+    assert chosen >= {name for name in built if name.startswith("attention")}
+
+
+def test_measured_table():
+    """Every CPU kernel that has been checked is measured beside PyTorch's attention."""
+    measured = {
+        (arch, direction, dtype): (int(top), float(worst), float(median))
+        for arch, direction, dtype, top, worst, median in (
+            entry.fields for entry in _defs.entries("measured") if entry.macro == "MEASURED"
+        )
+    }
+    for entry in _defs.entries("instances"):
+        if entry.macro == "ATTENTION" and entry.fields[0] in backends.ISAS:
+            assert entry.fields[-1] == "none" or entry.fields[:3] in measured
+    for _, worst, median in measured.values():
+        assert 0 < worst <= median
+
+
+def _kernel_reason(**problem):
+    return [reason for reason in _decide(device="cpu", **problem)[1] if reason.startswith("kernel")]
+
+
+def test_what_is_said_against_the_kernels_of_a_cpu(provider):
+    if provider != "binary":
+        assert _kernel_reason() == ["kernel: this build has no attention kernel for cpu"]
+        return
+    from anyflash import _native
+
+    oldest = "neon" if "neon" in {i["arch"] for i in _native.instances()} else "avx2"
+    assert _kernel_reason(isa="none") == [f"kernel: needs {oldest}, this CPU has none"]
+    fp64 = _kernel_reason(isa=oldest, dtype="fp64")
+    assert fp64 == ["kernel: needs fp16, bf16 or fp32, got fp64"]
+    wide = _kernel_reason(isa=oldest, head_dim_v=513)
+    assert wide == ["kernel: head_dim_v 513 is above 512"]
+
+
+def test_plain_16_bit_attention_on_a_cpu_with_amx(provider):
+    if provider != "binary" or not _has_x86_kernels():
+        pytest.skip("no kernels for x86")
+    plain = dict(device="cpu", isa="amx", dtype="bf16")
+    route, reasons = _decide(**plain, features=["gqa"])
+    assert route == "aten_cpu"
+    assert "AMX" in reasons[0]
+    assert reasons[0].endswith("; naming `kernel` as the first back end selects it all the same")
+    assert _decide(**plain, chain="kernel")[0] == "kernel"
+    assert "AMX" not in "".join(_decide(**plain, features=["causal"])[1])
+    assert "AMX" not in "".join(_decide(**{**plain, "dtype": "fp32"})[1])
+
+
+def _has_x86_kernels() -> bool:
+    from anyflash import _native
+
+    return "avx2" in {instance["arch"] for instance in _native.instances()}
 
 
 def test_cpp_and_python_have_the_same_routes(provider):
@@ -87,7 +172,7 @@ def test_cpp_and_python_have_the_same_routes(provider):
     assert [row["name"] for row in _native.routes()] == [row.name for row in dispatch.routes()]
 
 
-@pytest.mark.parametrize("key", ["op", "device", "direction", "dtype"])
+@pytest.mark.parametrize("key", ["op", "device", "isa", "direction", "dtype"])
 def test_unknown_values_in_a_problem(key):
     problem = _random_problem(random.Random(1))
     with pytest.raises(ValueError, match="banana"):
@@ -154,7 +239,6 @@ def test_expected_routes(problem, route):
 
 # What is said against each choice, word for word.
 EXPECTED_REASONS = [
-    (dict(device="cpu"), "kernel: this build has no attention kernel for cpu"),
     (dict(sm=90), "kernel: this build has no attention kernel for sm_90"),
     (dict(sm=75), "aten_flash: needs sm_80 or newer, this GPU is sm_75"),
     (dict(sm=90, dtype="fp32"), "aten_flash: needs fp16 or bf16, got fp32"),
@@ -196,7 +280,7 @@ def test_lengths_are_no_part_of_a_decision():
 
 
 def test_refusal_names_every_choice_and_reason(device):
-    q = torch.zeros(1, 4, 1, 8, device=device)
+    q = torch.zeros(1, 4, 1, 8, dtype=torch.float64, device=device)
     with pytest.raises(RuntimeError) as refused:
         anyflash.attention(q, q, q, softcap=1.0, backend="kernel,aten_cpu,aten_cudnn")
     message = str(refused.value)
@@ -222,10 +306,18 @@ ENVIRONMENTS = [
     ({"ANYFLASH_BACKEND": "aten_flash"}, {}, 'RuntimeError anyflash: no back end of "aten_flash"'),
     ({"ANYFLASH_BACKEND": "aten_flash,math"}, {}, "torch.Size"),
     ({"ANYFLASH_BACKEND": "aten_flash,math", "ANYFLASH_STRICT": "1"}, {}, "RuntimeError"),
-    ({"ANYFLASH_STRICT": "1"}, {}, 'RuntimeError anyflash: no back end of "kernel"'),
+    (
+        {"ANYFLASH_STRICT": "1", "ANYFLASH_CPU_ISA": "none"},
+        {},
+        'RuntimeError anyflash: no back end of "kernel"',
+    ),
     ({"ANYFLASH_STRICT": "0"}, {}, "torch.Size"),
     ({"ANYFLASH_STRICT": "1"}, {"backend": "math"}, "torch.Size"),
-    ({"ANYFLASH_STRICT": "1"}, {"backend": "kernel,math"}, "RuntimeError"),
+    (
+        {"ANYFLASH_STRICT": "1", "ANYFLASH_CPU_ISA": "none"},
+        {"backend": "kernel,math"},
+        "RuntimeError",
+    ),
     ({"ANYFLASH_BACKEND": "aten_flash"}, {"backend": "sdpa"}, "torch.Size"),
     (
         {"ANYFLASH_BACKEND": "nonsense"},
@@ -268,6 +360,40 @@ def outcomes(provider):
 @pytest.mark.parametrize("index", range(len(ENVIRONMENTS)), ids=lambda i: str(ENVIRONMENTS[i][:2]))
 def test_environment(index, outcomes):
     assert outcomes[index].startswith(ENVIRONMENTS[index][2]), outcomes[index]
+
+
+ISAS = """
+import torch, anyflash
+q = torch.randn(1, 40, 2, 32)
+try:
+    decision = anyflash.explain(q, q, q).decisions[0]
+    anyflash.attention(q, q, q)
+    print(decision["instance"] or decision["route"])
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_forcing_an_instruction_set(provider):
+    """A lower one than the machine's is used; others are an error that names what there is."""
+    if provider != "binary":
+        pytest.skip("the Python operators have no kernels")
+    from anyflash import _loader
+
+    here = backends.ISAS.index(_loader.cpu_isa())
+    known = "none, avx2, avx512, avx512bf16, amx, neon"
+    for isa in backends.ISAS:
+        printed = run_python(ISAS, ANYFLASH_CPU_ISA=isa).strip()
+        same_family = isa == "none" or (isa == "neon") == (backends.ISAS[here] == "neon")
+        if not same_family or backends.ISAS.index(isa) > here:
+            missing = f"this CPU does not have '{isa}'; it has {backends.ISAS[here]}"
+            assert printed == f"ANYFLASH_CPU_ISA: {missing}"
+        elif isa == "none":
+            assert printed == "aten_cpu"
+        elif isa in ("avx2", "avx512"):
+            assert printed in (f"attention_forward_fp32_{isa}", "aten_cpu")
+    printed = run_python(ISAS, ANYFLASH_CPU_ISA="sse").strip()
+    assert printed == f"ANYFLASH_CPU_ISA: unknown instruction set 'sse'; known: {known}"
 
 
 def test_context_manager_wins_over_environment_and_argument_over_it(provider):

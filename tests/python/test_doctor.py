@@ -40,8 +40,9 @@ def installation(tmp_path_factory) -> Path:
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "_build.json", "include", "cmake")
     shutil.copytree(Path(anyflash.__file__).parent, package, ignore=ignore)
     (package / "defs").mkdir(exist_ok=True)
-    for name in ("csrc/schemas.def", "csrc/routes.def", "kernels/instances.def"):
-        shutil.copy(REPOSITORY / name, package / "defs")
+    for source in ("csrc", "kernels"):
+        for path in (REPOSITORY / source).glob("*.def"):
+            shutil.copy(path, package / "defs")
     return root
 
 
@@ -49,7 +50,7 @@ def test_json_has_every_section(capsys):
     status = main(["doctor", "--json", "--no-probe"])
     report = json.loads(capsys.readouterr().out)
     assert status == (0 if report["healthy"] else 1)
-    sections = {"anyflash", "operators", "torch", "gpus", "flash_attn", "environment"}
+    sections = {"anyflash", "operators", "torch", "cpu", "gpus", "flash_attn", "environment"}
     assert sections | {"decisions", "trial", "problems", "notes"} <= set(report)
     assert all("error" not in report[name] for name in sections if isinstance(report[name], dict))
     assert report["trial"]["cpu"] == "ok"
@@ -61,7 +62,29 @@ def test_text_says_what_runs(capsys):
     for label, _ in doctor.COMMON_SHAPES:
         assert label in text
     assert torch.__version__ in text
-    assert "aten_cpu" in text
+    assert "aten_cpu" in text or "kernel " in text
+
+
+def test_the_cpu_is_named_with_its_kernels(capsys, provider):
+    facts = doctor.diagnose(probe=False).facts
+    main(["doctor", "--no-probe"])
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("CPU "))
+    if provider == "python":
+        assert facts["cpu"] == {"isa": "none", "kernels": []}
+        return
+    assert facts["cpu"]["isa"] == _loader.cpu_isa()
+    assert facts["cpu"]["isa"] in line
+    for name in facts["cpu"]["kernels"]:
+        assert name in {instance["name"] for instance in _loader.native.instances()}
+        assert name.split("_")[-1] in line
+
+
+def test_an_unknown_instruction_set(provider):
+    if provider == "python":
+        pytest.skip("the Python operators have no kernels")
+    status, report, _ = run_doctor(Path(anyflash.__file__).parents[1], ANYFLASH_CPU_ISA="sse")
+    assert status == 1
+    assert "ANYFLASH_CPU_ISA: unknown instruction set 'sse'" in findings(report, "problems")
 
 
 def test_decisions_are_those_of_decide():

@@ -13,7 +13,7 @@ from anyflash.__main__ import main
 from anyflash.explain import _FEATURE_WORDS, ROUTE_TITLES, parse_words
 
 ROUTES = [entry.fields[0] for entry in _defs.entries("routes") if entry.macro == "ROUTE"]
-FEATURES = [entry.fields[0] for entry in _defs.entries("routes") if entry.macro == "FEATURE"]
+FEATURES = list(_defs.feature_phrases())
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,7 @@ FEATURES = [entry.fields[0] for entry in _defs.entries("routes") if entry.macro 
         ("compute capability 8.6 gqa", dict(device="cuda", sm=86, features=["gqa"])),
         ("non-causal bf16", dict(dtype="bf16")),
         ("backend sdpa math causal", dict(backend="sdpa,math", features=["causal"])),
+        ("fp32 on avx512", dict(dtype="fp32", device="cpu", isa="avx512")),
         ("mlp bf16 A100", dict(op="bias_activation", dtype="bf16", device="cuda", sm=80)),
     ),
 )
@@ -69,6 +70,22 @@ def test_forward_is_not_asked_about_the_backward():
     assert [d["route"] for d in answer.decisions] == ["aten_flash", "math"]
 
 
+def test_a_kernel_is_named_with_its_measured_speed(provider):
+    answer = anyflash.explain("bf16 causal d 64 avx512bf16 training")
+    if provider == "python":
+        assert "this build has no attention kernel for cpu" in str(answer)
+        return
+    for decision in answer.decisions:
+        if decision["instance"] is None:  # passed over: then it says why
+            assert "kernel" in dict(decision["reasons"])
+            continue
+        speed = decision["measured"]
+        assert (
+            f"{decision['instance']}, measured {speed['median']:.2f}x PyTorch's CPU attention "
+            f"(median), at worst {speed['worst']:.2f}x"
+        ) in str(answer)
+
+
 def test_nothing_runs():
     answer = anyflash.explain("fp64 H100", backend="sdpa")
     assert not answer.runs
@@ -95,7 +112,7 @@ def test_a_call_given_with_its_tensors():
     assert forward["features"] == ["causal", "window", "softcap", "gqa"]
     assert (forward["dtype"], forward["head_dim"], forward["device"]) == ("fp32", 32, "cpu")
     assert answer.assumed == []
-    assert [d["route"] for d in answer.decisions] == ["math", "math"]
+    assert answer.decisions == [anyflash.decide(problem) for problem in answer.problems]
     wide = anyflash.explain(q, k.detach(), k.detach(), window_size=(16, 99))
     assert len(wide.problems) == 1
     assert wide.problems[0]["features"] == ["gqa"]

@@ -52,9 +52,11 @@ def test_layout_of_results(case, device):
     assert lse.is_contiguous()
 
 
-def test_some_route_beside_math_is_exercised(device):
+def test_some_route_beside_math_is_exercised(device, provider):
     """Guards the parametrisation above: with the wrong features everything would be refused."""
     for route in ROUTES[device][1:]:
+        if route == "kernel" and provider == "python":
+            continue
         chosen = [
             case.name
             for case in CORRECTNESS
@@ -69,7 +71,8 @@ def test_some_route_beside_math_is_exercised(device):
 
 @pytest.mark.parametrize("case", PERFORMANCE, ids=lambda case: case.name)
 def test_performance_cases_have_a_fused_route_on_the_cpu(case):
-    assert anyflash.decide(problem_of(case, "forward", "cpu", None))["route"] == "aten_cpu"
+    route = anyflash.decide(problem_of(case, "forward", "cpu", None))["route"]
+    assert route in ("kernel", "aten_cpu")
 
 
 def test_three_dimensions_are_one_sequence(device):

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -151,9 +151,11 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("route", [None, "aten_cpu", "math"], ids=lambda r: r or "default")
-def test_kvcache(case, route, device):
-    if route not in ROUTES[device]:
+@pytest.mark.parametrize(
+    "route", [None, "kernel", "aten_cpu", "math"], ids=lambda r: r or "default"
+)
+def test_kvcache(case, route, device, provider):
+    if route not in ROUTES[device] or (route == "kernel" and provider == "python"):
         pytest.skip(f"{route} does not run on {device}")
     if route == "aten_cpu" and (case.softcap or case.alibi or case.sinks):
         with pytest.raises(RuntimeError, match="aten_cpu: does not support softcap"):
@@ -179,6 +181,24 @@ def test_kvcache(case, route, device):
         assert torch.equal(_bits(k_cache), _bits(exact[2]))
     assert_close(out, exact[0], low[0], f"{case.name} out")
     assert_close(lse, exact[1], low[1], f"{case.name} lse")
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32", "fp64"])
+@pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "halves"])
+def test_append_agrees_with_operators(dtype, interleaved, device):
+    """Whoever appends writes the same rows and no other, also from a k whose columns lie apart."""
+    case = CacheCase("agree", new=5, seqlen_q=5, rotary_dim=26, head_dim=40, causal=True)
+    case = replace(case, dtype=dtype, interleaved=interleaved, page=7)
+    (q, k_cache, v_cache, k, v), options = _make(case, device)
+    k = k.transpose(-1, -2).contiguous().transpose(-1, -2)
+    results = []
+    for backend in ("auto", "math"):
+        caches = [x.clone() for x in (k_cache, v_cache)]
+        with anyflash.backend(backend):
+            out = anyflash.attention_kvcache(q, *caches, k, v, **options)
+        results.append((out, *caches))
+    eps = torch.finfo(DTYPES[dtype]).eps
+    torch.testing.assert_close(*results, equal_nan=True, atol=8 * eps, rtol=8 * eps)
 
 
 def test_int_and_missing_lengths(device):

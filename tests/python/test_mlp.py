@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 
@@ -99,6 +100,48 @@ def test_bias_activation_of_extremes(device):
         (dx,) = torch.autograd.grad(y.sum(), x)
         assert dx.isfinite().all()
         assert dx[0] == dx[1] == 0 and dx[-1] == dx[-2] == 1
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_kernel_and_operators_agree_on_every_kind_of_number(activation, dtype, device):
+    """Zero, infinity and NaN come out alike whoever computes."""
+    largest = torch.finfo(DTYPES[dtype]).max
+    kinds = [0.0, -0.0, 1.0, -3.0, 20.0, -20.0, 200.0, -200.0, math.inf, -math.inf, math.nan]
+    kinds += [] if dtype == "fp32" else [largest, -largest]  # in fp32 their squares overflow
+    z = torch.tensor(kinds, device=device).to(DTYPES[dtype]).repeat(7)
+    x = torch.cat([torch.ones_like(z), z]) if activation == "silu_gate" else z
+    results = []
+    for backend in ("auto", "math"):
+        with anyflash.backend(backend):
+            leaf = x.clone().requires_grad_()
+            y = anyflash.bias_activation(leaf, activation=activation)
+            y.sum().backward()
+            results.append((y.detach(), leaf.grad))
+    tolerance = 4 * torch.finfo(DTYPES[dtype]).eps
+    torch.testing.assert_close(
+        *results, equal_nan=True, atol=max(tolerance, 1e-6), rtol=max(tolerance, 1e-5)
+    )
+
+
+def test_any_number_of_threads_gives_the_same_bits(device):
+    if device != "cpu":
+        pytest.skip("about the CPU")
+    torch.manual_seed(2)
+    x, bias, dy = torch.randn(700, 301), torch.randn(301), torch.randn(700, 301)
+    act = functools.partial(anyflash.bias_activation, activation="gelu_erf")
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            leaves = {"x": x, "bias": bias}
+            results.append(_differentiate(act, leaves, dy))
+    finally:
+        torch.set_num_threads(before)
+    for y, gradients in results[1:]:
+        assert torch.equal(y, results[0][0])
+        for name, gradient in gradients.items():
+            assert torch.equal(gradient, results[0][1][name]), name
 
 
 def _mlp_tensors(activation: str, dtype: str, biases: tuple[bool, bool], device: str) -> dict:

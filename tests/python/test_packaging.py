@@ -202,7 +202,7 @@ def test_the_wheel_holds_what_it_should_and_no_more(wheel):
         "anyflash/libanyflash_ops.so",
         "anyflash/_native" + sysconfig.get_config_var("EXT_SUFFIX"),
     }
-    for name in ("schemas", "routes", "instances"):
+    for name in ("schemas", "routes", "measured", "features", "instances"):
         assert f"anyflash/defs/{name}.def" in names
     for name in ("anyflash.pth", "anyflash.start"):
         assert any(re.fullmatch(rf"anyflash-[\d.]+\.data/purelib/{name}", n) for n in names)

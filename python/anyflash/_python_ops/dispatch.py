@@ -1,9 +1,9 @@
 """The decision, as csrc/dispatch.cpp makes it: which route computes a problem, and why not the
 others.
 
-A pure function of values. A problem is a dict with the keys ``op``, ``device``, ``sm``,
-``direction``, ``dtype``, ``head_dim``, ``head_dim_v``, ``features``, ``torch_version``, ``chain``
-and ``explicit``; csrc/problem.h says what they mean.
+A pure function of values. A problem is a dict with the keys ``op``, ``device``, ``sm`` (of a GPU),
+``isa`` (of a CPU), ``direction``, ``dtype``, ``head_dim``, ``head_dim_v``, ``features``,
+``torch_version``, ``chain`` and ``explicit``; csrc/problem.h says what they mean.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Problem(NamedTuple):
     op: str = "attention"
     device: str = "cpu"
     sm: int = 0
+    isa: str = "none"
     direction: str = "forward"
     dtype: str = "fp32"
     head_dim: int = 0
@@ -54,12 +55,6 @@ class Decision(NamedTuple):
 
     route: str
     reasons: tuple[tuple[str, str], ...]
-
-
-@functools.cache
-def feature_phrases() -> dict[str, str]:
-    """How a reason names each feature, in the order of routes.def."""
-    return {e.fields[0]: e.fields[1] for e in _defs.entries("routes") if e.macro == "FEATURE"}
 
 
 @functools.cache
@@ -81,8 +76,8 @@ def routes() -> tuple[Route, ...]:
             max_head_dim,
             multiple,
             min_torch,
-            frozenset(parts(fields[8])),
-            frozenset(parts(fields[9])),
+            _defs.features(fields[8]),
+            _defs.features(fields[9]),
         )
 
     return tuple(row(e.fields) for e in _defs.entries("routes") if e.macro == "ROUTE")
@@ -113,18 +108,18 @@ def _obstacles(route: Route, problem: Problem) -> Iterator[str]:
         yield f"needs sm_{route.min_sm} or newer, this GPU is sm_{problem.sm}"
     elif route.device == "cuda" and problem.dtype == "bf16" and problem.sm < 80:
         yield "bf16 needs sm_80"
-    if problem.dtype not in route.dtypes:
-        yield f"needs {_dtype_list(route.dtypes)}, got {problem.dtype}"
-    yield from _head_dim_obstacles(route, "head_dim", problem.head_dim)
-    if problem.head_dim_v != problem.head_dim:
-        yield from _head_dim_obstacles(route, "head_dim_v", problem.head_dim_v)
     if problem.torch_version < route.min_torch:
         yield (
             f"needs torch {_version_text(route.min_torch)}, "
             f"this is {_version_text(problem.torch_version)}"
         )
+    if problem.dtype not in route.dtypes:
+        yield f"needs {_dtype_list(route.dtypes)}, got {problem.dtype}"
+    yield from _head_dim_obstacles(route, "head_dim", problem.head_dim)
+    if problem.head_dim_v != problem.head_dim:
+        yield from _head_dim_obstacles(route, "head_dim_v", problem.head_dim_v)
     supported = route.forward if problem.direction == "forward" else route.backward
-    for feature, phrase in feature_phrases().items():
+    for feature, phrase in _defs.feature_phrases().items():
         if feature in problem.features and feature not in supported:
             yield f"does not support {phrase}"
 
@@ -169,15 +164,16 @@ def decide(problem: dict[str, Any]) -> dict[str, Any]:
     """The decision for a problem given as a dict.
 
     Returns:
-        ``{"route": str, "reasons": [(route, text), ...]}``; the route is ``"none"`` if nothing
-        runs.
+        ``{"route": str, "instance": None, "measured": None, "reasons": [(route, text), ...]}``;
+        the route is ``"none"`` if nothing runs.
 
     Raises:
-        ValueError: an unknown key, back end, feature, dtype, direction or device.
+        ValueError: an unknown key, back end, feature, dtype, direction, device or isa.
     """
     known = {
         "op": ("attention", "bias_activation"),
         "device": ("cpu", "cuda"),
+        "isa": backends.ISAS,
         "direction": DIRECTIONS,
         "dtype": DTYPES,
     }
@@ -188,10 +184,13 @@ def decide(problem: dict[str, Any]) -> dict[str, Any]:
         if key in problem and problem[key] not in values:
             raise ValueError(f"{key}: expected one of {', '.join(values)}, got '{problem[key]}'")
     for feature in problem.get("features", ()):
-        if feature not in feature_phrases():
-            raise ValueError(f"unknown feature '{feature}'; known: {', '.join(feature_phrases())}")
+        if feature not in _defs.feature_phrases():
+            raise ValueError(
+                f"unknown feature '{feature}'; known: {', '.join(_defs.feature_phrases())}"
+            )
     chain = problem.get("chain", backends.DEFAULT_CHAIN)
     names = backends.parse_chain(chain if isinstance(chain, str) else ",".join(chain))
     value = Problem(**{**problem, "features": tuple(problem.get("features", ())), "chain": names})
     decision = choose(value)
-    return {"route": decision.route, "reasons": list(decision.reasons)}
+    kernel = {"instance": None, "measured": None}
+    return {"route": decision.route, **kernel, "reasons": list(decision.reasons)}

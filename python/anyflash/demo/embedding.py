@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import pathlib
@@ -31,21 +32,35 @@ QUESTIONS = (
 
 
 @dataclasses.dataclass
-class Embedded:
-    """What the run showed; seconds cover the same sentences, tokenised, in the same batches."""
+class Speed:
+    """Seconds for the same sentences, tokenised, in the same batches."""
 
-    max_abs_error: float
-    seconds_ours: float
-    seconds_own: float
-    seconds_own_sorted: float  # the model's own attention after sorting the sentences by length
+    ours: float = 0.0
+    own: float = 0.0
+    own_sorted: float = 0.0  # the model's own attention after sorting the sentences by length
+
+
+@dataclasses.dataclass
+class Embedded:
+    """What the run showed."""
+
+    max_abs_error: float  # fp32
+    fp32: Speed
+    bf16: Speed
     sentences: int
     tokens: int
 
     def figures(self) -> dict[str, float]:
         return {
             "max_abs_error": self.max_abs_error,
-            "seconds_ours": self.seconds_ours,
-            "seconds_own": self.seconds_own,
+            "seconds_ours": self.fp32.ours,
+            "seconds_own": self.fp32.own,
+            "tokens_per_second_fp32": self.tokens / self.fp32.ours,
+            "tokens_per_second_fp32_own": self.tokens / self.fp32.own,
+            "tokens_per_second_fp32_own_sorted": self.tokens / self.fp32.own_sorted,
+            "tokens_per_second_bf16": self.tokens / self.bf16.ours,
+            "tokens_per_second_bf16_own": self.tokens / self.bf16.own,
+            "tokens_per_second_bf16_own_sorted": self.tokens / self.bf16.own_sorted,
         }
 
 
@@ -88,6 +103,7 @@ def embed_packed(model: Any, sentences: list[list[int]]) -> torch.Tensor:
         hidden = layer.output(layer.intermediate(attended), attended)
 
     owner = torch.repeat_interleave(torch.arange(len(sentences)), lengths)
+    hidden = hidden.float()
     sums = hidden.new_zeros(len(sentences), hidden.size(1)).index_add_(0, owner, hidden)
     return F.normalize(sums / lengths[:, None], dim=1)
 
@@ -97,7 +113,7 @@ def embed_padded(model: Any, sentences: list[list[int]]) -> torch.Tensor:
     longest = max(len(ids) for ids in sentences)
     tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids in sentences])
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sentences])
-    hidden = model(input_ids=tokens, attention_mask=mask).last_hidden_state
+    hidden = model(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
     sums = (hidden * mask[..., None]).sum(1)
     return F.normalize(sums / mask.sum(1, keepdim=True), dim=1)
 
@@ -111,35 +127,45 @@ def run(texts: list[str]) -> Embedded:
     shortest, longest = min(map(len, sentences)), max(map(len, sentences))
     print(f"{len(texts)} passages of {shortest} to {longest} tokens, {tokens} in all")
 
+    fp32, index, own = _embed_both_ways(model, sentences)
+    error = (index - own).abs().max().item()
+    bf16, *_ = _embed_both_ways(copy.deepcopy(model).to(torch.bfloat16), sentences)
+
+    print(f"largest difference between the two (fp32): {error:.1e}")
+    print(f"{'tokens per second':28s}{'fp32':>8s}{'bf16':>8s}")
+    for name, title in (
+        ("ours", "packed with flash_attn"),
+        ("own", "padded, own attention"),
+        ("own_sorted", "padded, sorted by length"),
+    ):
+        rates = (tokens / getattr(speed, name) for speed in (fp32, bf16))
+        print(f"{title:28s}" + "".join(f"{rate:8.0f}" for rate in rates))
+    _search(model, tokenizer, texts, index)
+    return Embedded(error, fp32, bf16, len(sentences), tokens)
+
+
+def _embed_both_ways(
+    model: Any, sentences: list[list[int]]
+) -> tuple[Speed, torch.Tensor, torch.Tensor]:
+    """Batch by batch in turn; the embeddings of embed_packed and embed_padded."""
     by_length = sorted(sentences, key=len)
-    seconds = {"ours": 0.0, "own": 0.0, "own_sorted": 0.0}
+    speed = Speed()
     ours, own = [], []
     for embed in (embed_packed, embed_padded):
         embed(model, sentences[:BATCH])  # warm up
-    for start in tqdm(range(0, len(sentences), BATCH), desc="embedding", unit="batch"):
+    name = str(model.dtype).removeprefix("torch.")
+    for start in tqdm(range(0, len(sentences), BATCH), desc=f"embedding, {name}", unit="batch"):
         batch = slice(start, start + BATCH)
-        ours.append(_timed(seconds, "ours", embed_packed, model, sentences[batch]))
-        own.append(_timed(seconds, "own", embed_padded, model, sentences[batch]))
-        _timed(seconds, "own_sorted", embed_padded, model, by_length[batch])
-    index = torch.cat(ours)
-    error = (index - torch.cat(own)).abs().max().item()
-
-    print(f"largest difference between the two: {error:.1e}")
-    print(f"packed with flash_attn      {seconds['ours']:6.2f} s")
-    print(f"padded, own attention       {seconds['own']:6.2f} s")
-    print(f"padded, sorted by length    {seconds['own_sorted']:6.2f} s")
-    _search(model, tokenizer, texts, index)
-    return Embedded(
-        error, seconds["ours"], seconds["own"], seconds["own_sorted"], len(sentences), tokens
-    )
+        ours.append(_timed(speed, "ours", embed_packed, model, sentences[batch]))
+        own.append(_timed(speed, "own", embed_padded, model, sentences[batch]))
+        _timed(speed, "own_sorted", embed_padded, model, by_length[batch])
+    return speed, torch.cat(ours), torch.cat(own)
 
 
-def _timed(
-    seconds: dict[str, float], name: str, embed: Any, model: Any, batch: list[list[int]]
-) -> torch.Tensor:
+def _timed(speed: Speed, name: str, embed: Any, model: Any, batch: list[list[int]]) -> torch.Tensor:
     began = time.perf_counter()
     result = embed(model, batch)
-    seconds[name] += time.perf_counter() - began
+    setattr(speed, name, getattr(speed, name) + time.perf_counter() - began)
     return result
 
 

@@ -39,9 +39,9 @@ def draw(path: pathlib.Path, embedded: Embedded, trained: Trained) -> None:
     )
 
     bars = {
-        "embedding:\nflash_attn, packed": (embedded.seconds_ours, OURS),
-        "embedding:\nown, padded": (embedded.seconds_own, THEIRS),
-        "embedding:\nown, sorted": (embedded.seconds_own_sorted, THIRD),
+        "embedding:\nflash_attn, packed": (embedded.fp32.ours, OURS),
+        "embedding:\nown, padded": (embedded.fp32.own, THEIRS),
+        "embedding:\nown, sorted": (embedded.fp32.own_sorted, THIRD),
         "training:\nflash_attn, packed": (trained.seconds_ours, OURS),
         "training:\nSDPA, padded": (trained.seconds_plain, THEIRS),
     }

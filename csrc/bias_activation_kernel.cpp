@@ -1,15 +1,13 @@
 #include "bias_activation.h"
-
+#include "launch.h"
 #include "stable/aten.h"
-#include "stable/check.h"
-#include "stable/cuda_shims.h"
 
-namespace anyflash::cuda {
+namespace anyflash::kernel {
 namespace {
 
 // x as rows that may lie any distance apart; `storage` keeps a copy alive where one was needed.
-struct Rows {
-  explicit Rows(const Tensor& x)
+struct Matrix {
+  explicit Matrix(const Tensor& x)
       : storage(x.dim() == 2 && (x.stride(1) == 1 || x.size(1) <= 1) ? x : contiguous(x)),
         columns(x.size(x.dim() - 1)),
         rows(columns == 0 ? 0 : x.numel() / columns),
@@ -19,11 +17,6 @@ struct Rows {
   int64_t rows;
   int64_t stride;
 };
-
-void launch(const Instance& instance, const BiasActivationParams& params, int32_t device) {
-  const int32_t error = anyflash_launch(&instance, &params, current_cuda_stream(device));
-  AF_CHECK(error == 0, "anyflash: ", instance.name, " failed: ", anyflash_error_string(error));
-}
 
 Tensor like_output(const Tensor& x, Activation activation) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
@@ -35,8 +28,7 @@ Tensor like_output(const Tensor& x, Activation activation) {
 
 Tensor bias_activation(const Instance& instance, const Tensor& x, const OptionalTensor& bias,
                        Activation activation) {
-  const CudaGuard guard(x.get_device_index());
-  const Rows in(x);
+  const Matrix in(x);
   Tensor y = like_output(x, activation);
   if (y.numel() == 0) return y;
   const OptionalTensor packed_bias = bias ? OptionalTensor(contiguous(*bias)) : std::nullopt;
@@ -49,7 +41,7 @@ Tensor bias_activation(const Instance& instance, const Tensor& x, const Optional
   params.x_row_stride = in.stride;
   params.y_row_stride = params.cols;
   params.activation = activation;
-  launch(instance, params, x.get_device_index());
+  launch(instance, &params, x);
   return y;
 }
 
@@ -57,8 +49,7 @@ std::pair<Tensor, OptionalTensor> bias_activation_backward(const Instance& insta
                                                            const Tensor& dy, const Tensor& x,
                                                            const OptionalTensor& bias,
                                                            Activation activation) {
-  const CudaGuard guard(x.get_device_index());
-  const Rows in(x), grad(dy);
+  const Matrix in(x), grad(dy);
   Tensor dx = empty(x.sizes(), x, x.scalar_type());
   OptionalTensor dbias;
   if (bias) dbias = empty({in.columns}, x, x.scalar_type());
@@ -85,8 +76,8 @@ std::pair<Tensor, OptionalTensor> bias_activation_backward(const Instance& insta
     workspace = empty({(bytes + 3) / 4}, x, ScalarType::Float);
     params.workspace = workspace->mutable_data_ptr();
   }
-  launch(instance, params, x.get_device_index());
+  launch(instance, &params, x);
   return {dx, dbias};
 }
 
-}  // namespace anyflash::cuda
+}  // namespace anyflash::kernel

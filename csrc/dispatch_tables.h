@@ -1,0 +1,90 @@
+// routes.def and measured.def as tables, for dispatch.cpp.
+#pragma once
+
+#include "dispatch.h"
+#include "kernels/arch.h"
+
+namespace anyflash {
+
+// What the columns of routes.def mean.
+namespace column {
+using namespace Feature;
+constexpr uint32_t fp16 = uint32_t(Dtype::fp16), bf16 = uint32_t(Dtype::bf16),
+                   fp32 = uint32_t(Dtype::fp32), fp64 = uint32_t(Dtype::fp64);
+constexpr uint32_t cpu = 1, cuda = 2, any = cpu | cuda;
+constexpr BackEnd named = BackEnd::unset, sdpa = BackEnd::sdpa, math = BackEnd::math;
+}  // namespace column
+
+// What a route or a kernel can compute on a device that runs it.
+struct Limits {
+  uint32_t dtypes;
+  int32_t max_head_dim;
+  int32_t head_dim_multiple;
+  Features features;
+};
+
+struct RouteRow {
+  Route route;
+  BackEnd own_name;
+  BackEnd chain;     // unset: tried under its own name only
+  uint32_t devices;  // column::cpu | column::cuda
+  int32_t min_sm;
+  int32_t min_torch;
+  Limits limits[2];  // by Direction
+};
+
+constexpr RouteRow kRoutes[] = {
+#define ROUTE(name, chain, device, min_sm, dtypes, max_head_dim, multiple, min_torch, forward, \
+              backward)                                                                        \
+  [] {                                                                                         \
+    using namespace column;                                                                    \
+    return RouteRow{Route::name,                                                               \
+                    BackEnd::name,                                                             \
+                    column::chain,                                                             \
+                    device,                                                                    \
+                    min_sm,                                                                    \
+                    min_torch,                                                                 \
+                    {{dtypes, max_head_dim, multiple, (forward)},                              \
+                     {dtypes, max_head_dim, multiple, (backward)}}};                           \
+  }(),
+#include "routes.def"
+#undef ROUTE
+};
+
+struct PassOverRow {
+  int32_t isa;
+  uint32_t dtypes;
+  Features features;
+  const char* reason;
+};
+
+constexpr PassOverRow kPassOver[] = {
+#define PASS_OVER(isa, dtypes, features, reason)                \
+  [] {                                                          \
+    using namespace column;                                     \
+    return PassOverRow{Isa::isa, (dtypes), (features), reason}; \
+  }(),
+#define MEASURED(...)
+#include "measured.def"
+#undef MEASURED
+#undef PASS_OVER
+};
+
+struct MeasuredRow {
+  int32_t isa;  // the kernel's architecture
+  Direction direction;
+  Dtype dtype;
+  int32_t max_head_dim;
+  Measured measured;
+};
+
+constexpr MeasuredRow kMeasured[] = {
+#define PASS_OVER(...)
+#define MEASURED(arch_name, direction, dtype, max_head_dim, worst, median) \
+  {arch::arch_name.min_sm, Direction::direction, Dtype::dtype, max_head_dim, {worst, median}},
+#include "measured.def"
+#undef MEASURED
+#undef PASS_OVER
+};
+
+}  // namespace anyflash

@@ -1,0 +1,23 @@
+// The attention kernels of one instruction set, as instance.cpp.in puts them into tables.
+#pragma once
+
+#include "kernels/cpu/backward.h"
+#include "kernels/cpu/decode.h"
+#include "kernels/cpu/forward.h"
+
+namespace anyflash::cpu::ANYFLASH_ISA {
+
+template <class T>
+ANYFLASH_INLINE ForwardKernels forward_kernels() {
+  return {kItemRows,     decode_rows<T>(),        forward_scratch_bytes<T>, forward_item<T>,
+          can_decode<T>, decode_scratch_bytes<T>, decode_item<T>,           combine_parts<T>};
+}
+
+template <class T>
+ANYFLASH_INLINE BackwardKernels backward_kernels() {
+  return {kPanel,           kBlock,        kChunk,        backward_scratch_bytes<T>,
+          backward_item<T>, delta_rows<T>, sink_gradient, bias_scratch_bytes<T>,
+          bias_item<T>};
+}
+
+}  // namespace anyflash::cpu::ANYFLASH_ISA

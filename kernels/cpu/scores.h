@@ -1,0 +1,237 @@
+// From dot products to logits: scale, softcap, ALiBi, bias, masks and dropout bits, on tiles
+// tile[key][lane] whose lanes are rows. Logits are kept in units of log2, so that exp2 is the
+// softmax.
+#pragma once
+
+#include "kernels/cpu/rows.h"
+#include "kernels/philox.h"
+
+namespace anyflash::cpu::ANYFLASH_ISA {
+
+constexpr int kPanel = kMaxVectors * kLanes;  // rows side by side: a panel
+constexpr int kBlock = 96;                    // keys of a tile
+
+constexpr float kLog2e = 1.44269504f;
+constexpr float kLn2 = 0.693147181f;
+
+// The rows of a panel, one per lane. Lanes behind the last row repeat it, so that they never ask
+// for a mask of their own.
+struct Lanes {
+  int rows;
+  int vectors;              // of lanes that hold rows
+  TileRange<int64_t> some;  // keys that some row sees
+  TileRange<int64_t> all;   // keys that every row sees
+  int32_t key_begin[kPanel];
+  int32_t key_end[kPanel];
+  int32_t diagonal[kPanel];  // the key that a row stands beside: query + shift
+  float slope[kPanel];       // ALiBi's
+  const char* bias[kPanel];  // first key's
+  int64_t query;             // of lane 0
+  int64_t head;              // of lane 0
+};
+
+ANYFLASH_INLINE int bias_bytes(BiasType type) {
+  return type == BiasType::boolean ? 1 : type == BiasType::fp32 ? 4 : 2;
+}
+
+ANYFLASH_INLINE void describe_lanes(const AttentionParams& p, const RowSpace& space_of_rows,
+                                    const Sequence& sequence, int64_t space, int64_t row_begin,
+                                    int64_t row_end, Lanes& lanes) {
+  lanes.rows = static_cast<int>(smaller<int64_t>(kPanel, row_end - row_begin));
+  lanes.vectors = (lanes.rows + kLanes - 1) / kLanes;
+  const int64_t last_row = row_begin + lanes.rows - 1;
+  const IntervalMask<int64_t>& mask = sequence.mask;
+  lanes.some = space_of_rows.keys(mask, row_begin, row_begin + lanes.rows);
+  lanes.all = {mask.kv_begin(space_of_rows.query(last_row)),
+               larger<int64_t>(0, mask.kv_end(space_of_rows.query(row_begin)))};
+  lanes.query = space_of_rows.query(row_begin);
+  lanes.head = space_of_rows.head(space, row_begin);
+  int64_t query = lanes.query, head = row_begin % space_of_rows.heads;
+  for (int r = 0; r < kPanel; ++r) {
+    const int64_t head_of_all = space * space_of_rows.heads + head;
+    lanes.key_begin[r] = static_cast<int32_t>(mask.kv_begin(query));
+    lanes.key_end[r] = static_cast<int32_t>(larger<int64_t>(0, mask.kv_end(query)));
+    lanes.diagonal[r] = static_cast<int32_t>(query + mask.shift());
+    if (p.alibi_slopes) {
+      lanes.slope[r] = p.alibi_slopes[sequence.index * p.alibi_batch_stride + head_of_all] * kLog2e;
+    }
+    if (p.bias) {
+      lanes.bias[r] =
+          static_cast<const char*>(p.bias) +
+          bias_bytes(p.bias_type) * (sequence.index * p.bias_stride[0] +
+                                     head_of_all * p.bias_stride[1] + query * p.bias_stride[2]);
+    }
+    if (r + 1 < lanes.rows && ++head == space_of_rows.heads) {
+      head = 0;
+      ++query;
+    }
+  }
+}
+
+// What scores are multiplied with: rounded once, since the error grows with the score.
+struct Scales {
+  float logit;     // dot product to logit, in log2
+  float argument;  // dot product to the argument of the softcap's tanh
+  float cap;       // log2
+
+  ANYFLASH_INLINE Scales of(const AttentionParams& p) {
+    constexpr double kLog2eExactly = 1.4426950408889634;
+    return {static_cast<float>(p.softmax_scale * kLog2eExactly),
+            p.softcap > 0 ? static_cast<float>(p.softmax_scale / p.softcap) : 0.0f,
+            static_cast<float>(p.softcap * kLog2eExactly)};
+  }
+};
+
+// Logits that are a positive multiple of the dot product: the softmax scales them itself.
+ANYFLASH_INLINE bool only_scaled(const AttentionParams& p) {
+  return p.softmax_scale > 0 && p.softcap == 0 && !p.alibi_slopes && !p.bias;
+}
+
+// kLanes keys of one row's bias, in log2; -inf where a boolean mask hides. Missing keys are 0.
+ANYFLASH_INLINE Float load_bias(const AttentionParams& p, const char* row, int64_t key, int count) {
+  const int64_t stride = p.bias_stride[3];
+  const char* first = row + key * stride * bias_bytes(p.bias_type);
+  const Float log2e = broadcast(kLog2e);
+  if (stride == 1 && p.bias_type == BiasType::fp32) {
+    return load_some(reinterpret_cast<const float*>(first), count) * log2e;
+  }
+  if (stride == 1 && p.bias_type == BiasType::bf16) {
+    return load_some(reinterpret_cast<const Bf16*>(first), count) * log2e;
+  }
+  if (stride == 1 && p.bias_type == BiasType::fp16) {
+    return load_some(reinterpret_cast<const Fp16*>(first), count) * log2e;
+  }
+  Float x{};
+  for (int i = 0; i < count; ++i, first += stride * bias_bytes(p.bias_type)) {
+    switch (p.bias_type) {
+      case BiasType::boolean:
+        x[i] = *first ? 0.0f : -kInfinity;
+        break;
+      case BiasType::fp32:
+        x[i] = load_some(reinterpret_cast<const float*>(first), 1)[0] * kLog2e;
+        break;
+      case BiasType::bf16:
+        x[i] = load_some(reinterpret_cast<const Bf16*>(first), 1)[0] * kLog2e;
+        break;
+      default:
+        x[i] = load_some(reinterpret_cast<const Fp16*>(first), 1)[0] * kLog2e;
+    }
+  }
+  return x;
+}
+
+ANYFLASH_INLINE void add_bias(const AttentionParams& p, const Lanes& lanes, int64_t first_key,
+                              int keys, float* tile) {
+  for (int row = 0; row < lanes.vectors * kLanes; row += kLanes) {
+    for (int key = 0; key < keys; key += kLanes) {
+      const int count = keys - key < kLanes ? keys - key : kLanes;
+      Words block[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        block[i] = (Words)load_bias(p, lanes.bias[row + i], first_key + key, count);
+      }
+      transpose_in_registers(block);
+      for (int i = 0; i < count; ++i) {
+        float* at = tile + (key + i) * kPanel + row;
+        store(at, load(at) + (Float)block[i]);
+      }
+    }
+  }
+}
+
+// Scale, softcap, ALiBi and bias. Where softcap_slope is not null it receives the derivative of the
+// softcap, 1 - tanh^2, as a tile of its own.
+static __attribute__((noinline)) void change_scores(const AttentionParams& p, const Lanes& lanes,
+                                                    int64_t first_key, int keys, float* tile,
+                                                    float* softcap_slope) {
+  const bool purely_causal = p.window_left < 0 && p.window_right == 0;
+  const Scales scales = Scales::of(p);
+  for (int lane = 0; lane < lanes.vectors * kLanes; lane += kLanes) {
+    const Float slope = load(lanes.slope + lane);
+    const Int diagonal = (Int)load_words(lanes.diagonal + lane);
+    for (int key = 0; key < keys; ++key) {
+      float* at = tile + key * kPanel + lane;
+      Float x = load(at);
+      if (p.softcap > 0) {
+        const Float t = tanh(x * scales.argument);
+        if (softcap_slope) store(softcap_slope + (at - tile), 1.0f - t * t);
+        x = t * scales.cap;
+      } else {
+        x = x * scales.logit;
+      }
+      if (p.alibi_slopes) {
+        const Int column = broadcast(static_cast<int32_t>(first_key + key));
+        const Int beside = column - diagonal;
+        const Int distance = purely_causal ? column : (beside < 0 ? beside : -beside);
+        x = multiply_add(slope, __builtin_convertvector(distance, Float), x);
+      }
+      store(at, x);
+    }
+  }
+  if (p.bias) add_bias(p, lanes, first_key, keys, tile);
+}
+
+// -inf where a row does not see the key. Keys between lanes.all's ends need no look.
+ANYFLASH_INLINE void hide(const Lanes& lanes, int64_t first_key, int keys, float* tile) {
+  for (int key = 0; key < keys; ++key) {
+    const int64_t column = first_key + key;
+    if (lanes.all.begin <= column && column < lanes.all.end) continue;
+    const Int columns = broadcast(static_cast<int32_t>(column));
+    for (int lane = 0; lane < lanes.vectors * kLanes; lane += kLanes) {
+      const Int begin = (Int)load_words(lanes.key_begin + lane);
+      const Int end = (Int)load_words(lanes.key_end + lane);
+      float* at = tile + key * kPanel + lane;
+      store(at, select((begin <= columns) & (columns < end), load(at), broadcast(-kInfinity)));
+    }
+  }
+}
+
+// Dot products to logits. Returns what the softmax still has to multiply them with; `maxima` of
+// each lane are found again where the tile changed.
+ANYFLASH_INLINE float finish_scores(const AttentionParams& p, const Lanes& lanes, int64_t first_key,
+                                    int keys, float* tile, float* maxima) {
+  const bool scaled = only_scaled(p);
+  const bool inside = lanes.all.begin <= first_key && first_key + keys <= lanes.all.end;
+  if (!scaled) change_scores(p, lanes, first_key, keys, tile, nullptr);
+  if (!inside) hide(lanes, first_key, keys, tile);
+  if (!scaled || !inside) {
+    for (int lane = 0; lane < lanes.vectors * kLanes; lane += kLanes) {
+      Float largest = broadcast(-kInfinity);
+      for (int key = 0; key < keys; ++key) {
+        largest = maximum(largest, load(tile + key * kPanel + lane));
+      }
+      store(maxima + lane, largest);
+    }
+  }
+  return scaled ? Scales::of(p).logit : 1.0f;
+}
+
+// mask[key][lane]: all bits where the probability is kept. Rows of the panel are neighbouring
+// queries of one head and begin at a multiple of 16.
+static __attribute__((noinline)) void dropout_mask(const AttentionParams& p,
+                                                   const Sequence& sequence, const Lanes& lanes,
+                                                   int64_t first_key, int keys, Word* mask) {
+  const Dropout dropout{p.seed, p.offset, Dropout::threshold_for(p.dropout_p)};
+  const auto bh = static_cast<uint32_t>(sequence.index * p.heads + lanes.head);
+  for (int64_t corner = first_key / 16 * 16; corner < first_key + keys; corner += 16) {
+    for (int lane = 0; lane < lanes.rows; lane += 16) {
+      Word kept[16][16];
+      for (uint32_t row = 0; row < 8; ++row) {
+        for (uint32_t column = 0; column < 8; column += 2) {
+          const PhiloxWords words =
+              dropout.words(bh, static_cast<uint32_t>(lanes.query + lane) + row,
+                            static_cast<uint32_t>(corner) + column);
+          for (uint32_t half = 0; half < 8; ++half) {
+            const uint32_t i = row + half / 4 * 8, j = column + half / 2 % 2 * 8 + half % 2;
+            kept[j][i] = Dropout::bits16(words, i, j) >= dropout.threshold ? ~Word{0} : Word{0};
+          }
+        }
+      }
+      for (int j = 0; j < 16; ++j) {
+        const int64_t key = corner + j - first_key;
+        if (key >= 0 && key < keys) memcpy(mask + key * kPanel + lane, kept[j], sizeof(kept[j]));
+      }
+    }
+  }
+}
+
+}  // namespace anyflash::cpu::ANYFLASH_ISA

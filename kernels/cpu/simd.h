@@ -1,0 +1,312 @@
+// The vectors of the CPU kernels: GCC's and Clang's vector extensions, with an intrinsic only where
+// those have no word for an operation. Everything here is static and always inlined, in a namespace
+// of its own for each instruction set: a function compiled for AVX-512 can never be picked by the
+// linker for a caller without it.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define ANYFLASH_INLINE static inline __attribute__((always_inline))
+
+namespace anyflash::cpu::ANYFLASH_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kLanes = kVectorBytes / 4;
+
+#if defined(__AVX512BF16__)
+constexpr bool kHasBf16Product = true;
+#else
+constexpr bool kHasBf16Product = false;
+#endif
+
+// A Word is what a vector holds per lane: a float or a pair of 16-bit numbers, the first in the low
+// half.
+using Word = uint32_t;
+using Float = float __attribute__((vector_size(kVectorBytes)));
+using Int = int32_t __attribute__((vector_size(kVectorBytes)));
+using Words = Word __attribute__((vector_size(kVectorBytes)));
+using Halves = uint16_t __attribute__((vector_size(kVectorBytes / 2)));
+
+// The same where they lie in memory: any alignment, any type.
+using FloatInMemory __attribute__((vector_size(kVectorBytes), aligned(1), may_alias)) = float;
+using WordsInMemory __attribute__((vector_size(kVectorBytes), aligned(1), may_alias)) = Word;
+using HalvesInMemory __attribute__((vector_size(kVectorBytes / 2), aligned(1), may_alias)) =
+    uint16_t;
+static_assert(alignof(FloatInMemory) == 1);  // Clang drops the alignment of some other spellings
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
+
+// By the names of instances.def.
+using fp32 = float;
+using bf16 = Bf16;
+using fp16 = Fp16;
+
+constexpr float kInfinity = __builtin_inff();
+
+ANYFLASH_INLINE Float broadcast(float x) { return Float{} + x; }
+ANYFLASH_INLINE Int broadcast(int32_t x) { return Int{} + x; }
+ANYFLASH_INLINE Words broadcast(Word x) { return Words{} + x; }
+
+ANYFLASH_INLINE Words load_words(const void* p) { return *static_cast<const WordsInMemory*>(p); }
+ANYFLASH_INLINE void store_words(void* p, Words x) { *static_cast<WordsInMemory*>(p) = x; }
+ANYFLASH_INLINE Halves load_halves(const void* p) { return *static_cast<const HalvesInMemory*>(p); }
+
+ANYFLASH_INLINE Float multiply_add(Float a, Float b, Float c) { return a * b + c; }  // contracted
+
+ANYFLASH_INLINE Float select(Int condition, Float yes, Float no) { return condition ? yes : no; }
+
+// `b` where either is NaN (x86): a running maximum goes first, so that a NaN is seen by who reads
+// it next.
+ANYFLASH_INLINE Float maximum(Float a, Float b) {
+#if defined(__AVX512F__)
+  return (Float)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Float)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__aarch64__)
+  return (Float)vmaxq_f32((float32x4_t)a, (float32x4_t)b);
+#endif
+}
+
+// ---- Storage types: kLanes numbers of fp32, bf16 or fp16.
+
+ANYFLASH_INLINE Float load(const float* p) { return *reinterpret_cast<const FloatInMemory*>(p); }
+ANYFLASH_INLINE void store(float* p, Float x) { *reinterpret_cast<FloatInMemory*>(p) = x; }
+
+ANYFLASH_INLINE Float load(const Bf16* p) {
+  return (Float)(__builtin_convertvector(load_halves(p), Words) << 16);
+}
+
+// To the nearest, ties to even, in the high half. A NaN made from a bf16 stays one.
+ANYFLASH_INLINE Words rounded_to_bf16(Float x) {
+  const Words bits = (Words)x;
+  return bits + 0x7FFFu + ((bits >> 16) & 1u);
+}
+
+ANYFLASH_INLINE void store(Bf16* p, Float x) {
+#if defined(__AVX512BF16__)
+  *reinterpret_cast<HalvesInMemory*>(p) = (Halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+  const Words finite = rounded_to_bf16(x) >> 16;
+  const Words nan = broadcast(Word{0x7FC0});
+  const Words result = (Words)(x == x) ? finite : nan;
+  *reinterpret_cast<HalvesInMemory*>(p) = __builtin_convertvector(result, Halves);
+#endif
+}
+
+ANYFLASH_INLINE Float load(const Fp16* p) {
+#if defined(__AVX512F__)
+  return (Float)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (Float)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+  return (Float)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
+#endif
+}
+
+ANYFLASH_INLINE void store(Fp16* p, Float x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x)));
+#endif
+}
+
+// The first `count` of kLanes numbers; what lies behind them is neither read nor written.
+template <class T>
+ANYFLASH_INLINE Float load_some(const T* p, int count) {
+  if (count >= kLanes) return load(p);
+  alignas(64) T row[kLanes];
+  memset(row, 0, sizeof(row));
+  memcpy(row, p, static_cast<size_t>(count) * sizeof(T));
+  return load(row);
+}
+
+template <class T>
+ANYFLASH_INLINE void store_some(T* p, Float x, int count) {
+  if (count >= kLanes) return store(p, x);
+  alignas(64) T row[kLanes];
+  store(row, x);
+  memcpy(p, row, static_cast<size_t>(count) * sizeof(T));
+}
+
+// ---- Pairs of bf16.
+
+// (a, b) rounded to the nearest, ties away from zero: two additions, a shift and a blend.
+ANYFLASH_INLINE Words bf16_pairs(Float a, Float b) {
+  const Words low = ((Words)a + 0x8000u) >> 16, high = (Words)b + 0x8000u;
+#if defined(__AVX512F__)
+  return (Words)_mm512_mask_mov_epi16((__m512i)low, 0xAAAAAAAAu, (__m512i)high);
+#else
+  return low | (high & 0xFFFF0000u);
+#endif
+}
+
+// (a[i], b[i]) as they are.
+ANYFLASH_INLINE Words zipped(const Bf16* a, const Bf16* b) {
+  const Words low = __builtin_convertvector(load_halves(a), Words);
+  return low | (__builtin_convertvector(load_halves(b), Words) << 16);
+}
+
+// c + a.low * b.low + a.high * b.high
+ANYFLASH_INLINE Float bf16_dot(Words a, Words b, Float c) {
+#if defined(__AVX512BF16__)
+  return (Float)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#else
+  c = multiply_add((Float)(a << 16), (Float)(b << 16), c);
+  return multiply_add((Float)(a & 0xFFFF0000u), (Float)(b & 0xFFFF0000u), c);
+#endif
+}
+
+// ---- Across lanes.
+
+#if defined(__AVX512F__)
+#define ANYFLASH_LOW_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define ANYFLASH_HIGH_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif defined(__AVX2__)
+#define ANYFLASH_LOW_HALVES 0, 8, 1, 9, 2, 10, 3, 11
+#define ANYFLASH_HIGH_HALVES 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define ANYFLASH_LOW_HALVES 0, 4, 1, 5
+#define ANYFLASH_HIGH_HALVES 2, 6, 3, 7
+#endif
+
+ANYFLASH_INLINE Words interleave_low(Words a, Words b) {
+  return __builtin_shufflevector(a, b, ANYFLASH_LOW_HALVES);
+}
+ANYFLASH_INLINE Words interleave_high(Words a, Words b) {
+  return __builtin_shufflevector(a, b, ANYFLASH_HIGH_HALVES);
+}
+
+// rows[i] lane j <-> rows[j] lane i
+ANYFLASH_INLINE void transpose_in_registers(Words (&rows)[kLanes]) {
+  for (int step = 1; step < kLanes; step *= 2) {
+    Words next[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = interleave_low(rows[i], rows[i + kLanes / 2]);
+      next[2 * i + 1] = interleave_high(rows[i], rows[i + kLanes / 2]);
+    }
+    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  }
+}
+
+// Lane i of the result: the sum of x[i] over its lanes.
+ANYFLASH_INLINE Float sums(Float (&x)[kLanes]) {
+  for (int half = kLanes / 2; half >= 1; half /= 2) {
+    for (int i = 0; i < half; ++i) {
+      const Words a = (Words)x[i], b = (Words)x[i + half];
+      x[i] = (Float)interleave_low(a, b) + (Float)interleave_high(a, b);
+    }
+  }
+  return x[0];
+}
+
+ANYFLASH_INLINE float sum(Float x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += x[i];
+  return total;
+#endif
+}
+
+ANYFLASH_INLINE float largest_lane(Float x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float largest = x[0];
+  for (int i = 1; i < kLanes; ++i) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+#endif
+}
+
+// ---- Functions. Polynomials: least maximal relative error with the constant term held at 1, so
+// that exp2(0) is 1 exactly and a block without a new maximum rescales by nothing.
+
+// 2^x for x < 128, relative error 1e-7 (kDegree 5) or 3e-6 (4); 0 below 2^-126, NaN for NaN.
+template <int kDegree>
+ANYFLASH_INLINE Float exp2(Float x) {
+  static_assert(kDegree == 4 || kDegree == 5);
+#if defined(__AVX512F__)
+  const Float f = (Float)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Float whole = x - f;
+#else
+  x = maximum(broadcast(-200.0f), x);
+  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
+  const Float magic = broadcast(12582912.0f);
+  const Float shifted = x + magic;
+  const Float whole = shifted - magic;
+  const Float f = x - whole;
+#endif
+  Float p;
+  if (kDegree == 5) {
+    p = multiply_add(broadcast(1.326472571e-3f), f, broadcast(9.67151309e-3f));
+    p = multiply_add(p, f, broadcast(5.550733751e-2f));
+    p = multiply_add(p, f, broadcast(2.402224208e-1f));
+    p = multiply_add(p, f, broadcast(6.931469776e-1f));
+  } else {
+    p = multiply_add(broadcast(9.582852132e-3f), f, broadcast(5.59064295e-2f));
+    p = multiply_add(p, f, broadcast(2.402409866e-1f));
+    p = multiply_add(p, f, broadcast(6.931241927e-1f));
+  }
+  p = multiply_add(p, f, broadcast(1.0f));
+#if defined(__AVX512F__)
+  return (Float)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
+  const Float scaled = (Float)((Int)p + ((Int)shifted << 23));
+  return select(x <= broadcast(-125.5f), Float{}, scaled) + (x - x);  // x - x is NaN for NaN
+#endif
+}
+
+// log2(x) for normal x > 0, error 1e-7 of the result or of 1; NaN for NaN.
+ANYFLASH_INLINE Float log2(Float x) {
+  // x = 2^exponent * mantissa, mantissa in [sqrt(1/2), sqrt(2))
+  const Int bits = (Int)x;
+  const Int exponent = (bits - 0x3F3504F3) >> 23;
+  const Float mantissa = (Float)(bits - (exponent << 23));
+  // log(m) = 2 atanh(t) with t = (m - 1) / (m + 1), |t| < 0.172
+  const Float t = (mantissa - 1.0f) / (mantissa + 1.0f), t2 = t * t;
+  Float series = multiply_add(broadcast(2.0f / 9), t2, broadcast(2.0f / 7));
+  series = multiply_add(series, t2, broadcast(2.0f / 5));
+  series = multiply_add(series, t2, broadcast(2.0f / 3));
+  series = multiply_add(series, t2, broadcast(2.0f));
+  const Float whole = __builtin_convertvector(exponent, Float);
+  return multiply_add(series * t, broadcast(1.44269504f), whole) + (x - x);
+}
+
+// tanh(x), relative error 3e-7.
+ANYFLASH_INLINE Float tanh(Float x) {
+  const Float size = maximum(x, -x);
+  const Float e = exp2<5>(size * broadcast(-2.88539008f));
+  const Float far = (1.0f - e) / (1.0f + e);
+  const Float x2 = x * x;  // near 0 the difference above cancels: Taylor's series instead
+  Float series = multiply_add(broadcast(62.0f / 2835), x2, broadcast(-17.0f / 315));
+  series = multiply_add(series, x2, broadcast(2.0f / 15));
+  series = multiply_add(series, x2, broadcast(-1.0f / 3));
+  const Float near = multiply_add(series * x2, x, x);
+  return select(size < broadcast(0.25f), near, select(x < Float{}, -far, far));
+}
+
+}  // namespace anyflash::cpu::ANYFLASH_ISA

@@ -1,0 +1,241 @@
+// The reference that the fuzz test judges by, and what a fuzz over single calls does not see:
+// callers at once, errors of a parallel-for, offsets beyond 32 bits.
+#include <array>
+#include <functional>
+#include <random>
+#include <thread>
+
+#include "attention_reference.h"
+#include "catch.h"
+#include "tests/fuzz/problem.h"
+#include "tests/fuzz/threads.h"
+
+using namespace anyflash;
+
+namespace {
+
+constexpr reference::Arithmetic kFp32{Dtype::fp32, 0, 2e-7};
+
+// A small call with every feature that has a gradient or changes one.
+struct Small {
+  static constexpr int64_t kQueries = 3, kKeys = 4, kHeads = 2, kDim = 5, kDimV = 3;
+  std::array<float, kQueries * kHeads * kDim> q;
+  std::array<float, kKeys * kDim> k;
+  std::array<float, kKeys * kDimV> v;
+  std::array<float, kQueries * kHeads * kDimV> out, dout;
+  std::array<float, kQueries * kHeads> lse, dlse;
+  std::array<float, kQueries * kKeys> bias;
+  std::array<float, kHeads> sinks, slopes;
+  AttentionParams p{};
+
+  Small() {
+    std::mt19937 engine(7);
+    std::normal_distribution<float> normal;
+    const auto fill = [&](auto& values) {
+      for (float& x : values) x = normal(engine);
+    };
+    fill(q), fill(k), fill(v), fill(dout), fill(dlse), fill(bias), fill(sinks), fill(slopes);
+    p.q = {q.data(), 0, kHeads * kDim, kDim};
+    p.k = {k.data(), 0, kDim, 0};
+    p.v = {v.data(), 0, kDimV, 0};
+    p.out = {out.data(), 0, kHeads * kDimV, kDimV};
+    p.dout = {dout.data(), 0, kHeads * kDimV, kDimV};
+    p.dq = p.q, p.dk = p.k, p.dv = p.v;
+    p.lse = {lse.data(), 0, kQueries};
+    p.dlse = {dlse.data(), 0, kQueries};
+    p.batch = p.heads_k = 1;
+    p.heads = kHeads;
+    p.head_dim = kDim, p.head_dim_v = kDimV;
+    p.seqlen_q = kQueries, p.seqlen_k = kKeys;
+    p.softmax_scale = 0.5f;
+    p.softcap = 1.5f;
+    p.window_left = 2, p.window_right = 1;
+    p.alibi_slopes = slopes.data();
+    p.sinks = sinks.data();
+    p.bias = bias.data(), p.bias_type = BiasType::fp32;
+    p.bias_stride[2] = p.dbias_stride[2] = kKeys;
+    p.bias_stride[3] = p.dbias_stride[3] = 1;
+    p.dropout_p = 0.3, p.seed = 5, p.offset = 9;
+  }
+
+  // sum of out * dout + lse * dlse, whose gradients the backward gives.
+  double loss() const {
+    reference::Values o(out.size()), l(lse.size());
+    reference::forward(p, kFp32, o, l);
+    double sum = 0;
+    for (size_t i = 0; i < out.size(); ++i) sum += o.value[i] * dout[i];
+    for (size_t i = 0; i < lse.size(); ++i) sum += l.value[i] * dlse[i];
+    return sum;
+  }
+
+  void attend() {
+    reference::Values o(out.size()), l(lse.size());
+    reference::forward(p, kFp32, o, l);
+    for (size_t i = 0; i < out.size(); ++i) out[i] = static_cast<float>(o.value[i]);
+    for (size_t i = 0; i < lse.size(); ++i) lse[i] = static_cast<float>(l.value[i]);
+  }
+};
+
+std::vector<fuzz::Kernels> kernels_or_skip() {
+  std::vector<fuzz::Kernels> kernels = fuzz::kernels_here();
+  if (kernels.empty()) WARN("skipped: no attention kernel for this CPU");
+  return kernels;
+}
+
+}  // namespace
+
+TEST_CASE("attention reference: without scores, the mean of the visible values",
+          "[cpu_attention]") {
+  Small call;
+  call.p.softmax_scale = 0;
+  call.p.dropout_p = 0;
+  call.p.alibi_slopes = call.p.sinks = nullptr;
+  call.p.bias = nullptr;
+  call.p.window_left = -1, call.p.window_right = 0;
+  call.attend();
+  for (int64_t i = 0; i < Small::kQueries; ++i) {
+    const int64_t visible = i + 2;  // the last query stands beside the last key
+    double mean = 0;
+    for (int64_t j = 0; j < visible; ++j) mean += call.v[j * Small::kDimV];
+    CHECK(call.out[i * Small::kHeads * Small::kDimV] == Approx(mean / visible));
+    CHECK(call.lse[i] == Approx(std::log(visible)));
+  }
+}
+
+TEST_CASE("attention reference: gradients agree with differences", "[cpu_attention]") {
+  Small call;
+  call.attend();
+  reference::Values dq(call.q.size()), dk(call.k.size()), dv(call.v.size());
+  reference::Values dbias(call.bias.size()), dsinks(call.sinks.size());
+  reference::backward(call.p, kFp32, dq, dk, dv, &dbias, &dsinks);
+  const auto agree = [&](auto& values, const reference::Values& gradient) {
+    for (size_t i = 0; i < values.size(); ++i) {
+      const float x = values[i];
+      values[i] = x + 0x1p-10f;
+      const double above = call.loss(), right = values[i];
+      values[i] = x - 0x1p-10f;
+      const double below = call.loss(), left = values[i];
+      values[i] = x;
+      CHECK(gradient.value[i] ==
+            Approx((above - below) / (right - left)).epsilon(1e-4).margin(1e-5));
+    }
+  };
+  agree(call.q, dq);
+  agree(call.k, dk);
+  agree(call.v, dv);
+  agree(call.bias, dbias);
+  agree(call.sinks, dsinks);
+}
+
+TEST_CASE("cpu attention: callers at once get what they get one after the other",
+          "[cpu_attention]") {
+  const std::vector<fuzz::Kernels> kernels = kernels_or_skip();
+  if (kernels.empty()) return;
+  constexpr int kCallers = 4, kCalls = 12;
+  std::vector<fuzz::Problem> problems;
+  for (int i = 0; i < kCallers * kCalls; ++i) {
+    problems.emplace_back(900 + i, fuzz::Kind::any, kernels[i % kernels.size()]);
+  }
+  std::vector<fuzz::Results> alone(problems.size()), together(problems.size());
+  for (size_t i = 0; i < problems.size(); ++i) REQUIRE(problems[i].run(nullptr, alone[i]) == 0);
+  std::array<int32_t, kCallers> errors{};
+  std::vector<std::thread> callers;
+  for (int caller = 0; caller < kCallers; ++caller) {
+    callers.emplace_back([&, caller] {
+      const CpuThreads threads{fuzz::kParallelFors[caller % 3], 3};
+      for (int i = caller; i < kCallers * kCalls; i += kCallers) {
+        errors[caller] |= problems[i].run(caller == 0 ? nullptr : &threads, together[i]);
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  CHECK(errors == std::array<int32_t, kCallers>{});
+  for (size_t i = 0; i < problems.size(); ++i) {
+    CAPTURE(i, problems[i].describe());
+    CHECK(alone[i] == together[i]);
+  }
+}
+
+TEST_CASE("cpu attention: a parallel-for that fails", "[cpu_attention]") {
+  const std::vector<fuzz::Kernels> kernels = kernels_or_skip();
+  if (kernels.empty()) return;
+  constexpr int64_t kRows = 512, kDim = 64;
+  std::vector<float> x(kRows * kDim, 0.5f), out(x.size()), lse(kRows);
+  AttentionParams p{};
+  p.q = p.k = p.v = {x.data(), 0, kDim, 0};
+  p.out = {out.data(), 0, kDim, 0};
+  p.lse = {lse.data(), 0, kRows};
+  p.batch = p.heads = p.heads_k = 1;
+  p.head_dim = p.head_dim_v = kDim;
+  p.seqlen_q = p.seqlen_k = kRows;
+  p.softmax_scale = 0.125f;
+  p.window_left = p.window_right = -1;
+  const CpuThreads threads{[](int64_t, int64_t, int64_t, RangeBody, void*) -> int32_t { return 1; },
+                           4};
+  for (const fuzz::Kernels& kernel : kernels) {
+    if (kernel.forward->dtype != Dtype::fp32) continue;
+    CAPTURE(kernel.forward->name);
+    CHECK(anyflash_launch(kernel.forward, &p, const_cast<CpuThreads*>(&threads)) ==
+          kErrorParallelFor);
+    CHECK(std::string(anyflash_error_string(kErrorParallelFor)) ==
+          "the parallel-for of the caller failed");
+  }
+}
+
+TEST_CASE("cpu attention: key heads that do not divide the heads", "[cpu_attention]") {
+  for (const fuzz::Kernels& kernel : kernels_or_skip()) {
+    AttentionParams p{};
+    p.batch = 1, p.heads = 3, p.heads_k = 2;
+    CAPTURE(kernel.forward->name);
+    CHECK(anyflash_launch(kernel.forward, &p, nullptr) == kErrorInvalidParams);
+  }
+}
+
+TEST_CASE("cpu attention: rows further apart than 32 bits can say", "[cpu_attention]") {
+  constexpr int64_t kRows = 5, kDim = 24, kNear = kDim, kFar = (int64_t{1} << 30) + 8;
+  for (const fuzz::Kernels& kernel : kernels_or_skip()) {
+    if (kernel.backward == nullptr) continue;
+    const Dtype dtype = kernel.forward->dtype;
+    const int64_t bytes = fuzz::bytes_of(dtype);
+    CAPTURE(kernel.forward->name);
+    // q, k, v, dout, out, dq, dk, dv: near and far. Only pages that are touched take memory.
+    std::vector<std::vector<double>> found;
+    for (const int64_t stride : {kNear, kFar}) {
+      std::vector<fuzz::Guarded> memory;
+      try {
+        for (int i = 0; i < 8; ++i) {
+          memory.emplace_back(((kRows - 1) * stride + kDim) * bytes, true);
+        }
+      } catch (const std::bad_alloc&) {
+        WARN("skipped: not enough address space");
+        return;
+      }
+      fuzz::Random random(3);
+      for (int i = 0; i < 4; ++i) {
+        for (int64_t at = 0; at < kRows * kDim; ++at) {
+          fuzz::write(dtype, memory[i].as(), at / kDim * stride + at % kDim, random.normal());
+        }
+      }
+      AttentionParams p{};
+      Rows* rows[] = {&p.q, &p.k, &p.v, &p.dout, &p.out, &p.dq, &p.dk, &p.dv};
+      for (int i = 0; i < 8; ++i) *rows[i] = {memory[i].as(), 0, stride, 0};
+      std::array<float, kRows> lse;
+      p.lse = {lse.data(), 0, kRows};
+      p.batch = p.heads = p.heads_k = 1;
+      p.head_dim = p.head_dim_v = kDim;
+      p.seqlen_q = p.seqlen_k = kRows;
+      p.softmax_scale = 0.2f;
+      p.window_left = -1, p.window_right = 0;
+      REQUIRE(anyflash_launch(kernel.forward, &p, nullptr) == 0);
+      REQUIRE(anyflash_launch(kernel.backward, &p, nullptr) == 0);
+      found.emplace_back(lse.begin(), lse.end());
+      for (int i = 4; i < 8; ++i) {
+        for (int64_t at = 0; at < kRows * kDim; ++at) {
+          found.back().push_back(
+              reference::read(dtype, memory[i].as(), at / kDim * stride + at % kDim));
+        }
+      }
+    }
+    CHECK(found[0] == found[1]);
+  }
+}
