@@ -77,9 +77,10 @@ struct Gradient {
   Float ds;  // of the logit
 };
 
+template <class Product>
 ANYFLASH_INLINE Gradient gradient_at(const AttentionParams& p, const GradientTiles& tiles,
                                      int64_t at, float factor, Float lse, Float delta) {
-  const Float weight = exp2<5>(load(tiles.scores + at) * factor - lse);
+  const Float weight = exp2<Product::kExp2Degree>(load(tiles.scores + at) * factor - lse);
   Float dp = load(tiles.dp + at), dropped = weight;
   if (p.dropout_p > 0) {
     const Words kept = load_words(tiles.kept + at);
@@ -99,7 +100,7 @@ ANYFLASH_INLINE void gradient_tiles(const AttentionParams& p, const GradientPane
     const Float lse = load(panel.lse + lane), delta = load(panel.delta + lane);
     const auto at_key = [&](int key) __attribute__((always_inline)) {
       const int64_t at = int64_t{key} * kPanel + lane;
-      Gradient g = gradient_at(p, tiles, at, factor, lse, delta);
+      Gradient g = gradient_at<Product>(p, tiles, at, factor, lse, delta);
       if (p.softcap > 0) g.ds = g.ds * load(tiles.softcap_slope + at);
       if constexpr (Product::kPerWord == 1) {
         store(tiles.scores + at, g.p);
@@ -370,7 +371,7 @@ static __attribute__((noinline)) void sink_gradient(const BackwardPlan& plan, in
       const int count = static_cast<int>(smaller<int64_t>(kLanes, queries - query));
       const Float lse = load_some(statistic(p, p.lse, sequence, query, head), count);
       const Float delta = load_some(statistic(p, plan.delta, sequence, query, head), count);
-      const Float weight = exp2<5>(sink - lse * kLog2e);
+      const Float weight = exp2<6>(sink - lse * kLog2e);
       // Lanes without a row have delta 0, but any weight.
       total = total - select(delta == Float{}, Float{}, weight * delta);
     }
@@ -423,8 +424,9 @@ static void bias_item(const BackwardPlan& plan, const BiasItem& item, char* memo
           const int64_t offset = one_key ? 0 : first - item.key.begin;
           for (int key = 0; key < count; ++key) {
             for (int lane = 0; lane < lanes.vectors * kLanes; lane += kLanes) {
-              const Gradient g = gradient_at(p, tiles, int64_t{key} * kPanel + lane, factor,
-                                             load(panel.lse + lane), load(panel.delta + lane));
+              const Gradient g =
+                  gradient_at<Product>(p, tiles, int64_t{key} * kPanel + lane, factor,
+                                       load(panel.lse + lane), load(panel.delta + lane));
               float* at = sums + (one_key ? 0 : offset + key) * kPanel + lane;
               store(at, load(at) + g.ds);
             }

@@ -187,10 +187,10 @@ ANYFLASH_INLINE void decode_softmax(const AttentionParams& p, const IntervalMask
   }
   const float max = largest_lane(largest);
   const Float reference = maximum(broadcast(-1e30f), broadcast(max));
-  const Float scale = exp2<5>(broadcast(rows.max[row]) - reference);
+  const Float scale = exp2<6>(broadcast(rows.max[row]) - reference);
   Float sum = load(rows.sum + row * kLanes) * scale;
   for (int i = 0; i < kDecodeBlock / kLanes; ++i) {
-    const Float x = exp2<5>(logits[i] - reference);
+    const Float x = exp2<6>(logits[i] - reference);
     sum = sum + x;
     store(scores + i * kLanes, x);
   }

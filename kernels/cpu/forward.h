@@ -39,8 +39,8 @@ ANYFLASH_INLINE Statistics finish_softmax(const AttentionParams& p, Float max, F
                                           Float sink) {
   const Float largest = maximum(sink, max);
   const Float reference = maximum(broadcast(-1e30f), largest);
-  const Float shrink = exp2<5>(max - reference);
-  const Float total = sum * shrink + exp2<5>(sink - reference);
+  const Float shrink = exp2<6>(max - reference);
+  const Float total = sum * shrink + exp2<6>(sink - reference);
   const Int unseen = sum == Float{};
   return {select(unseen, broadcast(kInfinity), (reference + log2(total)) * kLn2),
           select(unseen, Float{}, shrink / (total * static_cast<float>(1.0 - p.dropout_p)))};
@@ -56,7 +56,7 @@ ANYFLASH_INLINE void softmax(const Panel& panel, const BlockScratch& block, int 
     const Float max = maximum(before, load(maxima + lane) * factor);
     // A row that has seen nothing: finite, so that exp2(-inf - reference) is 0.
     const Float reference = maximum(broadcast(-1e30f), max);
-    const Float rescale = exp2<5>(before - reference);
+    const Float rescale = exp2<6>(before - reference);
     Float sum = load(panel.sum + lane) * rescale;
     store(panel.max + lane, max);
     store(scale + lane, rescale);
@@ -287,7 +287,7 @@ static void combine_parts(const ForwardPlan& plan, const Combination& combinatio
       }
       const Float reference = maximum(broadcast(-1e30f), max);
       const auto weight = [&](int64_t s) __attribute__((always_inline)) {
-        return exp2<5>(broadcast(part[s * combination.split_stride + columns]) - reference);
+        return exp2<6>(broadcast(part[s * combination.split_stride + columns]) - reference);
       };
       Float sum{};
       for (int64_t s = 0; s < combination.splits; ++s) {

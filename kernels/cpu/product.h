@@ -11,7 +11,7 @@ namespace anyflash::cpu::ANYFLASH_ISA {
 
 struct Fp32Product {
   static constexpr int kPerWord = 1;
-  static constexpr int kExp2Degree = 5;  // what the probabilities are worth
+  static constexpr int kExp2Degree = 6;  // what the probabilities are worth
   ANYFLASH_INLINE Float multiply_add(Words a, Words b, Float c) { return (Float)a * (Float)b + c; }
 };
 

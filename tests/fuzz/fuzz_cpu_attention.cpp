@@ -142,8 +142,8 @@ int perturb(const Options& options, const std::vector<Kernels>& all) {
     }
     std::printf("%-24s noticed in %ld of %ld problems\n", perturbation.name, long(noticed),
                 long(tried));
-    // Some differences are none: the key is hidden by the bias or the softcap leaves no difference.
-    all_noticed = all_noticed && tried > 0 && noticed >= 0.95 * tried;
+    // A key may weigh too little to be missed: with a large softcap or far from ALiBi's diagonal.
+    all_noticed = all_noticed && tried > 0 && noticed >= 0.97 * tried;
   }
   return all_noticed ? 0 : 1;
 }

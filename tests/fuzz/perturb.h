@@ -2,7 +2,7 @@
 // compute. Each must be noticed, or the tolerances are worth nothing.
 #pragma once
 
-#include <string>
+#include <algorithm>
 #include <vector>
 
 #include "tests/cpp/attention_reference.h"
@@ -45,17 +45,27 @@ constexpr Perturbation kPerturbations[] = {
     {"other dropout bits", [](AttentionParams& p, std::vector<int32_t>&) { ++p.offset; }},
 };
 
+// What stored key `row` of v is multiplied with beside its probability: 0 where query i cannot see
+// it.
+inline double factor(const reference::Sequence& s, int64_t head, int64_t i, int64_t row) {
+  const int64_t j = row - s.first_k;
+  if (j < 0 || j >= s.seqlen_k) return 0;
+  const reference::Logit logit =
+      reference::logit(s, head, i, j, reference::Dot(nullptr, nullptr, 0));
+  if (!(logit.value > -reference::kInfinity)) return 0;  // hidden, or the bias is not there
+  return reference::dropout_factor(s, head, i, j);
+}
+
 // Whether some key counts for some query in one of them and not in the other.
 inline bool differ(const AttentionParams& a, const AttentionParams& b) {
-  for (int64_t i = 0; i < a.batch; ++i) {
-    const reference::Sequence s(a, i), t(b, i);
-    if (s.seqlen_q > 0 && s.seqlen_k != t.seqlen_k) return true;
-    for (int64_t row = 0; row < s.seqlen_q; ++row) {
-      for (int64_t key = 0; key < s.seqlen_k; ++key) {
-        if (s.visible(row, key) != t.visible(row, key)) return true;
-        if (s.visible(row, key) && reference::dropout_factor(s, 0, row, key) !=
-                                       reference::dropout_factor(t, 0, row, key)) {
-          return true;
+  for (int64_t index = 0; index < a.batch; ++index) {
+    const reference::Sequence s(a, index), t(b, index);
+    const int64_t begin = std::min(s.first_k, t.first_k);
+    const int64_t end = std::max(s.first_k + s.seqlen_k, t.first_k + t.seqlen_k);
+    for (int64_t head = 0; head < a.heads; ++head) {
+      for (int64_t i = 0; i < s.seqlen_q; ++i) {
+        for (int64_t row = begin; row < end; ++row) {
+          if (factor(s, head, i, row) != factor(t, head, i, row)) return true;
         }
       }
     }
