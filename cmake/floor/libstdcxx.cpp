@@ -11,5 +11,5 @@ template std::basic_stringstream<char>::basic_stringstream();
 
 // GCC 11's allocator calls this one.
 namespace std {
-[[noreturn]] void __throw_bad_array_new_length() { throw bad_array_new_length(); }
+__attribute__((__noreturn__)) void __throw_bad_array_new_length() { throw bad_array_new_length(); }
 }  // namespace std
