@@ -88,11 +88,9 @@ ANYFLASH_INLINE void decode_values(const float* p, const BlockRows<T>& values, i
       total[r][v] = load(out + r * out_row + column + v * kLanes) * scale[r];
     }
   }
-  constexpr int kLineElements = 64 / static_cast<int>(sizeof(T));
   for (int key = 0; key < count; ++key) {
     if (values.next) {
-      const T* next = values.next[key] + values.next_offset + column;
-      for (int i = 0; i < kVectors * kLanes; i += kLineElements) __builtin_prefetch(next + i, 0, 2);
+      prefetch_row(values.next[key] + values.next_offset + column, kVectors * kLanes);
     }
     const T* row = values.rows[key] + values.head_offset + column;
     Float x[kVectors];
@@ -109,10 +107,64 @@ ANYFLASH_INLINE void decode_values(const float* p, const BlockRows<T>& values, i
   }
 }
 
+#if defined(__AVX512BF16__)
+// The same with two keys per product. An odd last key meets a weight of 0: there is a row behind
+// the last key (find_rows repeats it) and its weight is exp2(-inf).
+template <int kRows, int kVectors>
+ANYFLASH_INLINE void decode_value_pairs(const float* p, const BlockRows<Bf16>& values, int count,
+                                        int column, float* out, int64_t out_row,
+                                        const float* scale) {
+  Float total[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      total[r][v] = load(out + r * out_row + column + v * kLanes) * scale[r];
+    }
+  }
+  Word weights[kRows][kDecodeBlock];
+  for (int r = 0; r < kRows; ++r) {
+    const Float even = load(p + r * kDecodeBlock);
+    // Lane i and its neighbour as a pair; the even lanes are read.
+    const Float odd = (Float)__builtin_shufflevector((Words)even, (Words)even, 1, 1, 3, 3, 5, 5, 7,
+                                                     7, 9, 9, 11, 11, 13, 13, 15, 15);
+    store_words(weights[r], bf16_pairs(even, odd));
+  }
+  for (int key = 0; key < count; key += 2) {
+    if (values.next) {
+      for (int i = key; i < key + 2; ++i) {
+        prefetch_row(values.next[i] + values.next_offset + column, kVectors * kLanes);
+      }
+    }
+    const Bf16* row = values.rows[key] + values.head_offset + column;
+    const Bf16* next_row = values.rows[key + 1] + values.head_offset + column;
+    Words x[kVectors];
+    for (int v = 0; v < kVectors; v += 2) {
+      const WordsPair both = zipped_twice(row + v * kLanes, next_row + v * kLanes);
+      x[v] = both.first;
+      x[v + 1] = both.second;
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const Words weight = broadcast(weights[r][key]);
+      for (int v = 0; v < kVectors; ++v) total[r][v] = bf16_dot(weight, x[v], total[r][v]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      store(out + r * out_row + column + v * kLanes, total[r][v]);
+    }
+  }
+}
+#endif
+
 template <class T, int kRows>
 ANYFLASH_INLINE void decode_all_values(const float* p, const BlockRows<T>& values, int count,
                                        int columns, float* out, const float* scale) {
   int column = 0;
+#if defined(__AVX512BF16__)
+  static_assert(kMaxVectors % 2 == 0 && kDecodeBlock == kLanes);
+  for (; column + kMaxVectors * kLanes <= columns; column += kMaxVectors * kLanes) {
+    decode_value_pairs<kRows, kMaxVectors>(p, values, count, column, out, columns, scale);
+  }
+#endif
   for (; column + kMaxVectors * kLanes <= columns; column += kMaxVectors * kLanes) {
     decode_values<T, kRows, kMaxVectors>(p, values, count, column, out, columns, scale);
   }

@@ -127,6 +127,13 @@ ANYFLASH_INLINE void zipped_rows(const T* const* rows, int count, int head_dim, 
       const T* b = i + 1 < count ? rows[i + 1] : nullptr;
       int column = 0;
       if (b != nullptr) {
+#if defined(__AVX512BF16__)
+        for (; column + 2 * kLanes <= head_dim; column += 2 * kLanes) {
+          const WordsPair both = zipped_twice(a + column, b + column);
+          store_words(out + column, both.first);
+          store_words(out + column + kLanes, both.second);
+        }
+#endif
         for (; column + kLanes <= head_dim; column += kLanes) {
           store_words(out + column, zipped(a + column, b + column));
         }
