@@ -15,8 +15,8 @@ ANYFLASH_INLINE ForwardKernels forward_kernels() {
 
 template <class T>
 ANYFLASH_INLINE BackwardKernels backward_kernels() {
-  return {kPanel,           kBlock,        kChunk,        backward_scratch_bytes<T>,
-          backward_item<T>, delta_rows<T>, sink_gradient, bias_scratch_bytes<T>,
+  return {kPanel,           kBlock,        max_chunk_keys, backward_scratch_bytes<T>,
+          backward_item<T>, delta_rows<T>, sink_gradient,  bias_scratch_bytes<T>,
           bias_item<T>};
 }
 

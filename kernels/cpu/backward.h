@@ -14,7 +14,12 @@
 
 namespace anyflash::cpu::ANYFLASH_ISA {
 
-constexpr int kChunk = 2 * kBlock;  // keys of an item
+// Keys of an item at most: they and their gradients stay in the second-level cache.
+constexpr int kMaxChunk = 4 * kBlock;
+
+ANYFLASH_INLINE int64_t max_chunk_keys(const AttentionParams& p) {
+  return larger(p.head_dim, p.head_dim_v) <= 64 ? kMaxChunk : kMaxChunk / 2;
+}
 
 // Rows of a panel as the backward meets them: along the lanes and across them.
 struct GradientPanel {
@@ -45,6 +50,23 @@ struct GradientBlock {
   int count;
 };
 
+// Dot products to logits, with what the gradient needs beside them. Returns what the logits still
+// have to be multiplied with.
+ANYFLASH_INLINE float finish_gradient_scores(const AttentionParams& p, const Sequence& sequence,
+                                             const Lanes& lanes, int64_t first, int keys,
+                                             const GradientTiles& tiles) {
+  if (p.dropout_p > 0) dropout_mask(p, sequence, lanes, first, keys, tiles.kept);
+  const bool scaled = only_scaled(p);
+  if (!scaled) {
+    change_scores(p, lanes, first, keys, tiles.scores,
+                  p.softcap > 0 ? tiles.softcap_slope : nullptr);
+  }
+  if (first < lanes.all.begin || lanes.all.end < first + keys) {
+    hide(lanes, first, keys, tiles.scores);
+  }
+  return scaled ? Scales::of(p).logit : 1.0f;
+}
+
 // S and dP, not yet functions of each other.
 template <class Product>
 ANYFLASH_INLINE float score_products(const AttentionParams& p, const Sequence& sequence,
@@ -58,18 +80,7 @@ ANYFLASH_INLINE float score_products(const AttentionParams& p, const Sequence& s
   multiply<Product, Start::zero, false>(
       lanes.vectors,
       {block.values, words_v, 1, panel.dout, kPanel, tiles.dp, kPanel, block.count, words_v});
-  if (p.dropout_p > 0) {
-    dropout_mask(p, sequence, lanes, block.first, block.count, tiles.kept);
-  }
-  const bool scaled = only_scaled(p);
-  if (!scaled) {
-    change_scores(p, lanes, block.first, block.count, tiles.scores,
-                  p.softcap > 0 ? tiles.softcap_slope : nullptr);
-  }
-  if (block.first < lanes.all.begin || lanes.all.end < block.first + block.count) {
-    hide(lanes, block.first, block.count, tiles.scores);
-  }
-  return scaled ? Scales::of(p).logit : 1.0f;
+  return finish_gradient_scores(p, sequence, lanes, block.first, block.count, tiles);
 }
 
 struct Gradient {
@@ -143,7 +154,16 @@ ANYFLASH_INLINE void load_both_ways(const AttentionParams& p, const RowSpace& ro
   }
 }
 
-// Memory of one panel; the columns behind head_dim stay 0.
+// Columns behind head_dim, which nobody writes again.
+template <class Product>
+ANYFLASH_INLINE void clear_padding(Word* zipped, int64_t head_dim, int64_t columns) {
+  if (head_dim == columns) return;
+  for (int row = 0; row < kPanel / Product::kPerWord; ++row) {
+    for (int64_t i = head_dim; i < columns; ++i) zipped[row * columns + i] = 0;
+  }
+}
+
+// Memory of one panel.
 template <class Product>
 ANYFLASH_INLINE GradientPanel take_panel(const AttentionParams& p, Scratch& scratch) {
   const int64_t columns = round_up(p.head_dim, kLanes), columns_v = round_up(p.head_dim_v, kLanes);
@@ -154,9 +174,23 @@ ANYFLASH_INLINE GradientPanel take_panel(const AttentionParams& p, Scratch& scra
   panel.dout_zipped = scratch.take<Word>(kPanel / Product::kPerWord * columns_v);
   panel.lse = scratch.take<float>(kPanel);
   panel.delta = scratch.take<float>(kPanel);
-  memset(panel.q_zipped, 0, sizeof(Word) * kPanel / Product::kPerWord * columns);
-  memset(panel.dout_zipped, 0, sizeof(Word) * kPanel / Product::kPerWord * columns_v);
+  clear_padding<Product>(panel.q_zipped, p.head_dim, columns);
+  clear_padding<Product>(panel.dout_zipped, p.head_dim_v, columns_v);
   return panel;
+}
+
+ANYFLASH_INLINE void load_statistics(const BackwardPlan& plan, const RowSpace& rows,
+                                     const Sequence& sequence, int64_t space, int64_t row_begin,
+                                     GradientPanel& panel) {
+  const AttentionParams& p = *plan.params;
+  for (int r = 0; r < panel.lanes.vectors * kLanes; ++r) {
+    panel.lse[r] = kInfinity;
+    panel.delta[r] = 0;
+    if (r >= panel.lanes.rows) continue;
+    const int64_t query = rows.query(row_begin + r), head = rows.head(space, row_begin + r);
+    panel.lse[r] = *statistic(p, p.lse, sequence, query, head) * kLog2e;
+    panel.delta[r] = *statistic(p, plan.delta, sequence, query, head);
+  }
 }
 
 template <class Product, class T>
@@ -170,14 +204,7 @@ ANYFLASH_INLINE void load_panel(const BackwardPlan& plan, const RowSpace& rows,
   load_both_ways<Product, T>(p, rows, p.dout, sequence, space, row_begin, count,
                              static_cast<int>(p.head_dim_v), staging, panel.dout,
                              panel.dout_zipped);
-  for (int r = 0; r < kPanel; ++r) {
-    panel.lse[r] = kInfinity;
-    panel.delta[r] = 0;
-    if (r >= count) continue;
-    const int64_t query = rows.query(row_begin + r), head = rows.head(space, row_begin + r);
-    panel.lse[r] = *statistic(p, p.lse, sequence, query, head) * kLog2e;
-    panel.delta[r] = *statistic(p, plan.delta, sequence, query, head);
-  }
+  load_statistics(plan, rows, sequence, space, row_begin, panel);
 }
 
 template <class Product>
@@ -207,19 +234,21 @@ ANYFLASH_INLINE void narrow_scaled(const float* row, int columns, float scale, T
   }
 }
 
-// A null dq is zeros.
+// A null dq is zeros; few rows lie as rows already.
 template <class T>
 ANYFLASH_INLINE void write_dq(const BackwardPlan& plan, const Sequence& sequence, int64_t space,
-                              int64_t row_begin, const Lanes& lanes, const float* dq,
+                              int64_t row_begin, const Lanes& lanes, const float* dq, bool few_rows,
                               Word* staging) {
   const AttentionParams& p = *plan.params;
   const int columns = static_cast<int>(p.head_dim);
   const int64_t stride = round_up(columns, kLanes);
-  auto* rows = reinterpret_cast<float*>(staging);
-  if (dq != nullptr) {
-    as_rows(dq, columns, lanes.vectors, rows);
-  } else {
-    memset(rows, 0, sizeof(float) * static_cast<size_t>(lanes.rows * stride));
+  const float* rows = dq;
+  if (dq == nullptr) {
+    memset(staging, 0, sizeof(float) * static_cast<size_t>(lanes.rows * stride));
+    rows = reinterpret_cast<float*>(staging);
+  } else if (!few_rows) {
+    as_rows(dq, columns, lanes.vectors, reinterpret_cast<float*>(staging));
+    rows = reinterpret_cast<float*>(staging);
   }
   for (int r = 0; r < lanes.rows; ++r) {
     const int64_t query = plan.rows.query(row_begin + r);
@@ -229,101 +258,275 @@ ANYFLASH_INLINE void write_dq(const BackwardPlan& plan, const Sequence& sequence
   }
 }
 
+// The keys of an item: both forms, and their gradients.
+struct KeyChunk {
+  Word* k;
+  Word* v;
+  Word* k_zipped;
+  float* dk;  // [key][column], columns rounded up to whole vectors
+  float* dv;
+};
+
+// How many items add to the panel before this one.
+ANYFLASH_INLINE int64_t turn_of(const BackwardItem& item, const Lanes& lanes) {
+  return item.key_begin / item.chunk_keys - lanes.some.begin / item.chunk_keys;
+}
+
+// What one block of keys and one panel add to the three gradients; kStart is how dq begins.
+template <class Product, Start kStart>
+ANYFLASH_INLINE void add_block(const AttentionParams& p, const GradientPanel& panel,
+                               const GradientTiles& tiles, const KeyChunk& chunk, int64_t offset,
+                               int keys, float* dq) {
+  constexpr int kPerWord = Product::kPerWord, kTileRow = kPanel / kPerWord;
+  const int head_dim = static_cast<int>(p.head_dim);
+  const int columns = static_cast<int>(round_up(p.head_dim, kLanes));
+  const int columns_v = static_cast<int>(round_up(p.head_dim_v, kLanes));
+  const bool halves = kPerWord == 2;
+  const Word* p_tile = halves ? tiles.p_halves : reinterpret_cast<Word*>(tiles.scores);
+  const Word* ds_tile = halves ? tiles.ds_halves : reinterpret_cast<Word*>(tiles.dp);
+  const float* ds_pairs = halves ? tiles.scores : tiles.dp;
+  const int row_steps = (panel.lanes.rows + kPerWord - 1) / kPerWord;
+  const int key_steps = (keys + kPerWord - 1) / kPerWord;
+  multiply_wide<Product, Start::add>(
+      columns_v, {p_tile, kTileRow, 1, panel.dout_zipped, columns_v, chunk.dv + offset * columns_v,
+                  columns_v, keys, row_steps});
+  multiply_wide<Product, Start::add>(
+      columns, {ds_tile, kTileRow, 1, panel.q_zipped, columns, chunk.dk + offset * columns, columns,
+                keys, row_steps});
+  multiply<Product, kStart, false>(
+      panel.lanes.vectors,
+      {chunk.k_zipped + offset / kPerWord * head_dim, 1, head_dim,
+       reinterpret_cast<const Word*>(ds_pairs), kPanel, dq, kPanel, head_dim, key_steps});
+}
+
+// ---- A panel of up to kFewRows rows: vectors along head_dim, keys and values straight from where
+// they lie. The tiles and all that is done to the scores stay the same. Queries and dout are float
+// rows in the panel's zipped memory, dq is rows as well.
+
+constexpr int kFewRows = 4;
+
+template <class T>
+ANYFLASH_INLINE void load_few_rows(const AttentionParams& p, const RowSpace& rows, const Rows& x,
+                                   const Sequence& sequence, int64_t space, int count,
+                                   int64_t head_dim, Word* out) {
+  const int64_t columns = round_up(head_dim, kLanes);
+  memset(out, 0, sizeof(float) * static_cast<size_t>(kFewRows * columns));
+  for (int r = 0; r < count; ++r) {
+    widen_row(query_row<const T>(p, x, sequence, rows.query(r), rows.head(space, r)),
+              static_cast<int>(head_dim), reinterpret_cast<float*>(out) + r * columns);
+  }
+}
+
+// tile[key][r] = sum over columns of x[r] * keys[key]
+template <class T, int kRows>
+ANYFLASH_INLINE void few_row_products(const Word* x, const T* const* keys, int count, int head_dim,
+                                      float* tile) {
+  const auto* rows = reinterpret_cast<const float*>(x);
+  const int64_t columns = round_up(head_dim, kLanes);
+  for (int key = 0; key < count; ++key) {
+    Float products[kRows] = {};
+    for (int i = 0; i < head_dim; i += kLanes) {
+      const Float y = load_some(keys[key] + i, head_dim - i);
+      for (int r = 0; r < kRows; ++r) {
+        products[r] = multiply_add(load(rows + r * columns + i), y, products[r]);
+      }
+    }
+    for (int r = 0; r < kRows; ++r) tile[key * kPanel + r] = sum(products[r]);
+  }
+}
+
+// sums[key] += sum over rows of tile[key][r] * x[r]
+template <int kRows>
+ANYFLASH_INLINE void add_to_keys(const float* tile, const Word* x, int count, int64_t columns,
+                                 float* sums) {
+  const auto* rows = reinterpret_cast<const float*>(x);
+  for (int64_t i = 0; i < columns; i += kLanes) {
+    Float y[kRows];
+    for (int r = 0; r < kRows; ++r) y[r] = load(rows + r * columns + i);
+    for (int key = 0; key < count; ++key) {
+      Float total = load(sums + key * columns + i);
+      for (int r = 0; r < kRows; ++r) {
+        total = multiply_add(broadcast(tile[key * kPanel + r]), y[r], total);
+      }
+      store(sums + key * columns + i, total);
+    }
+  }
+}
+
+// dq[r] += sum over keys of tile[key][r] * keys[key]
+template <class T, int kRows>
+ANYFLASH_INLINE void add_to_rows(const float* tile, const T* const* keys, int count, int head_dim,
+                                 float* dq) {
+  const int64_t columns = round_up(head_dim, kLanes);
+  for (int i = 0; i < head_dim; i += kLanes) {
+    Float totals[kRows];
+    for (int r = 0; r < kRows; ++r) totals[r] = load(dq + r * columns + i);
+    for (int key = 0; key < count; ++key) {
+      const Float y = load_some(keys[key] + i, head_dim - i);
+      for (int r = 0; r < kRows; ++r) {
+        totals[r] = multiply_add(broadcast(tile[key * kPanel + r]), y, totals[r]);
+      }
+    }
+    for (int r = 0; r < kRows; ++r) store(dq + r * columns + i, totals[r]);
+  }
+}
+
+template <class T, int kRows>
+static __attribute__((noinline)) void add_few_rows(
+    const BackwardPlan& plan, const BackwardItem& item, const Sequence& sequence,
+    const GradientPanel& panel, const GradientTiles& tiles, const KeyChunk& chunk,
+    const T* const* k, const T* const* v, float* dq) {
+  const AttentionParams& p = *plan.params;
+  const int head_dim = static_cast<int>(p.head_dim), head_dim_v = static_cast<int>(p.head_dim_v);
+  const int64_t columns = round_up(head_dim, kLanes), columns_v = round_up(head_dim_v, kLanes);
+  const int64_t end = smaller(item.key_end, panel.lanes.some.end);
+  for (int64_t first = larger(item.key_begin, panel.lanes.some.begin); first < end;
+       first += kBlock) {
+    const int keys = static_cast<int>(smaller<int64_t>(kBlock, end - first));
+    const int64_t offset = first - item.key_begin;
+    few_row_products<T, kRows>(panel.q_zipped, k + offset, keys, head_dim, tiles.scores);
+    few_row_products<T, kRows>(panel.dout_zipped, v + offset, keys, head_dim_v, tiles.dp);
+    const float factor = finish_gradient_scores(p, sequence, panel.lanes, first, keys, tiles);
+    gradient_tiles<Fp32Product>(p, panel, keys, factor, tiles);
+    add_to_keys<kRows>(tiles.scores, panel.dout_zipped, keys, columns_v,
+                       chunk.dv + offset * columns_v);
+    add_to_keys<kRows>(tiles.dp, panel.q_zipped, keys, columns, chunk.dk + offset * columns);
+    add_to_rows<T, kRows>(tiles.dp, k + offset, keys, head_dim, dq);
+  }
+}
+
+template <class T>
+ANYFLASH_INLINE float* add_few_rows_in_turn(const BackwardPlan& plan, const BackwardItem& item,
+                                            const Sequence& sequence, int64_t space,
+                                            GradientPanel& panel, const GradientTiles& tiles,
+                                            const KeyChunk& chunk, const T* const* k,
+                                            const T* const* v, int64_t panel_number) {
+  const AttentionParams& p = *plan.params;
+  const int count = panel.lanes.rows;
+  load_few_rows<T>(p, plan.rows, p.q, sequence, space, count, p.head_dim, panel.q_zipped);
+  load_few_rows<T>(p, plan.rows, p.dout, sequence, space, count, p.head_dim_v, panel.dout_zipped);
+  load_statistics(plan, plan.rows, sequence, space, 0, panel);
+  const int64_t turn = turn_of(item, panel.lanes);
+  float* dq = wait_for_turn(*plan.panels, panel_number, turn);
+  if (turn == 0) {
+    memset(dq, 0, sizeof(float) * static_cast<size_t>(kFewRows * round_up(p.head_dim, kLanes)));
+  }
+  if (count == 1) {
+    add_few_rows<T, 1>(plan, item, sequence, panel, tiles, chunk, k, v, dq);
+  } else if (count == 2) {
+    add_few_rows<T, 2>(plan, item, sequence, panel, tiles, chunk, k, v, dq);
+  } else {
+    add_few_rows<T, kFewRows>(plan, item, sequence, panel, tiles, chunk, k, v, dq);
+  }
+  return dq;
+}
+
+// ---- An item.
+
+// All blocks of an item's keys that the panel sees. Waits for the panel's turn as late as it can.
+template <class Product>
+ANYFLASH_INLINE float* add_panel(const BackwardPlan& plan, const BackwardItem& item,
+                                 const Sequence& sequence, const GradientPanel& panel,
+                                 const GradientTiles& tiles, const KeyChunk& chunk,
+                                 int64_t panel_number) {
+  const AttentionParams& p = *plan.params;
+  const TileRange<int64_t>& seen = panel.lanes.some;
+  const int64_t begin = larger(item.key_begin, seen.begin);
+  const int64_t end = smaller(item.key_end, seen.end);
+  const int64_t turn = turn_of(item, panel.lanes);
+  const int block_keys = balanced_block(item.key_end - item.key_begin);
+  float* dq = nullptr;
+  for (int64_t first = item.key_begin; first < end; first += block_keys) {
+    // Keys outside of what the panel sees are left out; zipped rows begin at even keys.
+    const int64_t skipped = larger<int64_t>(0, begin - first) & -Product::kPerWord;
+    const int keys = static_cast<int>(smaller<int64_t>(block_keys, end - first) - skipped);
+    if (keys <= 0) continue;
+    const int64_t offset = first + skipped - item.key_begin;
+    const GradientBlock block{chunk.k + offset * words_per_row<Product>(p.head_dim),
+                              chunk.v + offset * words_per_row<Product>(p.head_dim_v),
+                              first + skipped, keys};
+    const float factor = score_products<Product>(p, sequence, panel, block, tiles);
+    gradient_tiles<Product>(p, panel, keys, factor, tiles);
+    const bool first_of_all = dq == nullptr && turn == 0;
+    if (dq == nullptr) dq = wait_for_turn(*plan.panels, panel_number, turn);
+    if (first_of_all) {
+      add_block<Product, Start::zero>(p, panel, tiles, chunk, offset, keys, dq);
+    } else {
+      add_block<Product, Start::add>(p, panel, tiles, chunk, offset, keys, dq);
+    }
+  }
+  return dq;
+}
+
 template <class T>
 static void backward_item(const BackwardPlan& plan, const BackwardItem& item, char* memory) {
   using Product = typename ProductOf<T>::Type;
-  constexpr int kPerWord = Product::kPerWord;
   const AttentionParams& p = *plan.params;
   const Sequence sequence(p, item.sequence);
   const int64_t kv_head = item.space * plan.rows.heads / (p.heads / p.heads_k);
   const int head_dim = static_cast<int>(p.head_dim), head_dim_v = static_cast<int>(p.head_dim_v);
-  const int words = words_per_row<Product>(head_dim), words_v = words_per_row<Product>(head_dim_v);
-  const int columns = static_cast<int>(round_up(head_dim, kLanes));
-  const int columns_v = static_cast<int>(round_up(head_dim_v, kLanes));
+  const int64_t columns = round_up(head_dim, kLanes), columns_v = round_up(head_dim_v, kLanes);
   const int keys = static_cast<int>(item.key_end - item.key_begin);
 
   Scratch scratch{memory};
-  Word* k = scratch.take<Word>(kChunk * words);
-  Word* v = scratch.take<Word>(kChunk * words_v);
-  Word* k_zipped = kPerWord == 1 ? k : scratch.take<Word>(kChunk / kPerWord * head_dim);
-  float* dk = scratch.take<float>(kChunk * columns);
-  float* dv = scratch.take<float>(kChunk * columns_v);
+  KeyChunk chunk;
+  chunk.k = scratch.take<Word>(keys * words_per_row<Product>(head_dim));
+  chunk.v = scratch.take<Word>(keys * words_per_row<Product>(head_dim_v));
+  chunk.k_zipped = Product::kPerWord == 1 ? chunk.k : scratch.take<Word>((keys + 1) / 2 * head_dim);
+  chunk.dk = scratch.take<float>(keys * columns);
+  chunk.dv = scratch.take<float>(keys * columns_v);
   Word* staging = scratch.take<Word>(kPanel * larger(columns, columns_v));
   const GradientTiles tiles = take_tiles<Product>(p, scratch);
   GradientPanel panel = take_panel<Product>(p, scratch);
 
-  const T* rows[kChunk];
-  find_key_rows(p, p.k, sequence, kv_head, item.key_begin, keys, rows);
-  words_along_rows<Product>(rows, keys, head_dim, k);
-  if (kPerWord > 1) zipped_rows<Product>(rows, keys, head_dim, head_dim, k_zipped);
-  find_key_rows(p, p.v, sequence, kv_head, item.key_begin, keys, rows);
-  words_along_rows<Product>(rows, keys, head_dim_v, v);
-  memset(dk, 0, sizeof(float) * static_cast<size_t>(keys) * columns);
-  memset(dv, 0, sizeof(float) * static_cast<size_t>(keys) * columns_v);
-
   const int64_t num_rows = sequence.mask.seqlen_q * plan.rows.heads;
   const int64_t num_panels = (num_rows + kPanel - 1) / kPanel;
-  const int64_t chunk = item.key_begin / kChunk;
+  const bool few_rows = num_rows <= kFewRows;
+  const T *k_rows[kMaxChunk], *v_rows[kMaxChunk];
+  find_key_rows(p, p.k, sequence, kv_head, item.key_begin, keys, k_rows);
+  find_key_rows(p, p.v, sequence, kv_head, item.key_begin, keys, v_rows);
+  if (!few_rows) {
+    words_along_rows<Product>(k_rows, keys, head_dim, chunk.k);
+    if (Product::kPerWord > 1) {
+      zipped_rows<Product>(k_rows, keys, head_dim, head_dim, chunk.k_zipped);
+    }
+    words_along_rows<Product>(v_rows, keys, head_dim_v, chunk.v);
+  }
+  memset(chunk.dk, 0, sizeof(float) * static_cast<size_t>(keys * columns));
+  memset(chunk.dv, 0, sizeof(float) * static_cast<size_t>(keys * columns_v));
+
   for (int64_t i = item.num_spaces * num_panels - 1; i >= 0; --i) {
     const int64_t space = item.space + i / num_panels, row_begin = i % num_panels * kPanel;
     describe_lanes(p, plan.rows, sequence, space, row_begin, num_rows, panel.lanes);
     const Lanes& lanes = panel.lanes;
-    const int64_t begin = larger(item.key_begin, lanes.some.begin);
-    const int64_t end = smaller(item.key_end, lanes.some.end);
-    if (begin >= end) {
-      const bool nobody_comes = lanes.some.begin >= lanes.some.end;
-      if (nobody_comes && chunk == 0) {
-        write_dq<T>(plan, sequence, space, row_begin, lanes, nullptr, staging);
+    const TileRange<int64_t>& seen = lanes.some;
+    if (larger(item.key_begin, seen.begin) >= smaller(item.key_end, seen.end)) {
+      const bool nobody_comes = seen.begin >= seen.end;
+      if (nobody_comes && item.key_begin == 0) {
+        write_dq<T>(plan, sequence, space, row_begin, lanes, nullptr, few_rows, staging);
       }
       continue;
     }
-    load_panel<Product, T>(plan, plan.rows, sequence, space, row_begin, staging, panel);
-    float* dq = nullptr;
-    for (int64_t first = item.key_begin; first < end; first += kBlock) {
-      // Keys outside of what the panel sees are left out; zipped rows begin at even keys.
-      const int64_t skipped = larger<int64_t>(0, begin - first) & -kPerWord;
-      const int count = static_cast<int>(smaller<int64_t>(kBlock, end - first) - skipped);
-      if (count <= 0) continue;
-      const int64_t offset = first + skipped - item.key_begin;
-      const GradientBlock block{k + offset * words, v + offset * words_v, first + skipped, count};
-      const float factor = score_products<Product>(p, sequence, panel, block, tiles);
-      gradient_tiles<Product>(p, panel, count, factor, tiles);
-
-      const bool packed = kPerWord == 2;
-      const Word* p_tile = packed ? tiles.p_halves : reinterpret_cast<Word*>(tiles.scores);
-      const Word* ds_tile = packed ? tiles.ds_halves : reinterpret_cast<Word*>(tiles.dp);
-      const float* ds_pairs = packed ? tiles.scores : tiles.dp;
-      constexpr int kTileRow = kPanel / kPerWord;
-      const int row_steps = (lanes.rows + kPerWord - 1) / kPerWord;
-      multiply_wide<Product, Start::add>(
-          columns_v, {p_tile, kTileRow, 1, panel.dout_zipped, columns_v, dv + offset * columns_v,
-                      columns_v, count, row_steps});
-      multiply_wide<Product, Start::add>(
-          columns, {ds_tile, kTileRow, 1, panel.q_zipped, columns, dk + offset * columns, columns,
-                    count, row_steps});
-      if (dq == nullptr) {
-        const int64_t turn = chunk - lanes.some.begin / kChunk;
-        dq = wait_for_turn(*plan.panels, item.first_panel + i, turn);
-        if (turn == 0) memset(dq, 0, sizeof(float) * static_cast<size_t>(head_dim) * kPanel);
-      }
-      multiply<Product, Start::add, false>(
-          lanes.vectors, {k_zipped + offset / kPerWord * head_dim, 1, head_dim,
-                          reinterpret_cast<const Word*>(ds_pairs), kPanel, dq, kPanel, head_dim,
-                          (count + kPerWord - 1) / kPerWord});
+    const int64_t panel_number = item.first_panel + i;
+    const float* dq;
+    if (few_rows) {
+      dq = add_few_rows_in_turn<T>(plan, item, sequence, space, panel, tiles, chunk, k_rows, v_rows,
+                                   panel_number);
+    } else {
+      load_panel<Product, T>(plan, plan.rows, sequence, space, row_begin, staging, panel);
+      dq = add_panel<Product>(plan, item, sequence, panel, tiles, chunk, panel_number);
     }
-    const bool last = chunk == (lanes.some.end - 1) / kChunk;
-    if (last) {
-      write_dq<T>(plan, sequence, space, row_begin, lanes, dq, staging);
-    }
-    pass_on(*plan.panels, item.first_panel + i, last);
+    const bool last = seen.end <= item.key_end;
+    if (last) write_dq<T>(plan, sequence, space, row_begin, lanes, dq, few_rows, staging);
+    pass_on(*plan.panels, panel_number, last);
   }
 
+  const bool packed = p.cu_seqlens_k != nullptr;
   for (int key = 0; key < keys; ++key) {
     const int64_t row = sequence.k_row + item.key_begin + key;
-    const bool packed = p.cu_seqlens_k != nullptr;
-    narrow_scaled(dk + int64_t{key} * columns, head_dim, static_cast<float>(p.softmax_scale),
+    narrow_scaled(chunk.dk + key * columns, head_dim, static_cast<float>(p.softmax_scale),
                   row_of<T>(p.dk, packed, sequence.index, row, kv_head));
-    narrow_scaled(dv + int64_t{key} * columns_v, head_dim_v, 1.0f,
+    narrow_scaled(chunk.dv + key * columns_v, head_dim_v, 1.0f,
                   row_of<T>(p.dv, packed, sequence.index, row, kv_head));
   }
 }
@@ -333,7 +536,8 @@ static int64_t backward_scratch_bytes(const BackwardPlan& plan) {
   using Product = typename ProductOf<T>::Type;
   const AttentionParams& p = *plan.params;
   const int64_t columns = round_up(p.head_dim, kLanes), columns_v = round_up(p.head_dim_v, kLanes);
-  return 4 * (kChunk * (3 * columns + 2 * columns_v) + kPanel * larger(columns, columns_v)) +
+  return 4 * (max_chunk_keys(p) * (3 * columns + 2 * columns_v) +
+              kPanel * larger(columns, columns_v)) +
          panel_and_tiles_bytes<Product>(p);
 }
 

@@ -178,7 +178,7 @@ struct RowCount {
   static constexpr int value = kCount;
 };
 
-// Rows in steps of 4, 2 and 1; the arrays have room for a multiple of 4.
+// Rows in steps of 4, 2 and 1; three rows are a step of 4.
 template <class Step>
 ANYFLASH_INLINE void for_row_groups(int rows, Step step) {
   for (int r = 0; r < rows;) {
@@ -301,7 +301,8 @@ ANYFLASH_INLINE void decode_rows_of_item(const ForwardPlan& plan, const Item& it
   using Query = typename Product::Query;
   const AttentionParams& p = *plan.params;
   const Sequence sequence(p, item.sequence);
-  const int rows = static_cast<int>(item.row_end), padded = static_cast<int>(round_up(rows, 4));
+  // Three rows are computed as four.
+  const int rows = static_cast<int>(item.row_end), padded = rows % 4 == 3 ? rows + 1 : rows;
   const int heads = static_cast<int>(item.num_spaces);
   const int head_dim = static_cast<int>(p.head_dim), columns = static_cast<int>(p.head_dim_v);
   const int64_t kv_head = item.space * plan.rows.heads / (p.heads / p.heads_k);
@@ -314,7 +315,7 @@ ANYFLASH_INLINE void decode_rows_of_item(const ForwardPlan& plan, const Item& it
   all.sum = scratch.take<float>(heads * padded * kLanes);
   all.max = scratch.take<float>(heads * padded);
   all.scale = scratch.take<float>(padded);
-  memset(q, 0, sizeof(Query) * static_cast<size_t>(heads) * padded * head_dim);
+  if (padded > rows) memset(q, 0, sizeof(Query) * static_cast<size_t>(heads) * padded * head_dim);
   memset(all.out, 0, sizeof(float) * static_cast<size_t>(heads) * padded * columns);
   memset(all.sum, 0, sizeof(float) * static_cast<size_t>(heads) * padded * kLanes);
   memset(all.scale, 0, sizeof(float) * static_cast<size_t>(padded));

@@ -223,7 +223,8 @@ static void forward_item(const ForwardPlan& plan, const Item& item, char* memory
 
   // Few rows: reading the keys is the work, in small blocks, each prefetched during the one before.
   const bool few_rows = num_panels == 1;
-  const int block_keys = few_rows ? kSmallBlock * panels[0].lanes.vectors : kBlock;
+  const int block_keys =
+      few_rows ? kSmallBlock * panels[0].lanes.vectors : balanced_block(seen.end - seen.begin);
   for (int64_t first = seen.begin; first < seen.end; first += block_keys) {
     const int count = static_cast<int>(smaller<int64_t>(block_keys, seen.end - first));
     const T* rows[kBlock];

@@ -9,7 +9,15 @@
 namespace anyflash::cpu::ANYFLASH_ISA {
 
 constexpr int kPanel = kMaxVectors * kLanes;  // rows side by side: a panel
-constexpr int kBlock = 96;                    // keys of a tile
+constexpr int kBlock = 96;                    // keys of a tile at most
+
+// Keys per block, so that `keys` are cut into blocks of about the same size: a small rest would
+// cost as much beside its products as a full block. A multiple of 12: whole register tiles, whole
+// pairs.
+ANYFLASH_INLINE int balanced_block(int64_t keys) {
+  const int64_t blocks = larger<int64_t>(1, (keys + kBlock - 1) / kBlock);
+  return static_cast<int>(smaller<int64_t>(kBlock, round_up((keys + blocks - 1) / blocks, 12)));
+}
 
 constexpr float kLog2e = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
@@ -47,7 +55,7 @@ ANYFLASH_INLINE void describe_lanes(const AttentionParams& p, const RowSpace& sp
   lanes.query = space_of_rows.query(row_begin);
   lanes.head = space_of_rows.head(space, row_begin);
   int64_t query = lanes.query, head = row_begin % space_of_rows.heads;
-  for (int r = 0; r < kPanel; ++r) {
+  for (int r = 0; r < lanes.vectors * kLanes; ++r) {
     const int64_t head_of_all = space * space_of_rows.heads + head;
     lanes.key_begin[r] = static_cast<int32_t>(mask.kv_begin(query));
     lanes.key_end[r] = static_cast<int32_t>(larger<int64_t>(0, mask.kv_end(query)));

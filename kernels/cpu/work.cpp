@@ -326,8 +326,8 @@ class BackwardWork {
     add_deltas();
     add_items();
     if (params.dbias != nullptr) add_bias_tiles();
-    panels_ =
-        std::make_unique<GradientPanels>(num_panels_, kernels.panel_rows * params.head_dim * 4);
+    panels_ = std::make_unique<GradientPanels>(
+        num_panels_, kernels.panel_rows * ceil_div(params.head_dim, 16) * 16 * 4);
     plan_.panels = panels_.get();
   }
 
@@ -416,22 +416,32 @@ class BackwardWork {
     std::stable_sort(costs.begin(), costs.end(), [](const Cost& a, const Cost& b) {
       return a.multiplications > b.multiplications;
     });
+    // Few key heads: half the keys each, so that more threads have work.
+    const int64_t most = kernels_.max_chunk_keys(p);
+    const int64_t largest = p.batch * p.heads_k < kEnoughItems / 4 ? most / 2 : most;
     for (const Cost& cost : costs) {
       const Sequence sequence(p, cost.sequence);
       const int64_t keys = sequence.mask.seqlen_k;
       const int64_t rows = std::max<int64_t>(sequence.mask.seqlen_q, 0) * plan_.rows.heads;
       const int64_t spaces = p.heads / p.heads_k / plan_.rows.heads;  // of a key head
       const int64_t panels = spaces * ceil_div(rows, kernels_.panel_rows);
+      const int64_t chunk = chunk_keys(keys, largest);
       for (int64_t space = 0; space < p.heads / plan_.rows.heads; space += spaces) {
         int64_t begin = 0;
         do {
-          const int64_t end = std::min(keys, begin + kernels_.chunk_keys);
-          items_.push_back({cost.sequence, space, spaces, begin, end, num_panels_});
+          const int64_t end = std::min(keys, begin + chunk);
+          items_.push_back({cost.sequence, space, spaces, begin, end, chunk, num_panels_});
           begin = end;
         } while (begin < keys);
         num_panels_ += panels;
       }
     }
+  }
+
+  // Keys per chunk: chunks of a sequence are of about the same size, at most `largest`.
+  static int64_t chunk_keys(int64_t keys, int64_t largest) {
+    const int64_t chunks = std::max<int64_t>(1, ceil_div(keys, largest));
+    return std::min(largest, ceil_div(ceil_div(keys, chunks), 12) * 12);
   }
 
   void add_bias_tiles() {

@@ -118,8 +118,9 @@ struct BackwardItem {
   int64_t sequence;
   int64_t space;
   int64_t num_spaces;
-  int64_t key_begin;
+  int64_t key_begin;  // a multiple of chunk_keys
   int64_t key_end;
+  int64_t chunk_keys;
   int64_t first_panel;  // in GradientPanels, of these row spaces
 };
 
@@ -134,7 +135,7 @@ struct BiasItem {
 struct BackwardKernels {
   int64_t panel_rows;
   int64_t block_keys;
-  int64_t chunk_keys;
+  int64_t (*max_chunk_keys)(const AttentionParams& params);
   int64_t (*scratch_bytes)(const BackwardPlan& plan);
   void (*backward)(const BackwardPlan& plan, const BackwardItem& item, char* scratch);
   void (*delta)(const BackwardPlan& plan, int64_t sequence, int64_t query_begin, int64_t query_end);
