@@ -310,7 +310,9 @@ ANYFLASH_INLINE void load_few_rows(const AttentionParams& p, const RowSpace& row
                                    const Sequence& sequence, int64_t space, int count,
                                    int64_t head_dim, Word* out) {
   const int64_t columns = round_up(head_dim, kLanes);
-  memset(out, 0, sizeof(float) * static_cast<size_t>(kFewRows * columns));
+  if (count == 3 || columns != head_dim) {  // three rows are computed as four
+    memset(out, 0, sizeof(float) * static_cast<size_t>(kFewRows * columns));
+  }
   for (int r = 0; r < count; ++r) {
     widen_row(query_row<const T>(p, x, sequence, rows.query(r), rows.head(space, r)),
               static_cast<int>(head_dim), reinterpret_cast<float*>(out) + r * columns);

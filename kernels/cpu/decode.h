@@ -49,12 +49,12 @@ struct BlockRows {
   int64_t next_offset;
 };
 
-// scores[r * kDecodeBlock + key] of kRows rows of q and all keys of a block; keys behind the last
-// repeat it.
-template <class T, class Product, int kRows>
+// scores[r * kDecodeBlock + key] of kRows rows of q and all keys of a block, kKeys at a time; keys
+// behind the last repeat it.
+template <class T, class Product, int kRows, int kKeys = kLanes / kRows>
 ANYFLASH_INLINE void decode_scores(const typename Product::Query* q, int head_dim,
                                    const BlockRows<T>& keys, int count, float* scores) {
-  constexpr int kKeys = kLanes / kRows;  // kRows * kKeys sums, added up together
+  static_assert(kRows * kKeys <= kLanes);  // sums, added up together
   for (int key = 0; key < count; key += kKeys) {
     Float products[kLanes];
     for (int i = 0; i < kLanes; ++i) products[i] = Float{};
@@ -367,9 +367,15 @@ ANYFLASH_INLINE void decode_rows_of_item(const ForwardPlan& plan, const Item& it
       const DecodeRows own{all.out + h * padded * columns, all.sum + h * padded * kLanes,
                            all.max + h * padded, all.scale};
       for_row_groups(rows, [&](int r, auto n) __attribute__((always_inline)) {
-        decode_scores<T, Product, decltype(n)::value>(q + (h * padded + r) * head_dim, head_dim,
-                                                      of_rows(keys, r), count,
-                                                      scores + r * kDecodeBlock);
+        constexpr int kRows = decltype(n)::value;
+        const Query* own_q = q + (h * padded + r) * head_dim;
+        float* own_scores = scores + r * kDecodeBlock;
+        if (kRows == 1 && count <= kLanes / 4) {  // short sequences
+          decode_scores<T, Product, 1, kLanes / 4>(own_q, head_dim, of_rows(keys, r), count,
+                                                   own_scores);
+        } else {
+          decode_scores<T, Product, kRows>(own_q, head_dim, of_rows(keys, r), count, own_scores);
+        }
       });
       for (int r = 0; r < rows; ++r) {
         const int64_t head = plan.rows.head(item.space + h, r);
