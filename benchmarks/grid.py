@@ -133,7 +133,7 @@ def draw(results: list[dict[str, object]]) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "anyflash"
+    matplotlib.rcParams.update({"svg.hashsalt": "anyflash", "svg.fonttype": "none"})
     import matplotlib.pyplot as plt
 
     columns = list(dict.fromkeys(map(label, results)))
@@ -162,21 +162,23 @@ def draw(results: list[dict[str, object]]) -> None:
     figure.savefig(PICTURE, metadata={"Date": None})
 
 
-def summary(results: list[dict[str, object]], direction: str, dtype: str) -> tuple[float, float]:
+def summary(
+    results: list[dict[str, object]], direction: str, dtype: str, head_dims: range
+) -> tuple[float, float]:
     """(worst, median) ratio."""
-    ratios = [r[direction] for r in results if r["dtype"] == dtype]
+    ratios = [r[direction] for r in results if r["dtype"] == dtype and r["head_dim"] in head_dims]
     return min(ratios), statistics.median(ratios)
 
 
-def write_table(native: list[dict[str, object]]) -> None:
-    """The MEASURED lines of csrc/measured.def; other instruction sets run in their own process."""
+def measure_lower() -> dict[str, list[dict[str, object]]]:
+    """The smaller grid by instruction set below this machine's, each in a process of its own."""
     from anyflash import _native
 
-    by_isa = {_native.cpu_isa(): native}
+    results = {}
     for isa, limits in LOWER.items():
-        if isa in by_isa:
+        if isa == _native.cpu_isa():
             continue
-        print(f"{isa} ...", file=sys.stderr)
+        print(f"{isa} ...", file=sys.stderr, flush=True)
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.grid", "--json"],
             cwd=CHECKOUT,
@@ -184,15 +186,23 @@ def write_table(native: list[dict[str, object]]) -> None:
             stdout=subprocess.PIPE,
             check=True,
         )
-        by_isa[isa] = json.loads(done.stdout)
+        results[isa] = json.loads(done.stdout)
+    return results
+
+
+def write_table(by_isa: dict[str, list[dict[str, object]]]) -> None:
+    """The ratios in the MEASURED lines of csrc/measured.def; each line covers the head dims above
+    those of the line before it."""
     lines = MEASURED.read_text().splitlines(keepends=True)
+    above: dict[tuple[str, ...], int] = {}
     for index, line in enumerate(lines):
         if not line.startswith("MEASURED("):
             continue
-        arch, direction, dtype, head_dim, _, _ = (
-            field.strip() for field in line[9:].rpartition(")")[0].split(",")
-        )
-        worst, median = summary(by_isa[arch], direction, dtype)
+        *key, head_dim, _, _ = (f.strip() for f in line[9:].rpartition(")")[0].split(","))
+        arch, direction, dtype = key
+        head_dims = range(above.get(tuple(key), 0) + 1, int(head_dim) + 1)
+        above[tuple(key)] = int(head_dim)
+        worst, median = summary(by_isa[arch], direction, dtype, head_dims)
         fields = f"{arch}, {direction}, {dtype}, {head_dim}, {worst:.2f}, {median:.2f}"
         lines[index] = f"MEASURED({fields})\n"
     MEASURED.write_text("".join(lines))
@@ -218,10 +228,15 @@ def main() -> None:
     draw(results)
     for direction in ("forward", "backward"):
         for dtype in DTYPES:
-            worst, median = summary(results, direction, dtype)
+            worst, median = summary(results, direction, dtype, range(1, 513))
             print(f"{direction} {dtype}: worst {worst:.2f}x, median {median:.2f}x of aten_cpu")
     if options.table:
-        write_table(results)
+        from anyflash import _native
+
+        by_isa = {_native.cpu_isa(): results, **measure_lower()}
+        if _native.cpu_isa() == "avx512bf16":  # has kernels of its own for bf16 alone
+            by_isa["avx512"] += [r for r in results if r["dtype"] != "bf16"]
+        write_table(by_isa)
 
 
 if __name__ == "__main__":

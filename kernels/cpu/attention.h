@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/cpu/backward.h"
+#include "kernels/cpu/backward_bias.h"
 #include "kernels/cpu/decode.h"
 #include "kernels/cpu/forward.h"
 

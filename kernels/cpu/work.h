@@ -1,6 +1,6 @@
-// What the planner (work.cpp, compiled for any CPU) and the kernels of one instruction set tell
-// each other. No standard library here: its inline functions, compiled for AVX-512, must not end up
-// in other objects.
+// What the planner (forward_work.cpp, backward_work.cpp; for any CPU) and the kernels of one
+// instruction set tell each other. No standard library here: its inline functions, compiled for
+// AVX-512, must not end up in other objects.
 #pragma once
 
 #include "kernels/masks.h"
