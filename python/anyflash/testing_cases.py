@@ -244,8 +244,8 @@ CORNER = [
     Case("bias_minus_inf", bias="inf"),
     Case("bias_minus_inf_causal_fp16", bias="inf", causal=True, dtype="fp16", head_dim=64),
     Case("dropout_keeps_all", dropout=1e-30),
-    # Long, so that some probabilities survive: the error rule compares the worst of several.
-    Case("dropout_nearly_all", dropout=0.99999, seqlens_q=(200, 200), seqlens_k=(200, 200)),
+    # Enough probabilities survive for the error rule, which compares the worst of several.
+    Case("dropout_nearly_all", dropout=0.99),
     Case("large_scores_fp16", softmax_scale=30.0, dtype="fp16", head_dim=64),
     Case("transposed", strides="transposed", causal=True),
     Case(

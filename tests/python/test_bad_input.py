@@ -222,7 +222,7 @@ TABLE = [
     Bad("unknown_backend_in_context", lambda: anyflash.backend("math,fast"), V, ("unknown back end 'fast'",)),
     Bad("backend_not_a_string", lambda: _dense(backend=3), T, ("backend", "int")),
     Bad("backend_bad_digit", lambda: _forward(backend=0x9), V, ("backend", "9")),
-    Bad("strict_without_kernel", lambda: _dense(backend="kernel"), R, ('anyflash: no back end of "kernel" can run this attention', "kernel: this build has no attention kernel for cpu")),
+    Bad("only_a_cuda_route", lambda: _dense(backend="aten_cudnn"), R, ('anyflash: no back end of "aten_cudnn" can run this attention', "aten_cudnn: runs on cuda only")),
     Bad("list_for_q", lambda: _dense(q=[[1.0]]), T, ("q", "Tensor", "list")),
     Bad("none_for_k", lambda: anyflash.attention(_t(2, 7, 4, 16), None, _t(2, 9, 2, 16)), T, ("k", "Tensor", "NoneType")),
     Bad("array_for_v", lambda: _dense(v=_t(2, 9, 2, 16).numpy()), T, ("v", "Tensor", "ndarray")),
