@@ -10,7 +10,7 @@ MUST_BUILD := $(if $(shell command -v c++ g++ clang++),ANYFLASH_BUILD=1)
 CPP_BUILD := cmake -G Ninja -DANYFLASH_TORCH=OFF -DANYFLASH_PYTHON=OFF -DANYFLASH_TESTS=ON
 SOURCES := $(shell find csrc kernels cmake tools -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: help setup demo test test-cpp test-python fuzz sanitize build-address build-thread bench test-matrix wheels lint format clean
+.PHONY: help setup demo test test-cpp test-python emulate mutate fuzz sanitize build-address build-thread bench test-matrix wheels lint format clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -36,7 +36,18 @@ test: test-cpp test-python   ## all tests
 test-cpp: $(VENV)/.packages   ## the tests of the torch-free C++
 	$(CPP_BUILD) -S . -B $(BUILD)
 	cmake --build $(BUILD)
-	ctest --test-dir $(BUILD) --output-on-failure
+	ctest --test-dir $(BUILD) --output-on-failure -j $$(nproc)
+
+emulate: $(VENV)/.packages   ## every CUDA kernel on the emulator, with random problems beside the listed ones
+	$(CPP_BUILD) -S . -B $(BUILD)
+	cmake --build $(BUILD)
+	ctest --test-dir $(BUILD) --output-on-failure -j $$(nproc) -R emulat
+	$(BUILD)/tests/emulator/emulate_attention --case none --random 40 --seed $$(date +%s)
+
+mutate: $(VENV)/.packages   ## breaks the CUDA kernels in every place that keeps order or bounds, and demands that it shows
+	$(CPP_BUILD) -S . -B $(BUILD)
+	cmake --build $(BUILD)
+	$(BIN)/python tests/emulator/mutate.py $(BUILD)
 
 fuzz: $(VENV)/.packages build-address   ## 100000 random attention problems on the CPU kernels, 10000 under AddressSanitizer
 	$(CPP_BUILD) -S . -B $(BUILD)

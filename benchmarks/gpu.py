@@ -1,135 +1,308 @@
-"""Times the routes on this GPU against each other and against plain SDPA; writes bench.json.
+"""Times this library's kernels on the GPU beside cuDNN, PyTorch's two attention kernels and
+FlexAttention, in one process; writes bench.json and bench.txt.
 
 python -m benchmarks.gpu --out FOLDER
 
-Medians of CUDA events around single calls on random data; some shapes exceed the L2 cache.
+Random data, medians of CUDA events, the L2 cache overwritten before every call. Forwards are
+replayed from CUDA graphs, so that what Python costs is not in them.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import pathlib
 import statistics
+import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from typing import Any, Callable
 
 import torch
 import torch.nn.functional as F
-from flash_attn import flash_attn_func
+from benchmarks.gpu_table import TRAINING, Row, attention_flop, cache_bytes, table
+from flash_attn import flash_attn_func, flash_attn_with_kvcache
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import anyflash
 
-ROUTES = ("aten_flash", "aten_efficient", "aten_cudnn", "math")
+TOKENS, HIDDEN = 16384, 2048
+HEAD_DIMS = (64, 128, 256)
+SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
+TRAINING_SEQLEN = 4096
 
-# (batch, heads, heads_k, seqlen, head_dim, causal, dtype)
-SHAPES = (
-    (4, 16, 16, 2048, 64, True, torch.bfloat16),
-    (4, 16, 16, 2048, 128, True, torch.bfloat16),
-    (2, 16, 16, 4096, 128, False, torch.bfloat16),
-    (1, 32, 8, 8192, 128, True, torch.bfloat16),
-    (4, 16, 16, 1024, 64, False, torch.float32),
-    (32, 8, 8, 128, 64, False, torch.float16),
-)
+DECODE_TOKENS, DECODE_HEADS, DECODE_HEAD_DIM, MOST_SEQUENCES = 131072, 32, 128, 64
+DECODE_HEADS_K = (4, 32)
+CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+PAGE_SIZES = (16, 64, 256)
+ROTARY_CONTEXT = 8192
 
+# Every shape is a compilation of some seconds.
+FLEX_SEQLENS = (2048, 16384)
+FLEX_CONTEXTS = (8192, 131072)
 
-def median_us(function: Callable[[], Any], rounds: int = 20) -> float:
-    """Median microseconds on the GPU of one call."""
-    for _ in range(3):
-        function()
-    pairs = []
-    for _ in range(rounds):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        function()
-        end.record()
-        pairs.append((begin, end))
-    torch.cuda.synchronize()
-    return statistics.median(1e3 * begin.elapsed_time(end) for begin, end in pairs)
+SDPA = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+Call = Callable[[], Any]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def both_directions(
-    attend: Callable[..., torch.Tensor], inputs: list[torch.Tensor]
-) -> tuple[float, float]:
-    """Microseconds of (forward without gradients, forward + backward)."""
-    dout = torch.randn_like(inputs[0])
+class Clock:
+    """Measures calls, each after the L2 cache was overwritten."""
 
-    def forward() -> None:
+    def __init__(self) -> None:
+        cache = torch.cuda.get_device_properties(0).L2_cache_size
+        self.scratch = torch.empty(4 * cache, dtype=torch.uint8, device="cuda")
+
+    def us(self, call: Call) -> float:
+        """Median microseconds on the GPU: at least 0.1 s of warming up, at least 30 rounds."""
+        warm = time.perf_counter() + 0.1
+        while time.perf_counter() < warm:
+            call()
+            torch.cuda.synchronize()
+        pairs = []
+        for _ in range(30):
+            self.scratch.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            pairs.append((begin, end))
+        torch.cuda.synchronize()
+        return statistics.median(1e3 * begin.elapsed_time(end) for begin, end in pairs)
+
+    def graph_us(self, call: Call) -> float:
+        """The same for a CUDA graph of the call."""
+        graph = torch.cuda.CUDAGraph()
         with torch.no_grad():
-            attend(*inputs)
+            call()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                call()
+        return self.us(graph.replay)
 
-    def step() -> None:
-        torch.autograd.grad(attend(*inputs), inputs, dout)
 
-    return median_us(forward), median_us(step)
+def sm_mhz() -> int | None:
+    """The clock of the multiprocessors now."""
+    command = ["nvidia-smi", "-i", "0", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+    try:
+        return int(subprocess.run(command, capture_output=True, text=True).stdout)
+    except (OSError, ValueError):
+        return None
 
 
-def attention_rows(shape: tuple[Any, ...]) -> list[dict[str, Any]]:
-    """One row per route that accepts the shape, and one for SDPA."""
-    batch, heads, heads_k, seqlen, head_dim, causal, dtype = shape
-    label = f"{str(dtype)[6:]} b{batch} h{heads}/{heads_k} s{seqlen} d{head_dim}"
-    label += " causal" if causal else ""
-    options = {"device": "cuda", "dtype": dtype, "requires_grad": True}
-    q = torch.randn(batch, seqlen, heads, head_dim, **options)
-    k, v = (torch.randn(batch, seqlen, heads_k, head_dim, **options) for _ in range(2))
+def fill(row: Row, measure: Callable[[Call], float], calls: dict[str, Call]) -> Row:
+    """Times each call; one that fails keeps its reason."""
+    for name, call in calls.items():
+        try:
+            row.us[name] = measure(call)
+        except Exception as error:  # the others still count
+            row.refused[name] = str(error) or type(error).__name__
+    row.sm_mhz = sm_mhz()
+    print(f"  {row.group}: {row.shape}", file=sys.stderr, flush=True)
+    return row
 
-    def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+
+def randn(*shape: int, **options: Any) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, **options)
+
+
+def sdpa(name: str, causal: bool) -> Attend:
+    """PyTorch's attention held to one kernel, on (batch, seqlen, heads, head_dim)."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        grouped = {"enable_gqa": True} if heads != heads_k else {}
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, **grouped).transpose(1, 2)
+        grouped = {"enable_gqa": True} if q.size(1) != k.size(1) else {}
+        with sdpa_kernel(SDPA[name]):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, **grouped)
 
-    rows = [row(label, "SDPA", *both_directions(sdpa, [q, k, v]))]
-    for route in ROUTES:
-        with anyflash.backend(route):
-            try:
-                times = both_directions(lambda *t: flash_attn_func(*t, causal=causal), [q, k, v])
-            except RuntimeError as error:
-                rows.append({"shape": label, "route": route, "refused": str(error)})
-                continue
-        rows.append(row(label, route, *times))
-    return rows
+    return attend
 
 
-def row(shape: str, route: str, forward: float, both: float) -> dict[str, Any]:
-    return {"shape": shape, "route": route, "forward_us": forward, "forward_backward_us": both}
+def flex(seqlen_q: int, seqlen_k: int, causal: bool) -> Attend:
+    """FlexAttention compiled for these lengths."""
+    torch.compiler.reset()  # a compilation per shape, without a limit on their number
+    compiled = torch.compile(flex_attention, dynamic=False)
+    mask = None
+    if causal:
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, seqlen_q, seqlen_k, "cuda")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return compiled(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
+
+    return attend
 
 
-def bias_activation_rows() -> list[dict[str, Any]]:
-    """The kernel and plain PyTorch on a (tokens, hidden) that exceeds the L2 cache."""
-    x = torch.randn(16384, 16384, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    bias = torch.randn(16384, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    rows = []
-    for route in ("kernel", "math"):
+def forward_row(clock: Clock, seqlen: int, head_dim: int, causal: bool) -> Row:
+    batch, heads = TOKENS // seqlen, HIDDEN // head_dim
+    q, k, v = (randn(batch, seqlen, heads, head_dim) for _ in range(3))
+    attends: dict[str, Attend] = {name: sdpa(name, causal) for name in SDPA}
+    attends["anyflash"] = lambda q, k, v: flash_attn_func(q, k, v, causal=causal)
+    if seqlen in FLEX_SEQLENS:
+        attends["flex"] = flex(seqlen, seqlen, causal)
+    row = Row(
+        group=f"forward, bfloat16, {TOKENS} tokens, hidden {HIDDEN}",
+        shape=f"head_dim {head_dim} {'causal' if causal else 'full'} {seqlen}",
+        unit="TFLOP/s",
+        work=attention_flop(batch, heads, seqlen, head_dim, causal),
+        ours=("anyflash",),
+    )
+    calls = {name: functools.partial(attend, q, k, v) for name, attend in attends.items()}
+    with anyflash.backend("kernel"):
+        return fill(row, clock.graph_us, calls)
 
-        def activate(x: torch.Tensor, bias: torch.Tensor, route: str = route) -> torch.Tensor:
-            return anyflash.bias_activation(x, bias, activation="gelu_tanh", backend=route)
 
-        forward, both = both_directions(activate, [x, bias])
-        gigabytes = 2 * x.numel() * x.element_size() / 1e9
-        rate = {"forward_gb_per_s": gigabytes / (forward * 1e-6)}
-        rows.append({**row("bias + gelu_tanh bfloat16 16384x16384", route, forward, both), **rate})
-    return rows
+def training_row(clock: Clock, head_dim: int, causal: bool) -> Row:
+    """Forward and backward; here anyflash runs what it chooses by itself."""
+    seqlen, heads = TRAINING_SEQLEN, HIDDEN // head_dim
+    batch = TOKENS // seqlen
+    q, k, v = (randn(batch, seqlen, heads, head_dim, requires_grad=True) for _ in range(3))
+    attends: dict[str, Attend] = {name: sdpa(name, causal) for name in SDPA}
+    attends["anyflash"] = lambda q, k, v: flash_attn_func(q, k, v, causal=causal)
+
+    def step(attend: Attend) -> Any:
+        out = attend(q, k, v)
+        return torch.autograd.grad(out, (q, k, v), out.detach())
+
+    row = Row(
+        group="forward and backward, bfloat16, anyflash by its own choice",
+        shape=f"head_dim {head_dim} {'causal' if causal else 'full'} {seqlen}",
+        unit="TFLOP/s",
+        work=TRAINING * attention_flop(batch, heads, seqlen, head_dim, causal),
+        ours=("anyflash",),
+    )
+    return fill(row, clock.us, {n: functools.partial(step, a) for n, a in attends.items()})
+
+
+def paged(k: Tensor, v: Tensor, page_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A cache (batch, context, heads_k, head_dim) as pages in random order, and the block table."""
+    stored = [cache.reshape(-1, page_size, *cache.shape[2:]) for cache in (k, v)]
+    order = torch.randperm(stored[0].size(0), device=k.device)
+    shuffled = (torch.empty_like(pages).index_copy_(0, order, pages) for pages in stored)
+    return *shuffled, order.to(torch.int32).reshape(k.size(0), -1)
+
+
+def decode_row(clock: Clock, context: int, heads_k: int) -> Row:
+    """One token per sequence against its cache, stored in one piece and in pages."""
+    batch = min(MOST_SEQUENCES, DECODE_TOKENS // context)
+    q = randn(batch, 1, DECODE_HEADS, DECODE_HEAD_DIM)
+    k, v = (randn(batch, context, heads_k, DECODE_HEAD_DIM) for _ in range(2))
+    used = torch.full((batch,), context, device="cuda", dtype=torch.int32)
+    attends: dict[str, Attend] = {name: sdpa(name, causal=False) for name in SDPA}
+    attends["contiguous"] = lambda q, k, v: flash_attn_with_kvcache(q, k, v, cache_seqlens=used)
+    if context in FLEX_CONTEXTS:
+        attends["flex"] = flex(1, context, causal=False)
+    row = Row(
+        group=f"decode, bfloat16, {DECODE_HEADS} heads, head_dim {DECODE_HEAD_DIM}",
+        shape=f"heads_k {heads_k} batch {batch} context {context}",
+        unit="GB/s",
+        work=cache_bytes(batch, heads_k, context, DECODE_HEAD_DIM, q.element_size()),
+        ours=("contiguous", *(f"page {size}" for size in PAGE_SIZES)),
+    )
+    with anyflash.backend("kernel"):
+        fill(row, clock.graph_us, {n: functools.partial(a, q, k, v) for n, a in attends.items()})
+        for size in PAGE_SIZES:
+            *pages, block_table = paged(k, v, size)
+            options = {"cache_seqlens": used, "block_table": block_table}
+            call = functools.partial(flash_attn_with_kvcache, q, *pages, **options)
+            fill(row, clock.graph_us, {f"page {size}": call})
+    return row
+
+
+def append_row(clock: Clock, heads_k: int) -> Row:
+    """A decoding step that also turns the new token and appends it, beside one that does not."""
+    context, head_dim = ROTARY_CONTEXT, DECODE_HEAD_DIM
+    batch = DECODE_TOKENS // context
+    q, new_k, new_v = (
+        randn(batch, 1, heads, head_dim) for heads in (DECODE_HEADS, heads_k, heads_k)
+    )
+    k, v = (randn(batch, context, heads_k, head_dim) for _ in range(2))
+    cos, sin = (randn(context, head_dim // 2) for _ in range(2))
+    used = torch.full((batch,), context - 1, device="cuda", dtype=torch.int32)
+    row = Row(
+        group="decode, with the new token turned and appended",
+        shape=f"heads_k {heads_k} batch {batch} context {context}",
+        unit="GB/s",
+        work=cache_bytes(batch, heads_k, context, head_dim, q.element_size()),
+        ours=("rotary and append", "append"),
+    )
+    decode = functools.partial(flash_attn_with_kvcache, q, k, v, cache_seqlens=used)
+    calls: dict[str, Call] = {
+        "rotary and append": functools.partial(
+            decode, k=new_k, v=new_v, rotary_cos=cos, rotary_sin=sin
+        ),
+        "append": functools.partial(decode, k=new_k, v=new_v),
+        "neither": decode,
+    }
+    with anyflash.backend("kernel"):
+        return fill(row, clock.graph_us, calls)
+
+
+def bias_activation_rows(clock: Clock) -> Iterator[Row]:
+    """The kernel and plain PyTorch, forward, then forward and backward."""
+    x = randn(16384, 16384, requires_grad=True)
+    bias = randn(16384, requires_grad=True)
+
+    def activate(route: str) -> Tensor:
+        return anyflash.bias_activation(x, bias, activation="gelu_tanh", backend=route)
+
+    def step(route: str) -> Any:
+        y = activate(route)
+        return torch.autograd.grad(y, (x, bias), y.detach())
+
+    for shape, passes, measure, call in (
+        ("forward", 2, clock.graph_us, activate),
+        ("forward and backward", 5, clock.us, step),
+    ):
+        work = passes * x.numel() * x.element_size()
+        row = Row("bias + gelu_tanh, bfloat16, 16384 x 16384", shape, "GB/s", work, ("kernel",))
+        yield fill(row, measure, {r: functools.partial(call, r) for r in ("kernel", "math")})
+
+
+def rows(clock: Clock) -> Iterator[Row]:
+    for head_dim in HEAD_DIMS:
+        for causal in (False, True):
+            for seqlen in SEQLENS:
+                yield forward_row(clock, seqlen, head_dim, causal)
+            yield training_row(clock, head_dim, causal)
+    for heads_k in DECODE_HEADS_K:
+        for context in CONTEXTS:
+            yield decode_row(clock, context, heads_k)
+        yield append_row(clock, heads_k)
+    yield from bias_activation_rows(clock)
+
+
+def write(folder: pathlib.Path, measured: list[Row]) -> None:
+    facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    facts["cudnn"] = torch.backends.cudnn.version()
+    facts["rows"] = [row.as_dict() for row in measured]
+    (folder / "bench.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (folder / "bench.txt").write_text(table(measured) + "\n")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for bench.json")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the results")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("no GPU that torch can use", file=sys.stderr)
         return 3
     torch.manual_seed(0)
-    rows = [entry for shape in SHAPES for entry in attention_rows(shape)]
-    rows += bias_activation_rows()
-    facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
-    (options.out / "bench.json").write_text(json.dumps(facts, indent=2) + "\n")
-    for entry in rows:
-        times = (
-            entry.get("refused")
-            or f"{entry['forward_us']:9.1f} {entry['forward_backward_us']:9.1f} us"
-        )
-        print(f"{entry['shape']:45s} {entry['route']:15s} {times}")
-    return 0
+    measured: list[Row] = []
+    for row in rows(Clock()):
+        measured.append(row)
+        write(options.out, measured)  # a run that is ended early leaves what it has
+    print(table(measured))
+    return 1 if any(name in row.refused for row in measured for name in row.ours) else 0
 
 
 if __name__ == "__main__":

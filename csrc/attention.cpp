@@ -2,6 +2,7 @@
 
 #include "attention_run.h"
 #include "cpu/attention_kernel.h"
+#include "cuda/attention_kernel.h"
 #include "describe.h"
 #include "dispatch.h"
 #include "fallback/routes.h"
@@ -48,11 +49,15 @@ Gradients run_backward(const Choice& choice, const AttentionArgs& args, const Ba
 
 }  // namespace
 
-ForwardResult run_forward(const AttentionArgs& args, int64_t backend) {
-  const Choice choice = checked_choice(describe_forward(args, backend));
+Choice choose_forward(const AttentionArgs& args, int64_t backend) {
+  return checked_choice(describe_forward(args, backend));
+}
+
+ForwardResult run_forward(const Choice& choice, const AttentionArgs& args) {
   switch (choice.route) {
     case Route::kernel:
-      return cpu_kernel::forward(*choice.instance, args);
+      return choice.instance->device == Device::cuda ? cuda_kernel::forward(*choice.instance, args)
+                                                     : cpu_kernel::forward(*choice.instance, args);
     case Route::aten_cpu:
       return aten_cpu::forward(args);
     case Route::aten_flash:
@@ -96,7 +101,7 @@ std::tuple<Tensor, Tensor> attention_forward(
   args.window_right = window_right;
   normalise(args, causal);
   validate_forward(args);
-  return run_forward(args, backend);
+  return run_forward(choose_forward(args, backend), args);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(

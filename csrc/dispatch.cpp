@@ -120,7 +120,7 @@ Limits limits_of(const Instance& instance) {
 }
 
 // The obstacles when no kernel computes the problem: what the architecture lacks, or what is in the
-// way of the kernel that comes closest.
+// way of the kernel that comes closest, of several the one for the largest head_dim.
 template <typename Obstacle>
 void visit_missing_kernel(const Problem& problem, InstanceTable table, Obstacle obstacle) {
   const Instance* oldest = nullptr;  // of those for this kind of device
@@ -138,7 +138,8 @@ void visit_missing_kernel(const Problem& problem, InstanceTable table, Obstacle 
     dtypes |= uint32_t(instance.dtype);
     int32_t obstacles = 0;
     visit_limits(limits_of(instance), problem, [&](auto) { ++obstacles; });
-    if (obstacles < fewest) {
+    const bool wider = instance.max_head_dim > closest.max_head_dim;
+    if (obstacles < fewest || (obstacles == fewest && wider)) {
       fewest = obstacles;
       closest = limits_of(instance);
     }

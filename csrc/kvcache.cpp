@@ -1,7 +1,6 @@
 #include "kvcache.h"
 
 #include "attention_run.h"
-#include "cpu/kvcache_append.h"
 #include "describe.h"
 #include "dispatch.h"
 #include "operators.h"
@@ -32,15 +31,7 @@ Tensor positions(const Tensor& first, int64_t begin, int64_t end) {
 
 // lengths (batch) int32, each plus `added`.
 Tensor longer(const Tensor& lengths, int64_t added) {
-  if (!lengths.is_cpu()) {
-    return to_dtype(select(positions(lengths, added, added + 1), 1, 0), ScalarType::Int);
-  }
-  const int64_t batch = lengths.size(0);
-  const auto* before = static_cast<const int32_t*>(lengths.const_data_ptr());
-  Tensor result = empty({batch}, lengths, ScalarType::Int);
-  auto* after = static_cast<int32_t*>(result.mutable_data_ptr());
-  for (int64_t b = 0; b < batch; ++b) after[b] = before[b] + static_cast<int32_t>(added);
-  return result;
+  return to_dtype(select(positions(lengths, added, added + 1), 1, 0), ScalarType::Int);
 }
 
 // The caches as attention sees them. A cache whose rows are picked by cache_batch_idx is a paged
@@ -70,15 +61,17 @@ AttentionArgs attention_over(const KVCacheCall& call, int64_t window_left, int64
 void append_and_rotate(const KVCacheCall& call, AttentionArgs& args, int64_t backend) {
   const Tensor& first = *call.cache_seqlens;
   const int64_t seqlen_new = call.seqlen_new(), seqlen_q = call.q.size(1);
-  args.seqused_k = longer(first, seqlen_new);
   // Under a mask that moves with the query each row of q has its own position, else all stand at
   // the end of the cache.
   const bool moving_mask = args.window_left >= 0 || args.window_right >= 0;
   const Choice choice = choose(describe_kvcache_append(call.k_cache, call.v_cache, backend));
   if (choice.route == Route::kernel) {
-    args.q = cpu_kernel::append(*choice.instance, call, moving_mask);
+    const kernel::Appended appended = kernel::append(*choice.instance, call, moving_mask);
+    args.q = appended.q;
+    args.seqused_k = appended.seqused_k;
     return;
   }
+  args.seqused_k = longer(first, seqlen_new);
   const Tensor rows = positions(first, 0, seqlen_new);
   if (!call.rotary_cos) {
     append(call, *call.k, *call.v, rows);
@@ -169,8 +162,9 @@ std::tuple<Tensor, Tensor> attention_kvcache_(
   validate_kvcache(call);
   AttentionArgs args = attention_over(call, window_left, window_right);
   normalise(args, causal);
+  const Choice choice = choose_forward(args, backend);  // who refuses leaves the caches alone
   if (call.seqlen_new() > 0 && call.batch() > 0) append_and_rotate(call, args, backend);
-  return run_forward(args, backend);
+  return run_forward(choice, args);
 }
 
 }  // namespace anyflash

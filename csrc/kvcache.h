@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "kernels/launch.h"
 
 namespace anyflash {
 
@@ -41,5 +42,16 @@ Tensor rotate(const Tensor& x, const Tensor& rotary_cos, const Tensor& rotary_si
 // Writes k and v (batch, seqlen_new, ...) to the rows `rows` (batch, seqlen_new) int64 of the
 // caches. No host synchronisation.
 void append(const KVCacheCall& call, const Tensor& k, const Tensor& v, const Tensor& rows);
+
+namespace kernel {
+struct Appended {
+  Tensor q;          // turned where the call has rotary tables
+  Tensor seqused_k;  // (batch) int32: keys in the cache after the call
+};
+
+// Appends call.k and call.v in one launch. Rows of q turn by their own positions, or all by the
+// first new one.
+Appended append(const Instance& instance, const KVCacheCall& call, bool q_positions_move);
+}  // namespace kernel
 
 }  // namespace anyflash

@@ -11,4 +11,8 @@ inline Tensor contiguous_last_dim(const Tensor& x) {
   return last < 0 || x.stride(last) == 1 || x.size(last) <= 1 ? x : contiguous(x);
 }
 
+inline OptionalTensor contiguous_last_dim(const OptionalTensor& x) {
+  return x ? OptionalTensor(contiguous_last_dim(*x)) : x;
+}
+
 }  // namespace anyflash

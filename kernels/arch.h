@@ -20,6 +20,7 @@ struct Arch {
 constexpr int32_t kAnyLaterSm = 9999;
 
 constexpr Arch kSm75{"sm75", Device::cuda, 75, kAnyLaterSm};  // plain CUDA
+constexpr Arch kSm80{"sm80", Device::cuda, 80, kAnyLaterSm};  // bf16, cp.async, mma.m16n8k16
 
 // On a CPU the instruction set takes the place of the compute capability. Those of one processor
 // family contain each other; the families are a hundred apart.
@@ -39,7 +40,8 @@ constexpr Arch kNeon{"neon", Device::cpu, Isa::neon, 299};
 
 // By the names of instances.def.
 namespace arch {
-constexpr Arch sm75 = kSm75, avx2 = kAvx2, avx512 = kAvx512, avx512bf16 = kAvx512Bf16, neon = kNeon;
+constexpr Arch sm75 = kSm75, sm80 = kSm80, avx2 = kAvx2, avx512 = kAvx512, avx512bf16 = kAvx512Bf16,
+               neon = kNeon;
 }
 
 struct IsaName {

@@ -6,6 +6,7 @@
 #include "kernels/common/launch_kernel.h"
 #include "kernels/elementwise/bias_activation_shape.h"
 #include "kernels/features.h"
+#include "kernels/sm80/split_plan.h"
 
 #if ANYFLASH_HAS_CUDA
 #include <cuda_runtime_api.h>
@@ -17,8 +18,9 @@ namespace anyflash {
 
 #define BIAS_ACTIVATION(arch, direction, dtype, checked_on) \
   int32_t bias_activation_##direction##_##dtype##_##arch(const void* params, void* stream);
-#define ATTENTION(arch, direction, dtype, max_head_dim, multiple, features, checked_on) \
-  int32_t attention_##direction##_##dtype##_##arch(const void* params, void* stream);
+#define ATTENTION(arch, direction, dtype, max_head_dim, multiple, features, checked_on)  \
+  int32_t attention_##direction##_##dtype##_d##max_head_dim##_##arch(const void* params, \
+                                                                     void* stream);
 #define KVCACHE_APPEND(arch, dtype, checked_on) \
   int32_t kvcache_append_forward_##dtype##_##arch(const void* params, void* stream);
 #include "built.def"
@@ -28,30 +30,31 @@ namespace anyflash {
 
 namespace {
 
-#define INSTANCE(family, arch_name, direction, dtype, max_head_dim, multiple, features, \
-                 checked_on)                                                            \
-  [] {                                                                                  \
-    using namespace Feature;                                                            \
-    return Instance{#family "_" #direction "_" #dtype "_" #arch_name,                   \
-                    Family::family,                                                     \
-                    arch::arch_name.device,                                             \
-                    arch::arch_name.name,                                               \
-                    arch::arch_name.min_sm,                                             \
-                    arch::arch_name.max_sm,                                             \
-                    Direction::direction,                                               \
-                    Dtype::dtype,                                                       \
-                    max_head_dim,                                                       \
-                    multiple,                                                           \
-                    (features),                                                         \
-                    #checked_on,                                                        \
-                    family##_##direction##_##dtype##_##arch_name};                      \
+#define INSTANCE(family, kind, arch_name, direction, dtype, max_head_dim, multiple, features, \
+                 checked_on)                                                                  \
+  [] {                                                                                        \
+    using namespace Feature;                                                                  \
+    return Instance{#family "_" #direction "_" #kind "_" #arch_name,                          \
+                    Family::family,                                                           \
+                    arch::arch_name.device,                                                   \
+                    arch::arch_name.name,                                                     \
+                    arch::arch_name.min_sm,                                                   \
+                    arch::arch_name.max_sm,                                                   \
+                    Direction::direction,                                                     \
+                    Dtype::dtype,                                                             \
+                    max_head_dim,                                                             \
+                    multiple,                                                                 \
+                    (features),                                                               \
+                    #checked_on,                                                              \
+                    family##_##direction##_##kind##_##arch_name};                             \
   }(),
 #define BIAS_ACTIVATION(arch, direction, dtype, checked_on) \
-  INSTANCE(bias_activation, arch, direction, dtype, 0, 1, 0, checked_on)
-#define ATTENTION(arch, direction, dtype, max_head_dim, multiple, features, checked_on) \
-  INSTANCE(attention, arch, direction, dtype, max_head_dim, multiple, features, checked_on)
+  INSTANCE(bias_activation, dtype, arch, direction, dtype, 0, 1, 0, checked_on)
+#define ATTENTION(arch, direction, dtype, max_head_dim, multiple, features, checked_on)        \
+  INSTANCE(attention, dtype##_d##max_head_dim, arch, direction, dtype, max_head_dim, multiple, \
+           features, checked_on)
 #define KVCACHE_APPEND(arch, dtype, checked_on) \
-  INSTANCE(kvcache_append, arch, forward, dtype, 512, 1, 0, checked_on)
+  INSTANCE(kvcache_append, dtype, arch, forward, dtype, 512, 1, 0, checked_on)
 
 constexpr Instance kInstances[] = {
 #include "built.def"
@@ -69,8 +72,23 @@ constexpr int32_t kNumInstances = sizeof(kInstances) / sizeof(Instance) - 1;
 #if ANYFLASH_HAS_CUDA
 
 int32_t launch_on_device(const void* kernel, Grid grid, void** arguments, void* stream) {
-  return cudaLaunchKernel(kernel, dim3(grid.x, grid.y), dim3(grid.threads), arguments, 0,
-                          static_cast<cudaStream_t>(stream));
+  if (grid.shared_bytes > kSharedBytesOfAnyKernel) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  return cudaLaunchKernel(kernel, dim3(grid.x, grid.y), dim3(grid.threads), arguments,
+                          grid.shared_bytes, static_cast<cudaStream_t>(stream));
+}
+
+int32_t num_multiprocessors() {
+  int device = 0;
+  int count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+    return 1;
+  }
+  return count;
 }
 
 #endif
@@ -99,6 +117,16 @@ int32_t anyflash_launch(const Instance* instance, const void* params, void* stre
 int64_t anyflash_bias_activation_workspace(int64_t rows, int64_t cols, Activation activation) {
   const int64_t in_cols = activation == Activation::silu_gate ? 2 * cols : cols;
   return anyflash::bias_activation::num_partials(rows, cols) * in_cols * int64_t{sizeof(float)};
+}
+
+int64_t anyflash_attention_workspace(const Instance* instance,
+                                     const anyflash::AttentionParams* params) {
+#if ANYFLASH_HAS_CUDA
+  if (instance->device == anyflash::Device::cuda) {
+    return anyflash::sm80::plan_splits(*params, anyflash::num_multiprocessors()).workspace_bytes();
+  }
+#endif
+  return 0;
 }
 
 #if ANYFLASH_HAS_CUDA

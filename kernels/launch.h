@@ -21,7 +21,7 @@ enum class Dtype : int32_t {
 
 // One line of instances.def.
 struct Instance {
-  const char* name;  // family_direction_dtype_arch, unique
+  const char* name;  // family_direction_dtype_arch, for attention family_direction_dtype_d128_arch
   Family family;
   Device device;
   const char* arch;
@@ -62,6 +62,11 @@ ANYFLASH_EXPORT int32_t anyflash_launch(const anyflash::Instance* instance, cons
 // Bytes of workspace for a backward that returns dbias.
 ANYFLASH_EXPORT int64_t anyflash_bias_activation_workspace(int64_t rows, int64_t cols,
                                                            anyflash::Activation activation);
+
+// Bytes of workspace for this call of an attention instance; depends on lengths, sizes and the
+// current device alone.
+ANYFLASH_EXPORT int64_t anyflash_attention_workspace(const anyflash::Instance* instance,
+                                                     const anyflash::AttentionParams* params);
 
 // The best instruction set with kernels here that this CPU has: an Isa of arch.h.
 ANYFLASH_EXPORT int32_t anyflash_cpu_isa(void);

@@ -68,7 +68,8 @@ struct AttentionParams {
   RowStatistics lse;  // the same; +inf for a row without keys
 
   const int32_t* cu_seqlens_q;  // (batch + 1), or null: dense
-  const int32_t* cu_seqlens_k;  // (batch + 1), or null: dense or paged
+  const int32_t* cu_seqlens_k;  // (batch + 1), or null: dense or paged; if paged, only the
+                                // differences count
   const int32_t* seqused_k;     // (batch), may be null
   const int32_t* leftpad_k;     // (batch), may be null
   const int32_t* block_table;   // (batch, block_table_stride) page numbers; null: not paged
@@ -80,8 +81,8 @@ struct AttentionParams {
   int64_t heads_k;
   int64_t head_dim;
   int64_t head_dim_v;
-  int64_t seqlen_q;  // dense: of every sequence; packed: not read
-  int64_t seqlen_k;  // dense: stored keys; paged: capacity; packed: not read
+  int64_t seqlen_q;  // dense: of every sequence; packed: of the longest, or more
+  int64_t seqlen_k;  // dense: stored keys; paged: capacity; packed: of the longest, or more
 
   double softmax_scale;
   double softcap;        // 0: none
@@ -96,9 +97,10 @@ struct AttentionParams {
   BiasType bias_type;
   int64_t bias_stride[4];  // (batch, heads, seqlen_q, seqlen_k), 0 where it broadcasts
 
-  double dropout_p;  // 0: none; near 1 a float would lose what 1 - dropout_p is
-  uint64_t seed;
-  uint32_t offset;
+  double dropout_p;          // 0: none; near 1 a float would lose what 1 - dropout_p is
+  const int64_t* rng_state;  // (seed, offset); null without dropout
+
+  void* workspace;  // anyflash_attention_workspace() bytes, 16-byte aligned; may be null for 0
 
   // Backward alone.
   Rows dout;           // head_dim_v columns
@@ -121,6 +123,7 @@ struct KvcacheAppendParams {
   Rows k_cache;  // (num_pages, page_size, heads_k, head_dim); a cache without pages has one per
   Rows v_cache;  // sequence, of its capacity
   const int32_t* cache_seqlens;  // (batch)
+  int32_t* seqused_k;            // (batch) cache_seqlens + seqlen_new, written; may be null
   const int32_t* block_table;    // (batch, pages_per_sequence) page numbers; null: its own page
   int64_t block_table_stride;
   int64_t pages_per_sequence;

@@ -36,6 +36,11 @@ struct Dropout {
   uint32_t offset;     // low half of rng_state[1]
   uint32_t threshold;  // kept if the 16-bit number is not below it
 
+  // rng_state: (seed, offset).
+  static ANYFLASH_HOST_DEVICE Dropout of(const int64_t* rng_state, double dropout_p) {
+    return {uint64_t(rng_state[0]), uint32_t(rng_state[1]), threshold_for(dropout_p)};
+  }
+
   // floor(p * 65536 + 1/2), at most 65535. dropout_p in [0, 1).
   static ANYFLASH_HOST_DEVICE uint32_t threshold_for(double dropout_p) {
     const uint32_t rounded = uint32_t(dropout_p * 65536.0 + 0.5);

@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
-# Everything worth doing on a machine with a GPU: build, test, sanitize, measure. No network, under ten minutes.
+# Everything worth doing on a machine with a GPU: build, compare the emulator with the GPU, test, sanitize, measure. No network, under
+# ten minutes on a machine with 16 cores.
 #
 #   scripts/gpu_check.sh              all stages
-#   scripts/gpu_check.sh build tests  only these; stages: build tests gpu sanitizer bench
+#   scripts/gpu_check.sh build tests  only these; stages: build conformance kernels gpu tests bench sanitizer
 #
-# Needs on the machine: torch (2.10 or newer), nvcc, a C++ compiler, cmake, pybind11, setuptools >= 77, pytest, hypothesis, einops.
-# Results go to $OUT where that is set, else to benchmarks/results/<gpu>/: summary.json and a log per stage. Commit that folder.
-# Exit status: 0 all passed, 1 a stage failed, 2 wrong use, 3 no GPU (the build still ran).
+# Needs on the machine: torch (2.10 or newer) in the Python called python3 (or $PYTHON), nvcc, a C++ compiler, cmake, pybind11,
+# setuptools >= 77, pytest, hypothesis, einops; pytest-xdist and compute-sanitizer if they are there. Code is built for the machine's own
+# GPU, or for $ANYFLASH_CUDA_ARCHS.
+#
+# Results go to $OUT where that is set, else to benchmarks/results/<gpu>/. Commit that folder: summary.json, log.txt, bench.json and
+# bench.txt (the measurements, also as a table), conformance.txt (what instructions return there; ctest compares the emulator with it).
+# Exit status: 0 all passed, 1 a stage failed, 2 wrong use, 3 no GPU (everything that a GPU would run was built).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
-ALL="build tests gpu sanitizer bench"
+ALL="build conformance kernels gpu tests bench sanitizer"
 STAGES="${*:-$ALL}"
 for stage in $STAGES; do
   if [[ " $ALL " != *" $stage "* ]]; then
@@ -20,115 +25,149 @@ for stage in $STAGES; do
 done
 
 HOST_PYTHON="${PYTHON:-python3}"
-WORK="build/gpu_check"
-PYTHON="$PWD/$WORK/venv/bin/python"
+WORK="$PWD/build/gpu_check"
+PYTHON="$WORK/venv/bin/python"
 mkdir -p "$WORK"
 
+# The GPU's name as a folder, and what its own code is called.
 facts="$("$HOST_PYTHON" - <<'PY'
 import re
 try:
     import torch
 except ImportError:
     raise SystemExit("gpu_check: this Python has no torch; set PYTHON to one that has")
-name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-print(re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"))
+if torch.cuda.is_available():
+    sm = "%d%d" % torch.cuda.get_device_capability()
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    print(name, sm + "a" if sm == "90" else sm)
 PY
 )" || exit 2
-GPU="$facts"
-RESULTS="${OUT:-$([[ -n "$GPU" ]] && echo "benchmarks/results/$GPU" || echo "$WORK")}"
+read -r GPU ARCH <<< "$facts"
+if [[ -n "$GPU" ]]; then
+  export ANYFLASH_CUDA_ARCHS="${ANYFLASH_CUDA_ARCHS:-$ARCH}"
+  LIMIT=575  # seconds for all stages together
+else
+  LIMIT=3600 # a build for every GPU, maybe on few cores
+fi
+RESULTS="${OUT:-${GPU:+benchmarks/results/$GPU}}"
+RESULTS="${RESULTS:-$WORK/results}"
 mkdir -p "$RESULTS"
 RESULTS="$(cd "$RESULTS" && pwd)"
-: > "$WORK/summary"
+: > "$RESULTS/log.txt"
+: > "$WORK/stages"
+export HOST_PYTHON PYTHON WORK RESULTS ARCH
 
-# record <stage> <status> <seconds>
-record() { echo "$1 $2 $3" >> "$WORK/summary"; }
+# summarize: the stages so far. After every one, so that a run which is ended early leaves it too.
+summarize() {
+  "$HOST_PYTHON" - "$WORK/stages" "$RESULTS/summary.json" <<'PY'
+import json, platform, subprocess, sys
 
-# stage <name> <seconds at most> <function>: its output goes to a log, its last lines to the screen
+def said(*command):
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+stages = [line.split() for line in open(sys.argv[1])]
+query = "name,compute_cap,driver_version,clocks.max.sm,power.limit"
+summary = {
+    "gpu": said("nvidia-smi", "--query-gpu=" + query, "--format=csv,noheader"),
+    "nvcc": said("nvcc", "--version")[-60:],
+    "python": platform.python_version(),
+    "commit": said("git", "rev-parse", "HEAD"),
+    "changed": len(said("git", "status", "--porcelain", "--untracked-files=no").splitlines()),
+    "stages": {name: {"status": int(status), "seconds": int(seconds)} for name, status, seconds in stages},
+}
+with open(sys.argv[2], "w") as file:
+    file.write(json.dumps(summary, indent=1) + "\n")
+PY
+}
+
+# stage <name> <seconds at most>: runs the function of that name; its output goes to the log, its last lines to the screen.
 stage() {
-  local name="$1" limit="$2" action="$3" began=$SECONDS status
+  local name="$1" limit="$2" began=$SECONDS status first
   [[ " $STAGES " == *" $name "* ]] || return 0
-  echo "== $name (at most $limit s)"
-  export -f "$action"
-  timeout --kill-after=10 "$limit" bash -uo pipefail -c "$action" > "$RESULTS/$name.log" 2>&1
-  status=$?
-  tail -n 12 "$RESULTS/$name.log" | cut -c -200
-  echo "== $name: status $status, $((SECONDS - began)) s"
-  record "$name" "$status" "$((SECONDS - began))"
+  limit=$((limit < LIMIT - SECONDS ? limit : LIMIT - SECONDS))
+  echo "== $name (at most $limit s)" | tee -a "$RESULTS/log.txt"
+  first=$(wc -l < "$RESULTS/log.txt")
+  if ((limit > 0)); then
+    export -f "$name"
+    timeout --kill-after=5 "$limit" bash -uo pipefail -c "$name" >> "$RESULTS/log.txt" 2>&1
+    status=$?
+  else
+    status=124 # no time left
+  fi
+  tail -n "+$((first + 1))" "$RESULTS/log.txt" | tail -n 12 | cut -c -200
+  echo "== $name: status $status, $((SECONDS - began)) s" | tee -a "$RESULTS/log.txt"
+  echo "$name $status $((SECONDS - began))" >> "$WORK/stages"
+  summarize
   return $status
 }
 
 # An environment of its own that sees the machine's packages, so that anyflash is installed as a user installs it, start-up hook included.
+# Beside it the programs of the stages conformance and kernels.
 build() {
+  nvcc --version
   "$HOST_PYTHON" -m venv --clear --without-pip "$WORK/venv" || return
   local purelib='import sysconfig; print(sysconfig.get_paths()["purelib"])'
   "$HOST_PYTHON" -c "$purelib" > "$("$PYTHON" -c "$purelib")/machine.pth" || return
-  nvcc --version
   ANYFLASH_BUILD=1 ANYFLASH_CUDA=1 "$PYTHON" -m pip install -v --no-index --no-build-isolation --no-deps . || return
   "$PYTHON" -m anyflash info
-  "$PYTHON" -c 'import anyflash._loader as l; print(*l.reasons); assert l.provider == "binary", l.provider'
+  "$PYTHON" -c 'import anyflash._loader as l; print(*l.reasons); assert l.provider == "binary", l.provider' || return
+  local library
+  library="$("$PYTHON" -c 'import anyflash, pathlib; print(pathlib.Path(anyflash.__file__).parent)')"
+  nvcc -std=c++17 -O1 -I. tests/gpu/attention_on_device.cpp -o "$WORK/attention_on_device" \
+    -L"$library" -lanyflash_kernels -Xlinker "-rpath=$library" || return
+  local arch="${ARCH:-90a}" options=()
+  [[ "$arch" == 90a ]] || options=(-DCONFORMANCE_SM80)
+  nvcc -std=c++17 -gencode "arch=compute_$arch,code=sm_$arch" "${options[@]}" -I. tests/emulator/conf.cu -o "$WORK/conformance"
 }
+
+# What single instructions return, for the emulator to be compared with.
+conformance() { "$WORK/conformance" write "$RESULTS/conformance.txt"; }
+
+# Every attention kernel on the emulator's problems. Most of the time goes into the reference, on one core per process.
+kernels() { printf '%s\n' 64 96 128 192 256 | xargs -P 5 -I {} "$WORK/attention_on_device" --instance _d{}_; }
+
+# What only a GPU can show: graphs, streams, large tensors.
+gpu() { "$PYTHON" -m pytest -q tests/gpu -p no:cacheprovider; }
 
 tests() {
   "$PYTHON" -m anyflash doctor
   local parallel=()
-  "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n 6)
+  "$PYTHON" -c 'import xdist' 2> /dev/null && parallel=(-n 8)
   "$PYTHON" -m pytest -q tests/python --device cuda "${parallel[@]}" --durations=10 -p no:cacheprovider
-}
-
-gpu() { "$PYTHON" -m pytest -q tests/gpu -p no:cacheprovider; }
-
-sanitizer() {
-  local tool status=0
-  export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # an allocation per tensor, so that a step beyond one is seen
-  for tool in memcheck racecheck; do
-    compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$PYTHON" -m pytest -q tests/gpu/test_bias_activation_kernel.py -p no:cacheprovider \
-      -k '(gelu_tanh or silu_gate) and (7x130 or 5x4098) or stride' || status=1
-  done
-  return $status
 }
 
 bench() { "$PYTHON" -m benchmarks.gpu --out "$RESULTS"; }
 
-export HOST_PYTHON PYTHON WORK RESULTS
+sanitizer() {
+  local tool status=0
+  for tool in memcheck racecheck synccheck; do
+    compute-sanitizer --tool "$tool" --error-exitcode 9 "$WORK/attention_on_device" --instance bf16_d128 --every 4 --runs 1 || status=1
+  done
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # an allocation per tensor, so that a step beyond one is seen
+  compute-sanitizer --tool memcheck --error-exitcode 9 \
+    "$PYTHON" -m pytest -q tests/gpu/test_bias_activation_kernel.py -p no:cacheprovider \
+    -k '(gelu_tanh or silu_gate) and (7x130 or 5x4098) or stride' || status=1
+  return $status
+}
+
 failed=0
-stage build "$([[ -n "$GPU" ]] && echo 150 || echo 900)" build || failed=1
+stage build $([[ -n "$GPU" ]] && echo 200 || echo 3600) || failed=1
 if [[ -z "$GPU" ]]; then
   echo "gpu_check: no GPU that torch can use: nothing was run. $([[ $failed == 0 ]] && echo 'The build stage passed.')" >&2
   exit $((failed ? 1 : 3))
 fi
-if [[ ! -x "$PYTHON" ]]; then
+if [[ ! -x "$WORK/attention_on_device" ]]; then
   echo "gpu_check: nothing is built; run the build stage first" >&2
   exit 1
 fi
-stage gpu 60 gpu || failed=1
-stage tests 180 tests || failed=1
-stage bench 60 bench || failed=1
-stage sanitizer 90 sanitizer || failed=1
-
-"$HOST_PYTHON" - "$WORK/summary" "$RESULTS/summary.json" <<'PY'
-import json, platform, subprocess, sys
-import torch
-
-stages = [line.split() for line in open(sys.argv[1])]
-driver = subprocess.run(
-    ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-).stdout.strip()
-commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-summary = {
-    "gpu": torch.cuda.get_device_name(),
-    "capability": list(torch.cuda.get_device_capability()),
-    "driver": driver,
-    "torch": torch.__version__,
-    "cuda": torch.version.cuda,
-    "python": platform.python_version(),
-    "commit": commit,
-    "stages": {name: {"status": int(status), "seconds": int(seconds)} for name, status, seconds in stages},
-}
-with open(sys.argv[2], "w") as file:
-    json.dump(summary, file, indent=2)
-    file.write("\n")
-print(json.dumps(summary["stages"], indent=2))
-PY
+stage conformance 30 || failed=1
+stage kernels 60 || failed=1
+stage gpu 60 || failed=1
+stage tests 120 || failed=1
+stage bench 150 || failed=1
+stage sanitizer 60 || failed=1
 echo "results: $RESULTS"
 exit $failed

@@ -9,12 +9,18 @@ struct Grid {
   uint32_t x;
   uint32_t y;
   uint32_t threads;
+  uint32_t shared_bytes = 0;  // dynamic
 };
+
+// More dynamic shared memory than this must be asked for (CUDA C++ Programming Guide, 5.0 table).
+constexpr uint32_t kSharedBytesOfAnyKernel = 48 * 1024;
 
 #if defined(__CUDACC__)
 
 int32_t launch_on_device(const void* kernel, Grid grid, void** arguments,
                          void* stream);  // launch.cpp
+
+int32_t num_multiprocessors();  // of the current device; launch.cpp
 
 template <typename Params>
 int32_t launch_kernel(void (*kernel)(Params), Grid grid, Params params, void* stream) {

@@ -6,9 +6,17 @@
 
 namespace anyflash {
 
-struct Words16 {  // 16 bytes, what one load or store moves at most
+struct alignas(16) Words16 {  // 16 bytes, what one load or store moves at most
   uint32_t w[4];
 };
+
+struct fp16 {
+  uint16_t bits;
+};
+struct bf16 {
+  uint16_t bits;
+};
+using fp32 = float;
 
 }  // namespace anyflash
 
@@ -67,10 +75,104 @@ __device__ __forceinline__ Words16 load_16(const void* global) {
   return x;
 }
 
+__device__ __forceinline__ void store_8(void* global, uint32_t low, uint32_t high) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(global), "r"(low), "r"(high) : "memory");
+}
+
 __device__ __forceinline__ void store_16(void* global, const Words16& x) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(x.w[0]), "r"(x.w[1]),
                "r"(x.w[2]), "r"(x.w[3])
                : "memory");
+}
+
+// log2(x) with an absolute error below 2^-22 or a relative one below 2^-22, whichever is larger.
+__device__ __forceinline__ float lg2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two numbers in one register, `low` in its low half.
+__device__ __forceinline__ uint32_t pack(fp16, float low, float high) {
+  uint32_t y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+__device__ __forceinline__ uint32_t pack(bf16, float low, float high) {  // sm_80
+  uint32_t y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+
+__device__ __forceinline__ float shuffle_xor(float x, int32_t lanes) {
+  return __shfl_xor_sync(0xFFFFFFFFu, x, lanes);
+}
+
+__device__ __forceinline__ float shuffle(float x, int32_t from_lane) {
+  return __shfl_sync(0xFFFFFFFFu, x, from_lane);
+}
+
+// The rest is for sm_80 and newer. Addresses of shared memory are 32-bit.
+
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+  return uint32_t(__cvta_generic_to_shared(shared));
+}
+
+// Queues a copy of 16 bytes, past L1. Only the first `bytes` of them are read, the others are
+// written as zeros; with 0 the source is not touched.
+__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, uint32_t bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(bytes)
+               : "memory");
+}
+
+// Closes a group of this thread's copies.
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most kPending of this thread's groups are unfinished. Other threads see what was
+// copied after a barrier behind the wait.
+template <int32_t kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements: lanes 8i ... 8i + 7 give the addresses of the rows of
+// matrix i, and register i of lane l receives elements 2 (l % 4) and the next of row l / 4.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared)
+               : "memory");
+}
+
+// The same with each matrix transposed.
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared)
+               : "memory");
+}
+
+// c (16x8) += a (16x16) b (16x8). With g = lane / 4 and t = 2 (lane % 4) the registers hold
+//   a[0], a[1], a[2], a[3]: rows g, g + 8, g, g + 8 at columns t, t, t + 8, t + 8 and the next
+//   b0, b1: rows t, t + 8 and the next of column g
+//   c[0], c[1]: row g at columns t, t + 1;  c[2], c[3]: row g + 8
+// (PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type").
+__device__ __forceinline__ void mma_m16n8k16(fp16, float (&c)[4], const uint32_t (&a)[4],
+                                             uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma_m16n8k16(bf16, float (&c)[4], const uint32_t (&a)[4],
+                                             uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 }  // namespace anyflash::ptx
@@ -78,14 +180,6 @@ __device__ __forceinline__ void store_16(void* global, const Words16& x) {
 #endif
 
 namespace anyflash {
-
-struct fp16 {
-  uint16_t bits;
-};
-struct bf16 {
-  uint16_t bits;
-};
-using fp32 = float;
 
 __device__ __forceinline__ float to_fp32(fp16 x) { return ptx::fp16_to_fp32(x.bits); }
 __device__ __forceinline__ float to_fp32(bf16 x) { return ptx::bf16_to_fp32(x.bits); }

@@ -131,6 +131,9 @@ static void append_tokens(void* params, int64_t task, char*) {
   const int64_t end = smaller(p.batch * per_sequence, begin + tokens_per_task(p));
   for (int64_t i = begin; i < end; ++i) {
     const int64_t sequence = i / per_sequence, row = i % per_sequence;
+    if (row == 0 && p.seqused_k) {
+      p.seqused_k[sequence] = static_cast<int32_t>(p.cache_seqlens[sequence] + p.seqlen_new);
+    }
     if (row < p.seqlen_new) {
       append_token<T>(p, sequence, row);
     } else {

@@ -218,7 +218,7 @@ ANYFLASH_INLINE float finish_scores(const AttentionParams& p, const Lanes& lanes
 static __attribute__((noinline)) void dropout_mask(const AttentionParams& p,
                                                    const Sequence& sequence, const Lanes& lanes,
                                                    int64_t first_key, int keys, Word* mask) {
-  const Dropout dropout{p.seed, p.offset, Dropout::threshold_for(p.dropout_p)};
+  const Dropout dropout = Dropout::of(p.rng_state, p.dropout_p);
   const auto bh = static_cast<uint32_t>(sequence.index * p.heads + lanes.head);
   for (int64_t corner = first_key / 16 * 16; corner < first_key + keys; corner += 16) {
     for (int lane = 0; lane < lanes.rows; lane += 16) {

@@ -26,9 +26,10 @@ constexpr double kRoundoff = 1.0 / (1 << 24);  // fp32
 
 // What a kernel computes with, beside fp32.
 struct Arithmetic {
-  Dtype dtype;              // of the tensors
-  double operand_roundoff;  // of probabilities and their gradients as they enter a product
-  double exp_error;         // relative
+  Dtype dtype;               // of the tensors
+  double operand_roundoff;   // of probabilities and their gradients as they enter a product
+  double exp_error;          // relative
+  double operand_least = 0;  // absolute error of probabilities near 0 as they enter a product
 };
 
 // Results by their position in storage; NaN where nothing is written.
@@ -93,9 +94,9 @@ struct Sequence {
 
   Sequence(const AttentionParams& params, int64_t b) : p(params), index(b) {
     first_q = p.cu_seqlens_q ? p.cu_seqlens_q[b] : 0;
-    first_k = p.cu_seqlens_k ? p.cu_seqlens_k[b] : 0;
+    first_k = p.cu_seqlens_k && !p.block_table ? p.cu_seqlens_k[b] : 0;
     seqlen_q = p.cu_seqlens_q ? p.cu_seqlens_q[b + 1] - first_q : p.seqlen_q;
-    seqlen_k = p.cu_seqlens_k ? p.cu_seqlens_k[b + 1] - first_k : p.seqlen_k;
+    seqlen_k = p.cu_seqlens_k ? p.cu_seqlens_k[b + 1] - p.cu_seqlens_k[b] : p.seqlen_k;
     if (p.seqused_k) seqlen_k = p.seqused_k[b];
     if (p.leftpad_k) {
       first_k += p.leftpad_k[b];
@@ -223,7 +224,7 @@ inline Logit logit(const Sequence& s, int64_t head, int64_t i, int64_t j, const 
 inline double dropout_factor(const Sequence& s, int64_t head, int64_t i, int64_t j) {
   const AttentionParams& p = s.p;
   if (p.dropout_p == 0) return 1;
-  const Dropout dropout{p.seed, p.offset, Dropout::threshold_for(p.dropout_p)};
+  const Dropout dropout = Dropout::of(p.rng_state, p.dropout_p);
   const auto bh = static_cast<uint32_t>(s.index * p.heads + head);
   if (!dropout.keeps(bh, static_cast<uint32_t>(i), static_cast<uint32_t>(j))) return 0;
   return 1 / (1 - p.dropout_p);
@@ -276,11 +277,13 @@ inline void forward(const AttentionParams& p, const Arithmetic& arithmetic, Valu
         std::vector<double> value(p.head_dim_v), error(p.head_dim_v);
         for (int64_t j = 0; j < s.seqlen_k && row.lse < kInfinity; ++j) {
           const Logit& x = row.logits[j];
-          const double weight = std::exp(x.value - row.lse) * dropout_factor(s, head, i, j);
+          const double factor = dropout_factor(s, head, i, j);
+          const double weight = std::exp(x.value - row.lse) * factor;
           if (weight == 0) continue;
           const double weight_error =
               weight * (x.error + row.lse_error + arithmetic.exp_error +
-                        arithmetic.operand_roundoff + sum_error(s.seqlen_k));
+                        arithmetic.operand_roundoff + sum_error(s.seqlen_k)) +
+              factor * arithmetic.operand_least;
           for (int64_t c = 0; c < p.head_dim_v; ++c) {
             value[c] += weight * v[j][c];
             error[c] += weight_error * std::fabs(v[j][c]);

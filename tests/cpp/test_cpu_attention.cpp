@@ -7,7 +7,7 @@
 
 #include "attention_reference.h"
 #include "catch.h"
-#include "tests/fuzz/problem.h"
+#include "tests/fuzz/cpu_kernels.h"
 #include "tests/fuzz/threads.h"
 
 using namespace anyflash;
@@ -26,6 +26,7 @@ struct Small {
   std::array<float, kQueries * kHeads> lse, dlse;
   std::array<float, kQueries * kKeys> bias;
   std::array<float, kHeads> sinks, slopes;
+  std::array<int64_t, 2> rng_state{5, 9};
   AttentionParams p{};
 
   Small() {
@@ -55,7 +56,7 @@ struct Small {
     p.bias = bias.data(), p.bias_type = BiasType::fp32;
     p.bias_stride[2] = p.dbias_stride[2] = kKeys;
     p.bias_stride[3] = p.dbias_stride[3] = 1;
-    p.dropout_p = 0.3, p.seed = 5, p.offset = 9;
+    p.dropout_p = 0.3, p.rng_state = rng_state.data();
   }
 
   // sum of out * dout + lse * dlse, whose gradients the backward gives.
@@ -133,18 +134,22 @@ TEST_CASE("cpu attention: callers at once get what they get one after the other"
   if (kernels.empty()) return;
   constexpr int kCallers = 4, kCalls = 12;
   std::vector<fuzz::Problem> problems;
+  const auto kernels_for = [&](size_t i) { return kernels[i % kernels.size()]; };
   for (int i = 0; i < kCallers * kCalls; ++i) {
-    problems.emplace_back(900 + i, fuzz::Kind::any, kernels[i % kernels.size()]);
+    problems.push_back(fuzz::random_problem(900 + i, kernels_for(i).scope(fuzz::Kind::any)));
   }
   std::vector<fuzz::Results> alone(problems.size()), together(problems.size());
-  for (size_t i = 0; i < problems.size(); ++i) REQUIRE(problems[i].run(nullptr, alone[i]) == 0);
+  for (size_t i = 0; i < problems.size(); ++i) {
+    REQUIRE(kernels_for(i).run(problems[i], nullptr, alone[i]) == 0);
+  }
   std::array<int32_t, kCallers> errors{};
   std::vector<std::thread> callers;
   for (int caller = 0; caller < kCallers; ++caller) {
     callers.emplace_back([&, caller] {
       const CpuThreads threads{fuzz::kParallelFors[caller % 3], 3};
       for (int i = caller; i < kCallers * kCalls; i += kCallers) {
-        errors[caller] |= problems[i].run(caller == 0 ? nullptr : &threads, together[i]);
+        const CpuThreads* where = caller == 0 ? nullptr : &threads;
+        errors[caller] |= kernels_for(i).run(problems[i], where, together[i]);
       }
     });
   }

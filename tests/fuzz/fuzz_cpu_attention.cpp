@@ -14,8 +14,8 @@
 #include <map>
 #include <string>
 
+#include "tests/fuzz/cpu_kernels.h"
 #include "tests/fuzz/perturb.h"
-#include "tests/fuzz/problem.h"
 #include "tests/fuzz/threads.h"
 
 // Of a sanitizer's runtime, where there is one.
@@ -82,10 +82,10 @@ struct Summary {
 };
 
 std::string try_problem(const Kernels& kernels, uint64_t seed, Kind kind, Summary& summary) {
-  Problem problem(seed, kind, kernels);
+  const Problem problem = random_problem(seed, kernels.scope(kind));
   const std::string name = kernels.forward->name;
   ++summary.kernels[name];
-  summary.backwards += problem.backward_runs();
+  summary.backwards += problem.shape().backward;
   const Features features = problem.features();
   for (uint32_t i = 0; i < feature_number::count; ++i) summary.features[i] += features >> i & 1;
 
@@ -96,13 +96,13 @@ std::string try_problem(const Kernels& kernels, uint64_t seed, Kind kind, Summar
   std::string wrong;
   for (const auto& [results, where] :
        {std::pair{&one, static_cast<const CpuThreads*>(nullptr)}, std::pair{&several, &threads}}) {
-    if (const int32_t error = problem.run(where, *results)) {
-      return problem.describe() + ": " + anyflash_error_string(error);
+    if (const int32_t error = kernels.run(problem, where, *results)) {
+      return name + " " + problem.describe() + ": " + anyflash_error_string(error);
     }
   }
   if (!(one == several)) wrong = "one thread and several differ; ";
-  wrong += problem.check(one, problem.params(), &summary.worst[name]);
-  return wrong.empty() ? wrong : problem.describe() + ": " + wrong;
+  wrong += problem.check(one, problem.params(), kernels.arithmetic(), &summary.worst[name]);
+  return wrong.empty() ? wrong : name + " " + problem.describe() + ": " + wrong;
 }
 
 int fuzz(const Options& options, const std::vector<Kernels>& all) {
@@ -129,16 +129,17 @@ int perturb(const Options& options, const std::vector<Kernels>& all) {
     int64_t tried = 0, noticed = 0;
     for (int64_t i = 0; i < options.count; ++i) {
       const uint64_t seed = options.seed + static_cast<uint64_t>(i);
-      Problem problem(seed, options.kind(), choose(all, seed));
+      const Kernels& kernels = choose(all, seed);
+      const Problem problem = random_problem(seed, kernels.scope(options.kind()));
       AttentionParams judged = problem.params();
-      std::vector<int32_t> lengths;
-      perturbation.apply(judged, lengths);
+      Changed changed;
+      perturbation.apply(judged, changed);
       if (!differ(problem.params(), judged)) continue;
       Results results;
-      if (problem.run(nullptr, results) != 0) return 1;
+      if (kernels.run(problem, nullptr, results) != 0) return 1;
       double worst = 0;
       ++tried;
-      noticed += !problem.check(results, judged, &worst).empty();
+      noticed += !problem.check(results, judged, kernels.arithmetic(), &worst).empty();
     }
     std::printf("%-24s noticed in %ld of %ld problems\n", perturbation.name, long(noticed),
                 long(tried));

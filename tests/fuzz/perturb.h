@@ -9,40 +9,52 @@
 
 namespace anyflash::fuzz {
 
+// What changed params point to.
+struct Changed {
+  std::vector<int32_t> lengths;
+  int64_t rng_state[2];
+};
+
 struct Perturbation {
   const char* name;
-  void (*apply)(AttentionParams& p, std::vector<int32_t>& lengths);
+  void (*apply)(AttentionParams& p, Changed& changed);
 };
 
 constexpr Perturbation kPerturbations[] = {
     {"last key missing",
-     [](AttentionParams& p, std::vector<int32_t>& lengths) {
+     [](AttentionParams& p, Changed& changed) {
        for (int64_t b = 0; b < p.batch; ++b) {
          const reference::Sequence s(p, b);
          const int64_t end = s.seqlen_k + (p.leftpad_k ? p.leftpad_k[b] : 0);
-         lengths.push_back(static_cast<int32_t>(s.seqlen_k > 0 ? end - 1 : end));
+         changed.lengths.push_back(static_cast<int32_t>(s.seqlen_k > 0 ? end - 1 : end));
        }
-       p.seqused_k = lengths.data();
+       p.seqused_k = changed.lengths.data();
      }},
     {"first key missing",
-     [](AttentionParams& p, std::vector<int32_t>& lengths) {
+     [](AttentionParams& p, Changed& changed) {
        for (int64_t b = 0; b < p.batch; ++b) {
          const reference::Sequence s(p, b);
-         lengths.push_back((p.leftpad_k ? p.leftpad_k[b] : 0) + (s.seqlen_k > 0 ? 1 : 0));
+         changed.lengths.push_back((p.leftpad_k ? p.leftpad_k[b] : 0) + (s.seqlen_k > 0 ? 1 : 0));
        }
-       p.leftpad_k = lengths.data();
+       p.leftpad_k = changed.lengths.data();
      }},
     {"window one key wider",
-     [](AttentionParams& p, std::vector<int32_t>&) {
+     [](AttentionParams& p, Changed&) {
        p.window_left += p.window_left >= 0;
        p.window_right += p.window_right >= 0;
      }},
     {"window one key narrower",
-     [](AttentionParams& p, std::vector<int32_t>&) {
+     [](AttentionParams& p, Changed&) {
        p.window_left -= p.window_left > 0;
        p.window_right -= p.window_right > 0;
      }},
-    {"other dropout bits", [](AttentionParams& p, std::vector<int32_t>&) { ++p.offset; }},
+    {"other dropout bits",
+     [](AttentionParams& p, Changed& changed) {
+       if (!p.rng_state) return;
+       changed.rng_state[0] = p.rng_state[0];
+       changed.rng_state[1] = p.rng_state[1] + 1;
+       p.rng_state = changed.rng_state;
+     }},
 };
 
 // What stored key `row` of v is multiplied with beside its probability: 0 where query i cannot see

@@ -10,7 +10,7 @@ from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_
 
 import anyflash
 
-ROUTES = ("aten_flash", "aten_efficient", "math")
+ROUTES = ("kernel", "aten_flash", "aten_efficient", "math")
 
 
 def run(route, function):

@@ -2,7 +2,7 @@
 
 pytest tests/python                            # the binary where it was built
 pytest tests/python -m providers --provider python
-pytest tests/python --device cuda
+pytest tests/python --device cuda           # the tests that compute something
 """
 
 from __future__ import annotations
@@ -25,6 +25,14 @@ def pytest_configure(config):
         os.environ.pop(name, None)
     if config.getoption("--provider"):
         os.environ["ANYFLASH_PROVIDER"] = config.getoption("--provider")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--device") == "cpu":
+        return
+    others = [item for item in items if "device" not in item.fixturenames]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
 
 
 def pytest_sessionstart(session):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+import anyflash
 from anyflash import _loader
 from anyflash.testing import Case, Expected, Inputs, expect, make_inputs
 
@@ -18,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # What the tests ask for by name; None is the default chain.
 ROUTES = {
     "cpu": (None, "kernel", "aten_cpu", "math"),
-    "cuda": (None, "aten_flash", "aten_efficient", "aten_cudnn", "math"),
+    "cuda": (None, "kernel", "aten_flash", "aten_efficient", "aten_cudnn", "math"),
 }
 ALL_ROUTES = (None, "kernel", "aten_cpu", "aten_flash", "aten_efficient", "aten_cudnn", "math")
 
@@ -73,6 +74,12 @@ def problem_of(case: Case, direction: str, device: str, chain: str | None, *grad
         "chain": chain.split(",") if chain else ["kernel", "sdpa", "math"],
         "explicit": chain is not None,
     }
+
+
+def has_attention_kernels(device: str) -> bool:
+    """Whether this build has attention kernels for 16-bit tensors that run here."""
+    problem = problem_of(Case("plain", dtype="fp16"), "forward", device, "kernel")
+    return anyflash.decide(problem)["route"] == "kernel"
 
 
 @functools.cache

@@ -68,20 +68,16 @@ def test_forward_and_backward_of_different_routes(name, device):
     """Whatever computed out and the LSE, any backward can use them."""
     case = next(c for c in DIFFERENTIABLE if c.name == name)
     inputs = inputs_of(case, device)
-    runnable = [
-        route
-        for route in ROUTES[device][1:]
-        if "none"
-        not in (
-            anyflash.decide(problem_of(case, d, device, route))["route"]
-            for d in ("forward", "backward")
-        )
-    ]
-    assert "math" in runnable
-    for forward in runnable:
+
+    def runnable(direction):
+        problems = {r: problem_of(case, direction, device, r) for r in ROUTES[device][1:]}
+        return [r for r, p in problems.items() if anyflash.decide(p)["route"] != "none"]
+
+    assert "math" in runnable("backward")
+    for forward in runnable("forward"):
         leaves = [x.detach() for x in inputs.qkv]
         out, lse = anyflash.attention(*leaves, **inputs.options, return_lse=True, backend=forward)
-        for backward in runnable:
+        for backward in runnable("backward"):
             gradients = _leaf_backward(inputs, out, lse, backward)
             _check(case, device, dict(zip("qkv", gradients)), with_dlse=False)
 

@@ -88,16 +88,16 @@ def test_a_kernel_is_chosen_as_its_line_says(provider):
         pytest.skip("there are no kernels without the binary")
     from anyflash import _native
 
-    lines = {
-        f"attention_{direction}_{dtype}_{arch}": (dtype, direction, int(top), int(multiple), names)
-        for arch, direction, dtype, top, multiple, names, _ in (
-            entry.fields for entry in _defs.entries("instances") if entry.macro == "ATTENTION"
-        )
-    }
+    lines = {}
+    for entry in _defs.entries("instances"):
+        if entry.macro == "ATTENTION":
+            arch, direction, dtype, top, multiple, names, _ = entry.fields
+            name = f"attention_{direction}_{dtype}_d{top}_{arch}"
+            lines[name] = dtype, direction, int(top), int(multiple), names
     assert {i["name"] for i in _native.instances() if i["family"] == "attention"} <= set(lines)
     draw = random.Random(3)
     chosen = set()
-    for _ in range(2000):
+    for _ in range(4000):
         problem = {**_random_problem(draw), "chain": ["kernel"], "explicit": True}
         decision = _native.decide(problem)
         if problem["op"] != "attention" or decision["route"] != "kernel":
@@ -108,8 +108,7 @@ def test_a_kernel_is_chosen_as_its_line_says(provider):
             assert head_dim <= top and head_dim % multiple == 0
         assert set(problem["features"]) <= _defs.features(names)
         chosen.add(decision["instance"])
-    built = [i["name"] for i in _native.instances() if i["device"] == "cpu"]
-    assert chosen >= {name for name in built if name.startswith("attention")}
+    assert chosen == {i["name"] for i in _native.instances() if i["family"] == "attention"}
 
 
 def test_measured_table():
@@ -143,6 +142,52 @@ def test_what_is_said_against_the_kernels_of_a_cpu(provider):
     assert fp64 == ["kernel: needs fp16, bf16 or fp32, got fp64"]
     wide = _kernel_reason(isa=oldest, head_dim_v=513)
     assert wide == ["kernel: head_dim_v 513 is above 512"]
+
+
+# Problems that name `kernel`, on a GPU; and the kernel, or what is said where there is none.
+NAMED_ON_A_GPU = [
+    (dict(sm=80), "attention_forward_fp16_d64_sm80"),
+    (dict(sm=86, dtype="bf16", head_dim=20, head_dim_v=20), "attention_forward_bf16_d64_sm80"),
+    (dict(sm=89, head_dim=80, head_dim_v=80), "attention_forward_fp16_d96_sm80"),
+    (dict(sm=90, head_dim=192, head_dim_v=128), "attention_forward_fp16_d192_sm80"),
+    (dict(sm=120, head_dim=256, head_dim_v=256), "attention_forward_fp16_d256_sm80"),
+    (dict(sm=100, features=["packed", "causal", "gqa"]), "attention_forward_fp16_d64_sm80"),
+    (dict(sm=90, features=["paged", "seqused_k", "alibi"]), "attention_forward_fp16_d64_sm80"),
+    (dict(sm=90, features=["softcap", "window", "sinks"]), "attention_forward_fp16_d64_sm80"),
+    (dict(sm=90, features=["dropout", "leftpad_k"]), "attention_forward_fp16_d64_sm80"),
+    (dict(sm=75), "needs sm_80 or newer, this GPU is sm_75"),
+    (dict(sm=90, dtype="fp32"), "needs fp16 or bf16, got fp32"),
+    (dict(sm=90, head_dim=264, head_dim_v=64), "head_dim 264 is above 256"),
+    (dict(sm=90, features=["bias"]), "does not support an additive bias or boolean mask"),
+    (
+        dict(sm=90, direction="backward"),
+        "this build has no attention kernel for the backward on sm_90",
+    ),
+]
+
+
+@pytest.mark.parametrize(("problem", "expected"), NAMED_ON_A_GPU, ids=lambda x: str(x))
+def test_attention_kernels_named_on_a_gpu(problem, expected, provider):
+    fields = dict(
+        op="attention", device="cuda", direction="forward", dtype="fp16", torch_version=211
+    )
+    fields |= dict(head_dim=64, head_dim_v=64, features=[], chain=["kernel"], explicit=True)
+    decision = anyflash.decide({**fields, **problem})
+    if not _has_gpu_kernels(provider):
+        missing = f"this build has no attention kernel for sm_{problem['sm']}"
+        assert decision["reasons"] == [("kernel", missing)]
+    elif expected.startswith("attention_"):
+        assert (decision["route"], decision["instance"]) == ("kernel", expected)
+    else:
+        assert decision["reasons"] == [("kernel", expected)]
+
+
+def _has_gpu_kernels(provider: str) -> bool:
+    if provider != "binary":
+        return False
+    from anyflash import _native
+
+    return any(instance["device"] == "cuda" for instance in _native.instances())
 
 
 def test_plain_16_bit_attention_on_a_cpu_with_amx(provider):
@@ -226,7 +271,8 @@ EXPECTED_ROUTES = [
     (dict(sm=90, features=["deterministic"], direction="backward"), "math"),
     (dict(sm=90, chain="aten_cudnn"), "aten_cudnn"),
     (dict(sm=80, chain="aten_cudnn"), "none"),
-    (dict(sm=90, chain="kernel"), "none"),
+    (dict(sm=75, chain="kernel"), "none"),
+    (dict(sm=90, direction="backward", chain="kernel"), "none"),
     (dict(sm=90, chain="math"), "math"),
     (dict(sm=90, chain="math,sdpa"), "math"),
 ]
@@ -239,7 +285,6 @@ def test_expected_routes(problem, route):
 
 # What is said against each choice, word for word.
 EXPECTED_REASONS = [
-    (dict(sm=90), "kernel: this build has no attention kernel for sm_90"),
     (dict(sm=75), "aten_flash: needs sm_80 or newer, this GPU is sm_75"),
     (dict(sm=90, dtype="fp32"), "aten_flash: needs fp16 or bf16, got fp32"),
     (dict(sm=90, dtype="fp64"), "aten_efficient: needs fp16, bf16 or fp32, got fp64"),
@@ -391,7 +436,7 @@ def test_forcing_an_instruction_set(provider):
         elif isa == "none":
             assert printed == "aten_cpu"
         elif isa in ("avx2", "avx512"):
-            assert printed in (f"attention_forward_fp32_{isa}", "aten_cpu")
+            assert printed in (f"attention_forward_fp32_d512_{isa}", "aten_cpu")
     printed = run_python(ISAS, ANYFLASH_CPU_ISA="sse").strip()
     assert printed == f"ANYFLASH_CPU_ISA: unknown instruction set 'sse'; known: {known}"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import anyflash
-from anyflash import _defs
+from anyflash import _defs, _loader
 from anyflash.__main__ import main
 from anyflash.explain import _FEATURE_WORDS, ROUTE_TITLES, parse_words
 
@@ -84,6 +84,19 @@ def test_a_kernel_is_named_with_its_measured_speed(provider):
             f"{decision['instance']}, measured {speed['median']:.2f}x PyTorch's CPU attention "
             f"(median), at worst {speed['worst']:.2f}x"
         ) in str(answer)
+
+
+def test_a_kernel_for_gpus_runs_where_it_is_named(provider):
+    named = anyflash.explain("bf16 causal d 20 A100", backend="kernel,math")
+    by_itself = anyflash.explain("bf16 causal d 20 A100")
+    if provider == "python" or "sm80" not in {i["arch"] for i in _loader.native.instances()}:
+        for answer in (named, by_itself):
+            assert "this build has no attention kernel for sm_80" in str(answer)
+        return
+    assert "attention_forward_bf16_d64_sm80" in str(named)
+    assert "has not been checked on a GPU of its architecture yet; naming `kernel`" in str(
+        by_itself
+    )
 
 
 def test_nothing_runs():

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import ALL_ROUTES, ROUTES, expected_of, inputs_of, problem_of
+from support import (
+    ALL_ROUTES,
+    ROUTES,
+    expected_of,
+    has_attention_kernels,
+    inputs_of,
+    problem_of,
+)
 
 import anyflash
 from anyflash.testing import CORNER, CORRECTNESS, PERFORMANCE, assert_close
@@ -52,10 +59,10 @@ def test_layout_of_results(case, device):
     assert lse.is_contiguous()
 
 
-def test_some_route_beside_math_is_exercised(device, provider):
+def test_some_route_beside_math_is_exercised(device):
     """Guards the parametrisation above: with the wrong features everything would be refused."""
     for route in ROUTES[device][1:]:
-        if route == "kernel" and provider == "python":
+        if route == "kernel" and not has_attention_kernels(device):
             continue
         chosen = [
             case.name
@@ -73,6 +80,41 @@ def test_some_route_beside_math_is_exercised(device, provider):
 def test_performance_cases_have_a_fused_route_on_the_cpu(case):
     route = anyflash.decide(problem_of(case, "forward", "cpu", None))["route"]
     assert route in ("kernel", "aten_cpu")
+
+
+def _views(dtype: torch.dtype, device: str) -> dict[str, tuple[torch.Tensor, ...]]:
+    """q, k, v whose rows begin, lie or end where no 16-byte access may go."""
+
+    def randn(*shape):
+        return torch.randn(shape, device=device).to(dtype)
+
+    wide = randn(2, 9, 3, 72)
+    return {
+        "pointer": (wide[..., 1:65], wide[..., 3:67], wide[..., :64]),
+        "row": (randn(2, 9, 3, 67)[..., :64],) * 3,
+        "head_dim": (randn(2, 9, 3, 20),) * 3,
+        "head_dim_v": (wide[..., :64], wide[..., :64], wide[..., 5:18]),
+        "columns": (randn(2, 9, 64, 3).transpose(2, 3),) * 3,
+        "heads": (randn(2, 3, 9, 64).transpose(1, 2),) * 3,
+        "expanded": (randn(2, 9, 1, 64).expand(2, 9, 3, 64),) * 3,
+        "packed": tuple(randn(2, 9, 3, 3, 20).unbind(2)),
+        "batch of one": (randn(1, 9, 3, 64).as_strided((1, 9, 3, 64), (7, 192, 64, 1)),) * 3,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("view", _views(torch.float16, "cpu"))
+def test_kernels_take_rows_that_lie_anywhere(view, dtype, device):
+    if not has_attention_kernels(device):
+        pytest.skip("no attention kernel runs here")
+    qkv = _views(dtype, device)[view]
+    found, expected = (
+        anyflash.attention(*qkv, causal=True, return_lse=True, backend=backend)
+        for backend in ("kernel", "math")
+    )
+    for x, y in zip(found, expected):
+        assert x.stride() == y.stride()
+        torch.testing.assert_close(x.float(), y.float(), atol=2e-2, rtol=2e-2)
 
 
 def test_three_dimensions_are_one_sequence(device):

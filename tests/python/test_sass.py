@@ -6,20 +6,19 @@ read machine code.
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import glob
-import importlib.util
-import os
 import pathlib
 import re
-import shutil
 import subprocess
-from typing import NamedTuple
+import sys
 
 import pytest
+from support import REPOSITORY
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+
+from sass import Code, Instruction, Resources, find_tool, parse_ptxas, parse_sass  # noqa: E402
+
 ARCHS = ("75", "80", "90")
 DTYPES = ("fp16", "bf16", "fp32")
 
@@ -47,59 +46,12 @@ namespace anyflash::bias_activation {{
 )
 
 
-class Kernel(NamedTuple):
-    """One kernel as ptxas describes it."""
-
-    name: str
-    kind: str  # a key of REGISTER_BUDGET
-    vectorised: bool
-    registers: int
-    spilled_bytes: int
-
-
-def find_tool(name: str) -> str | None:
-    """A program of the CUDA toolkit: on the path, of a toolkit, or of NVIDIA's Python packages."""
-    folders = [os.environ[key] for key in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(key)]
-    folders.append("/usr/local/cuda")
-    spec = importlib.util.find_spec("nvidia")
-    for location in (spec.submodule_search_locations or []) if spec else []:
-        folders.append(os.path.join(location, "cu13"))
-    paths = [os.path.join(folder, "bin", name) for folder in folders]
-    return shutil.which(name) or next((p for p in paths if os.access(p, os.X_OK)), None)
-
-
 def kind_of(name: str) -> str:
     """Which row of REGISTER_BUDGET a mangled kernel name belongs to."""
     if "sum_partials" in name:
         return "sum"
     direction = "backward" if "backward_kernel" in name else "forward"
     return f"gated {direction}" if "ActivationE4" in name else direction
-
-
-def parse_ptxas(log: str) -> list[Kernel]:
-    """The kernels in the output of ptxas -v."""
-    pattern = (
-        r"entry function '(\S+)' for 'sm_\w+'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
-        r".*?Used (\d+) registers"
-    )
-    return [
-        Kernel(name, kind_of(name), "Lb1E" in name, int(registers), int(stored) + int(loaded))
-        for name, stored, loaded, registers in re.findall(pattern, log, re.S)
-    ]
-
-
-def parse_sass(text: str) -> dict[str, list[str]]:
-    """Mangled kernel name -> its instructions, from nvdisasm."""
-    kernels: dict[str, list[str]] = {}
-    current: list[str] = []
-    for line in text.splitlines():
-        section = re.match(r"\.text\.(\w+):", line)
-        if section:
-            current = kernels.setdefault(section.group(1), [])
-        instruction = re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+ )?\s*([A-Z][\w.]*)", line)
-        if instruction:
-            current.append(instruction.group(1))
-    return kernels
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +64,16 @@ def compiled(tmp_path_factory: pytest.TempPathFactory):
     (folder / "kernels.cu").write_text(SOURCE)
 
     @functools.cache
-    def compile_for(arch: str) -> tuple[list[Kernel], pathlib.Path]:
+    def compile_for(arch: str) -> tuple[list[Resources], pathlib.Path]:
         cubin = folder / f"sm_{arch}.cubin"
-        command = [nvcc, "-std=c++17", f"-I{ROOT}", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin"]
+        command = [
+            nvcc,
+            "-std=c++17",
+            f"-I{REPOSITORY}",
+            f"-arch=sm_{arch}",
+            "-Xptxas=-v",
+            "-cubin",
+        ]
         command += ["-Werror=all-warnings", "-o", str(cubin), str(folder / "kernels.cu")]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -125,7 +84,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def sass(compiled):
-    """arch -> {kernel: instructions}."""
+    """arch -> {kernel: opcodes}."""
     nvdisasm = find_tool("nvdisasm")
     if nvdisasm is None:
         pytest.skip(
@@ -137,7 +96,7 @@ def sass(compiled):
         command = [nvdisasm, "-c", str(compiled(arch)[1])]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return parse_sass(done.stdout)
+        return {name: code.opcodes() for name, code in parse_sass(done.stdout).items()}
 
     return read
 
@@ -147,7 +106,7 @@ def test_all_kernels_are_there(compiled, arch):
     kernels, _ = compiled(arch)
     # 3 dtypes x 5 activations x 2 directions x (vectorised or not), and one sum per dtype
     assert len(kernels) == 3 * 5 * 2 * 2 + 3
-    assert {kernel.kind for kernel in kernels} == set(REGISTER_BUDGET)
+    assert {kind_of(kernel.name) for kernel in kernels} == set(REGISTER_BUDGET)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -157,7 +116,7 @@ def test_no_spills(compiled, arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_register_budget(compiled, arch):
-    over = [k for k in compiled(arch)[0] if k.registers > REGISTER_BUDGET[k.kind]]
+    over = [k for k in compiled(arch)[0] if k.registers > REGISTER_BUDGET[kind_of(k.name)]]
     assert over == []
 
 
@@ -174,39 +133,16 @@ def test_vectorised_kernels_use_16_byte_accesses(sass, compiled, arch):
         wide = [i for i in instructions[kernel.name] if re.match(r"(LDG|STG)\.E\.128", i)]
         loads = sum(i.startswith("LDG") for i in wide)
         stores = len(wide) - loads
-        if not kernel.vectorised:
+        if "Lb1E" not in kernel.name:
             assert wide == [], kernel.name
             continue
+        kind = kind_of(kernel.name)
         # per thread two rows of each operand, and the bias once
         operands = {"forward": 1, "gated forward": 2, "backward": 2, "gated backward": 3}
         results = {"forward": 1, "gated forward": 1, "backward": 1, "gated backward": 2}
-        biases = 2 if kernel.kind.startswith("gated") else 1
-        assert loads == 2 * operands[kernel.kind] + biases, kernel.name
-        assert stores == 2 * results[kernel.kind], kernel.name
-
-
-def test_kernel_sources_need_no_host_compiler():
-    """NVRTC, which has no standard headers, compiles them too."""
-    spec = importlib.util.find_spec("nvidia")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    found = [path for folder in folders for path in glob.glob(f"{folder}/*/lib/libnvrtc.so.*")]
-    if not found:
-        pytest.skip("no libnvrtc (it comes with torch for CUDA)")
-    nvrtc = ctypes.CDLL(found[0])
-    header = b'#include "kernels/elementwise/bias_activation.cuh"\n'
-    kernel = (
-        b"anyflash::bias_activation::backward_kernel<anyflash::bf16, anyflash::Activation(4), true>"
-    )
-    options = (ctypes.c_char_p * 3)(b"-std=c++17", b"-arch=sm_80", f"-I{ROOT}".encode())
-    program = ctypes.c_void_p()
-    size = ctypes.c_size_t()
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), header, b"kernels.cu", 0, None, None)
-    nvrtc.nvrtcAddNameExpression(program, kernel)
-    failed = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-    log = ctypes.create_string_buffer(size.value)
-    nvrtc.nvrtcGetProgramLog(program, log)
-    assert failed == 0, log.value.decode()
+        biases = 2 if kind.startswith("gated") else 1
+        assert loads == 2 * operands[kind] + biases, kernel.name
+        assert stores == 2 * results[kind], kernel.name
 
 
 def test_ptxas_parser():
@@ -216,13 +152,30 @@ def test_ptxas_parser():
         "    0 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads\n"
         "ptxas info    : Used 40 registers, used 0 barriers\n"
     )
-    assert parse_ptxas(log) == [Kernel("_Z14forward_kernelLb1E", "forward", True, 40, 12)]
+    assert parse_ptxas(log) == [Resources("_Z14forward_kernelLb1E", 40, 12)]
 
 
 def test_sass_parser():
     text = (
         ".text._Zk:\n"
         "        /*0000*/                   LDG.E.128 R4, [R2.64] ;\n"
+        ".L_x_1:\n"
         "        /*0010*/              @!P0 STL [R1], R4 ;\n"
+        ".L_x_2:\n"
+        "        /*0020*/                   HMMA.16816.F32 R4, R8, R12, R4 ;\n"
+        "        /*0030*/               @P1 BRA `(.L_x_2) ;\n"
+        "        /*0040*/                   BRA `(.L_x_1) ;\n"
     )
-    assert parse_sass(text) == {"_Zk": ["LDG.E.128", "STL"]}
+    code = parse_sass(text)["_Zk"]
+    assert code == Code(
+        [
+            Instruction("LDG.E.128", None),
+            Instruction("STL", None),
+            Instruction("HMMA.16816.F32", None),
+            Instruction("BRA", ".L_x_2"),
+            Instruction("BRA", ".L_x_1"),
+        ],
+        {".L_x_1": 1, ".L_x_2": 2},
+    )
+    assert code.loops() == [range(2, 4), range(1, 5)]
+    assert code.hot_loop() == {"HMMA": 1, "BRA": 1}

@@ -32,9 +32,13 @@ def _route(problem: dispatch.Problem) -> str:
     return decision.route
 
 
-def run_forward(args: AttentionArgs, backend: int) -> tuple[Tensor, Tensor]:
-    """Computes normalised and validated arguments."""
-    return _ROUTES[_route(describe(args, None, backend))].forward(args)
+def choose_forward(args: AttentionArgs, backend: int) -> str:
+    """The route for normalised and validated arguments; raises RuntimeError where there is none."""
+    return _route(describe(args, None, backend))
+
+
+def run_forward(route: str, args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    return _ROUTES[route].forward(args)
 
 
 def attention_forward(
@@ -68,7 +72,7 @@ def attention_forward(
     )  # fmt: skip
     args.normalise(causal)
     validate_forward(args)
-    return run_forward(args, backend)
+    return run_forward(choose_forward(args, backend), args)
 
 
 def _contiguous_last_dim(x: Tensor) -> Tensor:

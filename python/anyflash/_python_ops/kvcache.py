@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, validate
-from .attention import run_forward
+from .attention import choose_forward, run_forward
 from .checks import check, check_same_device, dtype_text, shape_text
 from .problem import AttentionArgs
 
@@ -342,6 +342,7 @@ def attention_kvcache_(
     validate_kvcache(call)
     args = call.attention(window_left, window_right)
     args.normalise(causal)
+    route = choose_forward(args, backend)  # who refuses leaves the caches alone
     if call.seqlen_new > 0 and call.batch > 0:
         _append_and_rotate(call, args)
-    return run_forward(args, backend)
+    return run_forward(route, args)

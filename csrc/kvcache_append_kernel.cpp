@@ -1,13 +1,11 @@
-#include "cpu/kvcache_append.h"
-
+#include "attention_params.h"
+#include "kvcache.h"
 #include "launch.h"
 #include "layout.h"
 #include "stable/aten.h"
 
-namespace anyflash::cpu_kernel {
+namespace anyflash::kernel {
 namespace {
-
-Rows rows_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
 const int32_t* ints_of(const Tensor& x) { return static_cast<const int32_t*>(x.const_data_ptr()); }
 
@@ -30,7 +28,7 @@ void set_pages(const KVCacheCall& call, KvcacheAppendParams& p) {
 
 }  // namespace
 
-Tensor append(const Instance& instance, const KVCacheCall& call, bool q_positions_move) {
+Appended append(const Instance& instance, const KVCacheCall& call, bool q_positions_move) {
   const Tensor k = contiguous_last_dim(*call.k), v = contiguous_last_dim(*call.v);
   const Tensor q = contiguous_last_dim(call.q);
   KvcacheAppendParams params{};
@@ -45,9 +43,11 @@ Tensor append(const Instance& instance, const KVCacheCall& call, bool q_position
   params.head_dim = k.size(3);
   params.head_dim_v = v.size(3);
   const bool rotates = call.rotary_cos && call.rotary_cos->size(1) > 0;
+  const Tensor seqused_k = empty({params.batch}, q, ScalarType::Int);
+  params.seqused_k = static_cast<int32_t*>(seqused_k.data_ptr());
   if (!rotates) {
     launch(instance, &params, q);
-    return call.q;
+    return {call.q, seqused_k};
   }
   const Tensor cos = contiguous_last_dim(*call.rotary_cos);
   const Tensor sin = contiguous_last_dim(*call.rotary_sin);
@@ -65,7 +65,7 @@ Tensor append(const Instance& instance, const KVCacheCall& call, bool q_position
   params.heads = q.size(2);
   params.q_positions_move = q_positions_move;
   launch(instance, &params, q);
-  return q_rotated;
+  return {q_rotated, seqused_k};
 }
 
-}  // namespace anyflash::cpu_kernel
+}  // namespace anyflash::kernel

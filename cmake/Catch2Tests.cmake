@@ -1,0 +1,32 @@
+# anyflash_catch2(<executable>): links Catch2 with its main and lists the cases in ctest.
+# Catch2: installed (3 or 2), else Debian's package unpacked into the build folder, else fetched.
+find_package(Catch2 QUIET)
+if(NOT Catch2_FOUND)
+  set(_catch2 "${PROJECT_BINARY_DIR}/catch2")
+  if(NOT EXISTS "${_catch2}/usr/include/catch2")
+    file(MAKE_DIRECTORY "${_catch2}")
+    execute_process(COMMAND sh -c "apt-get download catch2 && dpkg-deb -x catch2_*.deb ." WORKING_DIRECTORY "${_catch2}"
+                    RESULT_VARIABLE _failed OUTPUT_QUIET ERROR_QUIET)
+  endif()
+  find_package(Catch2 QUIET HINTS "${_catch2}/usr")
+endif()
+if(NOT Catch2_FOUND)
+  include(FetchContent)
+  FetchContent_Declare(Catch2 URL https://github.com/catchorg/Catch2/archive/refs/tags/v2.13.10.tar.gz
+                       URL_HASH SHA256=d54a712b7b1d7708bc7a819a8e6e47b2fde9536f487b89ccbca295072a7d9943)
+  FetchContent_MakeAvailable(Catch2)
+  list(APPEND CMAKE_MODULE_PATH "${catch2_SOURCE_DIR}/contrib" "${catch2_SOURCE_DIR}/extras")
+endif()
+include(Catch)
+
+function(anyflash_catch2 target)
+  if(TARGET Catch2::Catch2WithMain)
+    target_link_libraries(${target} PRIVATE Catch2::Catch2WithMain)
+  else()
+    set(_main "${CMAKE_CURRENT_BINARY_DIR}/catch_main.cpp")
+    file(GENERATE OUTPUT "${_main}" CONTENT "#define CATCH_CONFIG_MAIN\n#include <catch2/catch.hpp>\n")
+    target_sources(${target} PRIVATE "${_main}")
+    target_link_libraries(${target} PRIVATE Catch2::Catch2)
+  endif()
+  catch_discover_tests(${target} ${ARGN})
+endfunction()

@@ -1,0 +1,154 @@
+// The kernels for GPUs in instances.def, chosen for every GPU without one.
+#include <string>
+#include <vector>
+
+#include "catch.h"
+#include "dispatch_problems.h"
+#include "kernels/arch.h"
+
+using namespace anyflash;
+
+namespace {
+
+int32_t never_run(const void*, void*) { return 0; }
+
+// The lines of instances.def for GPUs, in this build or not.
+const std::vector<Instance>& gpu_instances() {
+  static const std::vector<Instance> instances = [] {
+    using namespace Feature;
+    std::vector<Instance> all;
+    const auto add = [&](const char* name, Family family, const Arch& arch, Direction direction,
+                         Dtype dtype, int32_t max_head_dim, int32_t multiple, Features features,
+                         const char* checked_on) {
+      if (arch.device != Device::cuda) return;
+      all.push_back({name, family, arch.device, arch.name, arch.min_sm, arch.max_sm, direction,
+                     dtype, max_head_dim, multiple, features, checked_on, never_run});
+    };
+#define BIAS_ACTIVATION(...)
+#define ATTENTION(arch_name, direction, dtype, max_head_dim, multiple, features, checked_on)   \
+  add("attention_" #direction "_" #dtype "_d" #max_head_dim "_" #arch_name, Family::attention, \
+      arch::arch_name, Direction::direction, Dtype::dtype, max_head_dim, multiple, features,   \
+      #checked_on);
+#define KVCACHE_APPEND(arch_name, dtype, checked_on)                                         \
+  add("kvcache_append_" #dtype, Family::kvcache_append, arch::arch_name, Direction::forward, \
+      Dtype::dtype, 512, 1, 0, #checked_on);
+#include "kernels/instances.def"
+#undef KVCACHE_APPEND
+#undef ATTENTION
+#undef BIAS_ACTIVATION
+    return all;
+  }();
+  return instances;
+}
+
+InstanceTable gpu_table() { return {gpu_instances().data(), int32_t(gpu_instances().size())}; }
+
+// The kernel for the problem when `kernel` is named, or the route that runs instead.
+std::string kernel_for(Problem problem) {
+  problem.chain = parse_chain("kernel,math");
+  problem.explicit_chain = true;
+  const Choice choice = choose(problem, gpu_table());
+  return choice.instance ? choice.instance->name : route_name(choice.route);
+}
+
+std::string reasons_against_kernel(Problem problem) {
+  problem.chain = parse_chain("kernel");
+  problem.explicit_chain = true;
+  return reasons(problem, Route::kernel, gpu_table());
+}
+
+}  // namespace
+
+TEST_CASE("dispatch: the attention kernels for GPUs, where named", "[dispatch]") {
+  for (const int32_t sm : kGpus) {
+    for (const Dtype dtype : {Dtype::fp16, Dtype::bf16, Dtype::fp32, Dtype::fp64}) {
+      Problem problem = on_gpu(sm);
+      problem.dtype = dtype;
+      CAPTURE(sm, int(dtype));
+      if (sm < 80) {
+        CHECK(kernel_for(problem) == "math");
+        CHECK(reasons_against_kernel(problem) ==
+              "needs sm_80 or newer, this GPU is sm_" + std::to_string(sm));
+      } else if (dtype == Dtype::fp16 || dtype == Dtype::bf16) {
+        const std::string name = dtype == Dtype::fp16 ? "fp16" : "bf16";
+        CHECK(kernel_for(problem) == "attention_forward_" + name + "_d64_sm80");
+      } else {
+        CHECK(kernel_for(problem) == "math");
+        CHECK(reasons_against_kernel(problem) ==
+              std::string("needs fp16 or bf16, got ") + (dtype == Dtype::fp32 ? "fp32" : "fp64"));
+      }
+    }
+  }
+}
+
+TEST_CASE("dispatch: an attention kernel for a GPU that has run on none is not chosen by itself",
+          "[dispatch]") {
+  for (const int32_t sm : kGpus) {
+    const Choice choice = choose(on_gpu(sm), gpu_table());
+    const bool checked = choice.instance && std::string(choice.instance->checked_on) != "none";
+    CAPTURE(sm);
+    CHECK(choice.route == (checked    ? Route::kernel
+                           : sm >= 80 ? Route::aten_flash
+                                      : Route::aten_efficient));
+  }
+}
+
+TEST_CASE("dispatch: the attention kernel for a GPU that fits head_dim and head_dim_v best",
+          "[dispatch]") {
+  constexpr struct {
+    int32_t head_dim, head_dim_v;
+    const char* name;
+  } kBest[] = {{1, 1, "d64"},      {20, 20, "d64"},    {64, 64, "d64"},    {65, 65, "d96"},
+               {80, 80, "d96"},    {96, 96, "d96"},    {97, 97, "d128"},   {128, 128, "d128"},
+               {129, 129, "d192"}, {192, 192, "d192"}, {193, 193, "d256"}, {256, 256, "d256"},
+               {64, 128, "d128"},  {192, 128, "d192"}, {40, 256, "d256"}};
+  for (const int32_t sm : {80, 86, 89, 90, 100, 120}) {
+    for (const auto& best : kBest) {
+      Problem problem =
+          on_gpu(sm, best.head_dim == best.head_dim_v ? 0 : Feature::unequal_head_dims);
+      problem.head_dim = best.head_dim;
+      problem.head_dim_v = best.head_dim_v;
+      CAPTURE(sm, best.head_dim, best.head_dim_v);
+      CHECK(kernel_for(problem) == std::string("attention_forward_fp16_") + best.name + "_sm80");
+    }
+  }
+}
+
+TEST_CASE("dispatch: what the attention kernels for GPUs compute, and what not", "[dispatch]") {
+  using namespace Feature;
+  const Features computed = packed | paged | seqused_k | leftpad_k | causal | window | softcap |
+                            alibi | sinks | dropout | gqa | unequal_head_dims;
+  for (const int32_t sm : {80, 90, 120}) {
+    CAPTURE(sm);
+    CHECK(kernel_for(on_gpu(sm, computed)) == "attention_forward_fp16_d64_sm80");
+    CHECK(kernel_for(on_gpu(sm, bias)) == "math");
+    CHECK(reasons_against_kernel(on_gpu(sm, bias | causal)) ==
+          "does not support an additive bias or boolean mask");
+    CHECK(reasons_against_kernel(on_gpu(sm, 0, Direction::backward)) ==
+          "this build has no attention kernel for the backward on sm_" + std::to_string(sm));
+    Problem problem = on_gpu(sm, unequal_head_dims);
+    problem.head_dim_v = 257;
+    CHECK(reasons_against_kernel(problem) == "head_dim_v 257 is above 256");
+    problem.head_dim = 264;
+    CHECK(reasons_against_kernel(problem) ==
+          "head_dim 264 is above 256; head_dim_v 257 is above 256");
+  }
+}
+
+TEST_CASE("dispatch: the kernels for GPUs that append to a cache", "[dispatch]") {
+  for (const int32_t sm : kGpus) {
+    for (const Dtype dtype : {Dtype::fp16, Dtype::bf16, Dtype::fp32}) {
+      Problem problem = on_gpu(sm);
+      problem.family = Family::kvcache_append;
+      problem.dtype = dtype;
+      CAPTURE(sm, int(dtype));
+      const std::string found = kernel_for(problem);
+      CHECK((found == "math") == (sm < 75));
+      CHECK(route_of(problem, gpu_table()) == "math");  // not by itself
+    }
+  }
+  Problem problem = on_gpu(90);
+  problem.family = Family::kvcache_append;
+  problem.dtype = Dtype::fp64;
+  CHECK(reasons_against_kernel(problem) == "needs fp16, bf16 or fp32, got fp64");
+}
