@@ -31,7 +31,8 @@ struct Case {
   int64_t rotary_dim = 0;
   bool interleaved = true;
   bool q_positions_move = true;
-  int64_t gap = 0;  // elements between heads
+  int64_t gap = 0;      // elements between heads
+  bool seqused = true;  // the new lengths are asked for
 };
 
 // (outer, rows, heads, columns) with a gap behind each head; NaN at first, there for good. Ends at
@@ -75,6 +76,13 @@ class Tensor {
   anyflash::fuzz::Guarded memory_;
 };
 
+// Integers that end at memory that nobody may touch.
+inline anyflash::fuzz::Guarded guarded(const std::vector<int32_t>& values) {
+  anyflash::fuzz::Guarded memory(int64_t(values.size() * sizeof(int32_t)), true);
+  std::copy(values.begin(), values.end(), memory.as<int32_t>());
+  return memory;
+}
+
 template <typename T>
 inline constexpr double kError = 1e-6;
 template <>
@@ -98,6 +106,8 @@ class Check {
         q_rotated_(batch_, c.seqlen_q, c.heads, c.head_dim, c.gap),
         k_cache_(pages_, c.page_size, c.heads_k, c.head_dim, c.gap),
         v_cache_(pages_, c.page_size, c.heads_k, c.head_dim_v, c.gap),
+        lengths_(guarded(c.lengths)),
+        table_(guarded(c.table)),
         seqused_(c.lengths.size(), -1),
         cos_(1, table_rows_, 1, c.rotary_dim / 2, 1),
         sin_(1, table_rows_, 1, c.rotary_dim / 2, 1) {
@@ -108,9 +118,9 @@ class Check {
     p.v = v_.rows();
     p.k_cache = k_cache_.rows();
     p.v_cache = v_cache_.rows();
-    p.cache_seqlens = c.lengths.data();
-    p.seqused_k = seqused_.data();
-    p.block_table = c.table.empty() ? nullptr : c.table.data();
+    p.cache_seqlens = lengths_.as<int32_t>();
+    p.seqused_k = c.seqused ? seqused_.data() : nullptr;
+    p.block_table = c.table.empty() ? nullptr : table_.as<int32_t>();
     p.block_table_stride = p.pages_per_sequence = c.pages_per_sequence;
     p.page_size = c.page_size;
     p.num_pages = pages_;
@@ -138,7 +148,7 @@ class Check {
   void compare() {
     int64_t k_written = 0, v_written = 0;
     for (int64_t b = 0; b < batch_; ++b) {
-      CHECK(seqused_[size_t(b)] == c_.lengths[size_t(b)] + c_.seqlen_new);
+      CHECK(seqused_[size_t(b)] == (c_.seqused ? c_.lengths[size_t(b)] + c_.seqlen_new : -1));
       for (int64_t row = 0; row < c_.seqlen_new; ++row) {
         const int64_t position = c_.lengths[b] + row;
         const int64_t page_index = position / c_.page_size;
@@ -197,6 +207,7 @@ class Check {
   const Case c_;
   int64_t batch_, pages_, table_rows_;
   Tensor<T> k_, v_, q_, q_rotated_, k_cache_, v_cache_;
+  anyflash::fuzz::Guarded lengths_, table_;
   std::vector<int32_t> seqused_;
   Tensor<T> cos_, sin_;
   double worst_ = 0;
@@ -228,6 +239,9 @@ inline std::vector<Case> cases() {
   all.push_back(paged);
   paged.page_size = 1;  // most positions have no page
   all.push_back(paged);
+  paged.page_size = 7;
+  paged.table[7] = 11;  // one more than there are
+  all.push_back(paged);
   Case by_index{{9, 2}};
   by_index.table = {3, 1};
   all.push_back(by_index);
@@ -247,6 +261,10 @@ inline std::vector<Case> cases() {
   large.seqlen_new = large.seqlen_q = 20;
   large.head_dim = large.rotary_dim = 512;
   all.push_back(large);
+  Case wide{{3, 0}};  // more columns than a block has threads
+  wide.head_dim = wide.head_dim_v = 259;
+  wide.seqused = false;
+  all.push_back(wide);
   Case none{{}};
   all.push_back(none);
   return all;

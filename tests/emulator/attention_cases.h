@@ -127,7 +127,7 @@ inline void add_caches(std::vector<Case>& cases, int64_t d) {
   cases.push_back({"keys used, causal", Sketch(70, 200, d).used({200, 65, 7}).causal()});
   cases.push_back({"left padding", Sketch(40, 90, d).leftpad({0, 17, 90})});
   cases.push_back({"left padding, causal",
-                   Sketch(70, 150, d).used({150, 99, 30}).leftpad({3, 40, 30}).causal()});
+                   Sketch(70, 150, d).used({150, 99, 30}).leftpad({3, 40, 33}).causal()});
   cases.push_back({"decode", Sketch(1, 300, d).heads(8, 1).used(used)});
   cases.push_back({"decode, groups of 7", Sketch(1, 700, d).heads(7, 1)});
   cases.push_back({"decode, 5 rows", Sketch(5, 513, d).heads(4, 1).causal()});
@@ -136,6 +136,11 @@ inline void add_caches(std::vector<Case>& cases, int64_t d) {
   cases.push_back({"decode, split", Sketch(1, 1500, d).heads(4, 1)});
   cases.push_back({"decode, split, large logits", Sketch(2, 900, d).heads(2, 1).amplitude(5)});
   cases.push_back({"decode, split, some empty", Sketch(1, 1100, d).heads(2, 1).used({1100, 30})});
+  cases.push_back({"decode, many splits", Sketch(1, 9000, d).heads(1, 1)});
+  cases.push_back(
+      {"decode, packed", Sketch(16, 130, d).heads(4, 1).packed({16, 1, 0, 9}, {130, 7, 5, 90})});
+  cases.push_back({"decode, packed, split",
+                   Sketch(3, 1100, d).heads(2, 1).packed({1, 3, 0, 2}, {700, 1100, 5, 900})});
   cases.push_back({"decode, window", Sketch(3, 900, d).heads(4, 1).window(100, 0)});
   cases.push_back({"decode, softcap, sinks", Sketch(2, 600, d).heads(4, 2).softcap(3).sinks()});
   cases.push_back({"decode, ALiBi", Sketch(2, 600, d).heads(4, 2).alibi(Slopes::heads).causal()});
@@ -145,13 +150,14 @@ inline void add_caches(std::vector<Case>& cases, int64_t d) {
   cases.push_back({"pages of 64", Sketch(1, 300, d).heads(4, 2).pages(64).used(used)});
   cases.push_back({"pages of 256", Sketch(2, 600, d).heads(4, 1).pages(256).used({600, 255, 257})});
   cases.push_back({"pages of 48", Sketch(4, 300, d).pages(48).used({300, 95}).causal()});
-  cases.push_back({"pages, many rows", Sketch(100, 230, d).pages(16).used({230, 100}).causal()});
+  cases.push_back({"pages, many rows", Sketch(100, 230, d).pages(16).used({100, 230}).causal()});
   cases.push_back({"pages, packed queries",
                    Sketch(70, 200, d).pages(64).used({200, 9, 66}).packed_queries({70, 0, 33})});
   cases.push_back({"pages, left padding",
                    Sketch(1, 200, d).heads(4, 2).pages(16).used({200, 50}).leftpad({70, 3})});
-  cases.push_back({"pages, lengths as cu_seqlens_k",
-                   Sketch(3, 200, d).pages(16).used({200, 33}).used_as_cumulative()});
+  cases.push_back({"pages, lengths as cu_seqlens_k", Sketch(3, 200, d).pages(16).held({33, 200})});
+  cases.push_back(
+      {"pages, lengths twice", Sketch(3, 200, d).pages(16).held({90, 33}).used({200, 7})});
   cases.push_back({"pages, many rows, ALiBi",
                    Sketch(90, 130, d).pages(16).used({130, 9}).alibi(Slopes::heads)});
   cases.push_back(

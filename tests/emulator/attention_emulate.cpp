@@ -29,6 +29,7 @@ class Emulator {
                                              emu::Order::random};
     emu::options().order = kOrders[run % 3];
     emu::options().seed = static_cast<uint64_t>(run);
+    emu::options().num_sms = 80;  // long keys are split for as many
     const int32_t error = Transfer<EmulatedMemory>(problem, results).run(instance, results);
     const emu::Result result = emu::take_result();
     std::string wrong;

@@ -51,7 +51,11 @@ class Sketch {
     return *this;
   }
   Sketch& pages(int64_t size) { return set(shape_.page_size, size); }
-  Sketch& used_as_cumulative() { return set(shape_.used_as_cumulative, true); }
+  Sketch& held(Lengths keys) {
+    shape_.batch = static_cast<int64_t>(keys.size());
+    shape_.held_k = std::move(keys);
+    return *this;
+  }
 
   Sketch& causal() { return set(shape_.window_right, int64_t{0}); }
   Sketch& window(int64_t left, int64_t right) {

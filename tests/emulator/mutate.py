@@ -189,7 +189,7 @@ def mutations(file: str) -> list[Mutation]:
         here = lines[line - 1]
         if "Extras::" in text[begin:end] or here.lstrip().startswith(COMPILE_TIME):
             continue
-        if line in constant and "for (" in here and text[begin:end] == " < ":
+        if line in constant and "for (" in here and text[begin:end] in (" < ", " > "):
             continue
         mutated = text[:begin] + replacement + "\n" * text.count("\n", begin, end) + text[end:]
         after = mutated.splitlines()[line - 1].strip()

@@ -180,12 +180,14 @@ class Problem {
       p_.cu_seqlens_k = keep(begin);
       used_ = *shape_.packed_k;
     }
+    if (shape_.held_k) {  // where the lengths begin does not count
+      used_ = *shape_.held_k;
+      p_.cu_seqlens_k = keep(cumulative(used_, static_cast<int32_t>(random_.integer(0, 99))));
+    }
     if (shape_.seqused_k) {
-      used_ = *shape_.seqused_k;
-      if (shape_.used_as_cumulative) {  // where the lengths begin does not count
-        p_.cu_seqlens_k = keep(cumulative(used_, static_cast<int32_t>(random_.integer(0, 99))));
-      } else {
-        p_.seqused_k = keep(used_);
+      p_.seqused_k = keep(*shape_.seqused_k);
+      for (int64_t b = 0; b < p_.batch; ++b) {
+        used_[b] = std::min(used_[b], (*shape_.seqused_k)[b]);
       }
     }
     if (shape_.leftpad_k) p_.leftpad_k = keep(first_ = *shape_.leftpad_k);
@@ -196,7 +198,8 @@ class Problem {
     const int64_t per_sequence = shape_.pages_per_sequence();
     p_.page_size = rows_k_ = shape_.page_size;
     p_.seqlen_k = per_sequence * p_.page_size;
-    p_.block_table_stride = per_sequence + random_.integer(0, 2);
+    p_.block_table_stride = per_sequence;
+    if (shape_.strides == Strides::random) p_.block_table_stride += random_.integer(0, 2);
     pages_ = p_.batch * per_sequence + 1;
     std::vector<int32_t> order(pages_);
     for (int64_t i = 0; i < pages_; ++i) order[i] = static_cast<int32_t>(i);

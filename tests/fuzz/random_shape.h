@@ -114,11 +114,14 @@ class ShapeDrawer {
     if (paged_) {
       const int64_t multiple = scope_.page_multiple;
       s.page_size = (random_.log_integer(1, 256) + multiple - 1) / multiple * multiple;
-      s.used_as_cumulative = random_.chance(0.3);
+      if (random_.chance(0.3)) s.held_k = used = lengths(s.seqlen_k);
     }
-    if (paged_ || random_.chance(0.25)) {
-      for (int32_t& keys : used) keys = length(keys);
-      s.seqused_k = used;
+    if ((paged_ && !s.held_k) || random_.chance(0.25)) {
+      s.seqused_k = lengths(s.seqlen_k);
+      for (int64_t b = 0; b < s.batch; ++b) {
+        if (!s.held_k) (*s.seqused_k)[b] = length(used[b]);
+        used[b] = std::min(used[b], (*s.seqused_k)[b]);
+      }
     }
     if (random_.chance(0.2)) {
       for (int32_t& keys : used) {

@@ -35,7 +35,7 @@ struct Shape {
   std::optional<Lengths> seqused_k;  // keys in use of those stored
   std::optional<Lengths> leftpad_k;  // keys before the first one in use
   int64_t page_size = 0;             // 0: not paged
-  bool used_as_cumulative = false;   // paged: seqused_k comes as differences of cu_seqlens_k
+  std::optional<Lengths> held_k;     // keys in the pages, as differences of cu_seqlens_k
   int64_t slack = 0;                 // rows behind the last packed sequence
 
   std::optional<double> softmax_scale;  // 1 / sqrt(head_dim)
