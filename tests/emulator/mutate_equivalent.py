@@ -93,6 +93,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
                 "parts without keys hold zeros",
             ),
             (
+                _NO_WEIGHT,
+                _NO_WEIGHT.replace("column >=", "column >"),
+                "reads four numbers more and drops them; behind part_out lies part_lse",
+            ),
+            (
                 _PARTS,
                 _PARTS.replace("i * kWarpThreads + from < a.splits", "true"),
                 "parts beyond the last have no weight and are left out",
