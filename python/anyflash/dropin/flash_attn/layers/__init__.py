@@ -1,0 +1,1 @@
+"""Layers of upstream: rotary embedding, patch embedding."""

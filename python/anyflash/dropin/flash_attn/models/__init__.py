@@ -1,0 +1,1 @@
+"""Models of upstream, loading the same state dicts."""

@@ -1,0 +1,1 @@
+"""Building blocks of transformer models, with upstream's parameter names."""

@@ -1,0 +1,1 @@
+"""Operators around attention, under upstream's names."""

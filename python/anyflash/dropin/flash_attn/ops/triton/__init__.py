@@ -1,0 +1,1 @@
+"""What upstream wrote in Triton. Nothing here needs Triton."""

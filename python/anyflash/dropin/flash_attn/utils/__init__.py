@@ -1,0 +1,1 @@
+"""Helpers of upstream: generation, torch.distributed, checkpoints, benchmarks."""
