@@ -2,10 +2,10 @@
 
     python scripts/upstream_surface.py flash_attn-2.8.3.tar.gz
 
-The archive is upstream's source distribution, flash-attn 2.8.3 (`pip download --no-binary :all:`). It
-is parsed, never imported. Only facts that clients depend on are kept: what a module defines or passes
-on, parameter names, their order and kinds, and defaults. FlashAttention-4 (`cute`) and the Triton
-kernels for AMD are left out.
+The archive is upstream's source distribution (pip download --no-binary :all: flash-attn==2.8.3).
+It is parsed, never imported. Only facts that clients depend on are kept: what a module defines or
+passes on, parameter names, their order and kinds, and defaults. FlashAttention-4 (`cute`) and the
+Triton kernels for AMD are left out.
 """
 
 from __future__ import annotations
