@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
+from ._guards import BelowAutograd
+
 _ops = torch.ops.anyflash
 
 
@@ -143,6 +145,15 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
             if tensor is not None and tensor.requires_grad:
                 return True
     return forward_ad._current_level >= 0
+
+
+def below_autograd(operator: Callable[..., Any], *args: Any) -> Any:
+    """Calls an operator whose call nobody records past its autograd kernel, which costs
+    microseconds; in a graph as it is."""
+    if is_compiling():
+        return operator(*args)
+    with BelowAutograd():
+        return operator(*args)
 
 
 class AttentionFunction(Function):
