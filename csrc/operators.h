@@ -53,6 +53,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_mlp_backward(
     const Tensor& weight2, const Tensor& hidden, bool bias2_requires_grad, int64_t activation,
     int64_t backend);
 
+Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
+              const OptionalTensor& seqlen_offsets, int64_t seqlen_offset,
+              const OptionalTensor& cu_seqlens, int64_t max_seqlen, bool interleaved,
+              bool conjugate);
+void rotary_(const Tensor& x, const Tensor& cos, const Tensor& sin,
+             const OptionalTensor& seqlen_offsets, int64_t seqlen_offset,
+             const OptionalTensor& cu_seqlens, int64_t max_seqlen, bool interleaved,
+             bool conjugate);
+
 Tensor flash_attn_func(const Tensor& q, const Tensor& k, const Tensor& v, double dropout_p,
                        std::optional<double> softmax_scale, bool causal,
                        const std::vector<int64_t>& window_size, double softcap,

@@ -50,7 +50,8 @@ std::string register_all() {
          {key, "fused_mlp", TORCH_BOX(&fused_mlp_by_handle)}});
   }
   // Those of rowwise.h. Their kernels on other keys come from Python.
-  kernels.insert(kernels.end(), {});
+  kernels.insert(kernels.end(),
+                 {{"CPU", "rotary", TORCH_BOX(&rotary)}, {"CPU", "rotary_", TORCH_BOX(&rotary_)}});
   return register_operators("anyflash", schemas, kernels);
 }
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import _loader
 from ._autograd import inside_kernel, needs_autograd
 from ._guards import BelowAutograd, isolated
+from ._operators import rotary
 
 _keep_alive: list[torch.library.Library] = []
 
@@ -235,7 +236,19 @@ def _register_fake(library: torch.library.Library, name: str, fake: Callable[...
 
 
 #: The families of _operators/.
-FAMILIES: tuple[Any, ...] = ()
+FAMILIES: tuple[Any, ...] = (rotary,)
+
+
+def _version_counting_kernel(name: str) -> Callable[..., None]:
+    """An operator that writes into its first argument, and then tells autograd so: what was saved
+    before the write is no longer valid."""
+
+    def kernel(*args: Any) -> None:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            getattr(torch.ops.anyflash, name).default(*args)
+        torch.autograd.graph.increment_version(args[0])
+
+    return kernel
 
 
 def _register_family(library: torch.library.Library, family: Any) -> None:
@@ -243,6 +256,8 @@ def _register_family(library: torch.library.Library, family: Any) -> None:
     its math."""
     for name, math in family.MATH.items():
         library.impl(name, isolated(math), "CompositeExplicitAutograd")
+        if name.endswith("_") and hasattr(torch.autograd.graph, "increment_version"):  # torch 2.1
+            library.impl(name, _version_counting_kernel(name), "ADInplaceOrView")
     for name, fake in family.FAKES.items():
         _register_fake(library, name, fake)
     for name, differentiable in family.DIFFERENTIABLE.items():

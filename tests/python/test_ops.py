@@ -16,7 +16,7 @@ pytestmark = pytest.mark.providers
 TEXT = (REPOSITORY / "csrc/schemas.def").read_text()
 GROUPS = {
     schema.partition("(")[0]: (schema.replace('\\"', '"'), group)
-    for group, schema in re.findall(r'^OPERATOR\((leaf|public), "(.*)"\)$', TEXT, re.M)
+    for group, schema in re.findall(r'^OPERATOR\((leaf|public|differentiable), "(.*)"\)$', TEXT, re.M)
 }
 NAMES = list(GROUPS)
 LEAVES = [name for name, (_, group) in GROUPS.items() if group == "leaf"]
