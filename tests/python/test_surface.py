@@ -39,6 +39,20 @@ DIFFERENT: dict[str, str] = {
         ),
         "how upstream registers its operators, not what they are",
     ),
+    **dict.fromkeys(
+        (
+            "flash_attn.ops.activations.swiglu_fwd_codestring",
+            "flash_attn.ops.activations.swiglu_bwd_codestring",
+        ),
+        "CUDA source of upstream's",
+    ),
+    **dict.fromkeys(
+        (
+            "flash_attn.ops.triton.linear.init_to_zero",
+            "flash_attn.ops.triton.linear.get_configs_io_bound",
+        ),
+        "tuning of a Triton kernel",
+    ),
 }
 
 REQUIRED = inspect.Parameter.empty
