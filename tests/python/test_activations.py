@@ -23,15 +23,16 @@ def _gelu_erf(x):
 
 def _slope(function, x, g):
     """The gradient of function at x for the gradient g of its result, in fp64."""
-    leaf = x.double().requires_grad_()
+    leaf = x.detach().double().requires_grad_()
     return torch.autograd.grad(function(leaf), leaf, g.double())[0]
 
 
 def _assert_rounded(found, exact, dtype):
-    """As near as one rounding of every element, twice over."""
+    """Within some roundings in fp32, and one in the dtype of the result."""
     assert found.dtype == dtype and found.shape == exact.shape
-    eps = max(torch.finfo(dtype).eps, 1e-12)
-    torch.testing.assert_close(found.double(), exact, rtol=2 * eps, atol=2 * eps)
+    eps = torch.finfo(dtype).eps
+    tolerance = eps if eps > 1e-4 else 16 * eps
+    torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -40,7 +41,7 @@ def test_gelu(dtype, device):
     x, g = (torch.randn(6, 33, device=device).to(dtype) for _ in range(2))
     _assert_rounded(activations.gelu_fwd(x), _gelu_tanh(x.double()), dtype)
     _assert_rounded(activations.gelu_bwd(g, x), _slope(_gelu_tanh, x, g), dtype)
-    leaf = x.clone().requires_grad_()
+    leaf = x.detach().clone().requires_grad_()
     activations.fast_gelu_impl(leaf).backward(g)
     torch.testing.assert_close(leaf.grad, activations.gelu_bwd(g, x))
 
@@ -50,7 +51,7 @@ def test_bias_gelu(shape, device):
     torch.manual_seed(1)
     y, g = torch.randn(shape, device=device), torch.randn(shape, device=device)
     bias = torch.randn(shape[-1], device=device)
-    leaves = [t.double().requires_grad_() for t in (y, bias)]
+    leaves = [t.detach().double().requires_grad_() for t in (y, bias)]
     expected = _gelu_tanh(leaves[0] + leaves[1])
     gradients = torch.autograd.grad(expected, leaves, g.double())
     torch.testing.assert_close(activations.bias_gelu(y, bias).double(), expected)
@@ -89,7 +90,7 @@ def test_relu_and_its_square(dtype, device):
 def test_swiglu(dtype, device):
     torch.manual_seed(2)
     x, y, g = (torch.randn(5, 40, device=device).mul(3).to(dtype) for _ in range(3))
-    leaves = [t.double().requires_grad_() for t in (x, y)]
+    leaves = [t.detach().double().requires_grad_() for t in (x, y)]
     expected = F.silu(leaves[0]) * leaves[1]
     gradients = torch.autograd.grad(expected, leaves, g.double())
     _assert_rounded(activations.swiglu_fwd(x, y), expected.detach(), dtype)

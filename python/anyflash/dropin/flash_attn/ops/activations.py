@@ -68,7 +68,9 @@ def swiglu_fwd(x: Tensor, y: Tensor) -> Tensor:
 def swiglu_bwd(x: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """(gradient of x, gradient of y) for the gradient g of swiglu_fwd's result."""
     (x, y, g), dtype = _widened(x, y, g)
-    return torch.ops.aten.silu_backward(g * y, x).to(dtype), (F.silu(x) * g).to(dtype)
+    sigmoid = x.sigmoid()  # torch's silu_backward has no derivative
+    dx = g * y * sigmoid * (1.0 + x * (1.0 - sigmoid))
+    return dx.to(dtype), (g * x * sigmoid).to(dtype)
 
 
 class GeLUFunction(torch.autograd.Function):

@@ -60,7 +60,7 @@ def leaky_relu(x: Tensor) -> Tensor:
 
 def leaky_relu_grad(x: Tensor) -> Tensor:
     """1 where x >= 0, else 0.01."""
-    return torch.where(x >= 0, 1.0, _LEAK).to(x.dtype)
+    return torch.full_like(x, _LEAK).masked_fill(x >= 0, 1.0)
 
 
 def gelu(x: Tensor) -> Tensor:
