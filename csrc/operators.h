@@ -53,6 +53,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_mlp_backward(
     const Tensor& weight2, const Tensor& hidden, bool bias2_requires_grad, int64_t activation,
     int64_t backend);
 
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(
+    const Tensor& logits, const Tensor& labels, const OptionalTensor& precomputed_lse,
+    double smoothing, double logit_scale, double lse_square_scale, int64_t ignore_index,
+    int64_t class_start_idx, int64_t total_classes);
+Tensor cross_entropy_backward(const Tensor& dlosses, const Tensor& logits, const Tensor& labels,
+                              const Tensor& lse, double smoothing, double logit_scale,
+                              double lse_square_scale, int64_t ignore_index,
+                              int64_t class_start_idx, int64_t total_classes);
+void cross_entropy_backward_(const Tensor& dlosses, const Tensor& logits, const Tensor& labels,
+                             const Tensor& lse, double smoothing, double logit_scale,
+                             double lse_square_scale, int64_t ignore_index, int64_t class_start_idx,
+                             int64_t total_classes);
+
 Tensor flash_attn_func(const Tensor& q, const Tensor& k, const Tensor& v, double dropout_p,
                        std::optional<double> softmax_scale, bool causal,
                        const std::vector<int64_t>& window_size, double softcap,

@@ -50,7 +50,10 @@ std::string register_all() {
          {key, "fused_mlp", TORCH_BOX(&fused_mlp_by_handle)}});
   }
   // Those of rowwise.h. Their kernels on other keys come from Python.
-  kernels.insert(kernels.end(), {});
+  kernels.insert(kernels.end(),
+                 {{"CPU", "cross_entropy_forward", TORCH_BOX(&cross_entropy_forward)},
+                  {"CPU", "cross_entropy_backward", TORCH_BOX(&cross_entropy_backward)},
+                  {"CPU", "cross_entropy_backward_", TORCH_BOX(&cross_entropy_backward_)}});
   return register_operators("anyflash", schemas, kernels);
 }
 
