@@ -9,9 +9,12 @@ from torch import Tensor
 
 from ._autograd import in_plain_eager, needs_autograd
 from ._operators import runs_on_kernel
-from ._operators.cross_entropy import MATH, Options, apply_cross_entropy, has_own_rows
-
-_forward = torch.ops.anyflash.cross_entropy_forward.default
+from ._operators.cross_entropy import (
+    Options,
+    apply_cross_entropy,
+    has_own_rows,
+    implementation,
+)
 
 
 def _place(process_group: Any) -> tuple[int, int]:
@@ -96,5 +99,5 @@ def cross_entropy(
         return apply_cross_entropy(
             logits, labels, precomputed_lse, *options, inplace, group, on_kernel
         )[:2]
-    forward = _forward if on_kernel else MATH["cross_entropy_forward"]
+    forward = implementation("cross_entropy_forward", on_kernel)
     return forward(logits, labels, precomputed_lse, *options)[:2]

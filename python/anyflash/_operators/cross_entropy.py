@@ -6,7 +6,7 @@ kernels/cross_entropy_params.h has the formulas.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -219,6 +219,31 @@ def _backward_(dlosses: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, *op
         logits[rows].copy_(gradient)
 
 
+MATH = {
+    "cross_entropy_forward": _forward,
+    "cross_entropy_backward": _backward,
+    "cross_entropy_backward_": _backward_,
+}
+
+
+def implementation(name: str, on_kernel: bool) -> Callable[..., Any]:
+    """The operator, or the same in PyTorch operations, as _operators.runs_on_kernel says."""
+    return getattr(_ops, name).default if on_kernel else MATH[name]
+
+
+def write_gradient(
+    on_kernel: bool, inplace: bool, dlosses: Tensor, logits: Tensor, *rest: Any
+) -> Any:
+    """The gradient of the logits: the logits themselves, overwritten, or new memory."""
+    if not inplace:
+        return implementation("cross_entropy_backward", on_kernel)(dlosses, logits, *rest)
+    implementation("cross_entropy_backward_", on_kernel)(dlosses, logits, *rest)
+    # Operators of a library leave the version as it is, and whoever saved the logits must see.
+    with torch.no_grad():
+        logits.narrow(0, 0, 0).zero_()
+    return logits
+
+
 # ---- The derivative.
 
 
@@ -246,7 +271,7 @@ class CrossEntropyFunction(Function):
         o = Options(
             smoothing, logit_scale, lse_square_scale, ignore_index, class_start_idx, total_classes
         )
-        forward = _ops.cross_entropy_forward.default if on_kernel else _forward
+        forward = implementation("cross_entropy_forward", on_kernel)
         results = forward(logits, labels, precomputed_lse, *o)
         if process_group is None:
             return results
@@ -268,16 +293,9 @@ class CrossEntropyFunction(Function):
     def backward(ctx: Any, dlosses: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if dlosses is None:
             return (None,) * 12
-        logits, labels, lse = ctx.saved_tensors
-        tensors = (dlosses, logits, labels, lse)
-        if ctx.inplace_backward:
-            backward_ = _ops.cross_entropy_backward_.default if ctx.on_kernel else _backward_
-            backward_(*tensors, *ctx.options)
-            if ctx.on_kernel:  # operators of a library leave the version as it is
-                torch.autograd.graph.increment_version(logits)
-            return (logits, *(None,) * 11)
-        backward = _ops.cross_entropy_backward.default if ctx.on_kernel else _backward
-        return (backward(*tensors, *ctx.options), *(None,) * 11)
+        tensors = (dlosses, *ctx.saved_tensors)
+        dlogits = write_gradient(ctx.on_kernel, ctx.inplace_backward, *tensors, *ctx.options)
+        return (dlogits, *(None,) * 11)
 
 
 def _combined(
@@ -318,11 +336,6 @@ def _recorded_forward(logits: Tensor, labels: Tensor, lse: Tensor | None, *optio
     return apply_cross_entropy(logits, labels, lse, *options, False, None, True)
 
 
-MATH = {
-    "cross_entropy_forward": _forward,
-    "cross_entropy_backward": _backward,
-    "cross_entropy_backward_": _backward_,
-}
 FAKES = {
     "cross_entropy_forward": _fake_forward,
     "cross_entropy_backward": _fake_backward,
