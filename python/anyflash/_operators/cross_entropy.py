@@ -40,9 +40,9 @@ def _statistics_dtype(logits: Tensor) -> torch.dtype:
 # ---- The checks of csrc/cross_entropy.cpp, in its words.
 
 
-def _check(condition: bool, message: str) -> None:
+def _check(condition: bool, message: Callable[[], str]) -> None:
     if not condition:
-        raise RuntimeError(message)
+        raise RuntimeError(message())
 
 
 def _text(dtype: torch.dtype) -> str:
@@ -50,40 +50,48 @@ def _text(dtype: torch.dtype) -> str:
 
 
 def _check_per_row(name: str, x: Tensor, dtype: torch.dtype, logits: Tensor) -> None:
-    _check(x.dtype == dtype, f"{name}: expected {_text(dtype)}, got {_text(x.dtype)}")
+    _check(x.dtype == dtype, lambda: f"{name}: expected {_text(dtype)}, got {_text(x.dtype)}")
     _check(
         x.shape == logits.shape[:1],
-        f"{name}: expected ({logits.shape[0]},), one per row of logits, got {tuple(x.shape)}",
+        lambda: (
+            f"{name}: expected ({logits.shape[0]},), one per row of logits, got {tuple(x.shape)}"
+        ),
     )
     _check(
         x.device == logits.device,
-        f"{name}: expected logits' device {logits.device}, got {x.device}",
+        lambda: f"{name}: expected logits' device {logits.device}, got {x.device}",
     )
 
 
 def _validate(logits: Tensor, labels: Tensor, o: Options) -> None:
     _check(
         logits.dtype in _FLOATING,
-        f"logits: expected fp16, bf16, fp32 or fp64, got {_text(logits.dtype)}",
+        lambda: f"logits: expected fp16, bf16, fp32 or fp64, got {_text(logits.dtype)}",
     )
     _check(
         logits.dim() == 2 and logits.shape[1] > 0,
-        "logits: expected (rows, vocab) with at least one class, got " + str(tuple(logits.shape)),
+        lambda: (
+            f"logits: expected (rows, vocab) with at least one class, got {tuple(logits.shape)}"
+        ),
     )
     _check_per_row("labels", labels, torch.int64, logits)
-    _check(0 <= o.smoothing < 1, f"label_smoothing: expected 0 <= it < 1, got {o.smoothing:g}")
     _check(
-        o.logit_scale > 0 and math.isfinite(o.logit_scale),
-        f"logit_scale: expected a positive number, got {o.logit_scale:g}",
+        0 <= o.smoothing < 1, lambda: f"label_smoothing: expected 0 <= it < 1, got {o.smoothing:g}"
     )
     _check(
-        math.isfinite(o.lse_square_scale),
-        f"lse_square_scale: expected a finite number, got {o.lse_square_scale:g}",
+        0 < o.logit_scale < math.inf,
+        lambda: f"logit_scale: expected a positive number, got {o.logit_scale:g}",
+    )
+    _check(
+        -math.inf < o.lse_square_scale < math.inf,
+        lambda: f"lse_square_scale: expected a finite number, got {o.lse_square_scale:g}",
     )
     _check(
         o.class_start_idx >= 0 and o.class_start_idx + logits.shape[1] <= o.total_classes,
-        f"total_classes: expected at least class_start_idx {o.class_start_idx} + vocab "
-        f"{logits.shape[1]}, got {o.total_classes}",
+        lambda: (
+            f"total_classes: expected at least class_start_idx {o.class_start_idx} + vocab "
+            f"{logits.shape[1]}, got {o.total_classes}"
+        ),
     )
 
 
@@ -171,7 +179,7 @@ def _backward_rows(dlosses: Tensor, logits: Tensor, labels: Tensor, lse: Tensor,
     if o.smoothing > 0:
         slope = slope - o.smoothing / o.total_classes
     inside, column = _label_columns(labels, logits.shape[1], o)
-    at_label = torch.where(inside, 1 - o.smoothing, 0.0).to(slope.dtype)
+    at_label = inside.to(slope.dtype) * (1 - o.smoothing)
     slope = slope.scatter_add(1, column[:, None], -at_label[:, None])
     ignored = (labels == o.ignore_index)[:, None]
     return (slope * (dlosses[:, None] * o.logit_scale)).masked_fill(ignored, 0.0)
@@ -211,8 +219,10 @@ def _backward_(dlosses: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, *op
     _validate_backward(dlosses, logits, labels, lse, o)
     _check(
         has_own_rows(logits),
-        "logits: expected rows of neighbouring elements that do not overlap, got strides "
-        f"{tuple(logits.stride())}",
+        lambda: (
+            "logits: expected rows of neighbouring elements that do not overlap, got strides "
+            f"{tuple(logits.stride())}"
+        ),
     )
     for rows in _row_chunks(logits):
         gradient = _backward_rows(dlosses[rows], logits[rows], labels[rows], lse[rows], o)
@@ -320,6 +330,7 @@ apply_cross_entropy = applier(CrossEntropyFunction)
 
 
 def _fake_forward(logits: Tensor, labels: Tensor, precomputed_lse: Tensor | None, *o: Any) -> Any:
+    _validate(logits, labels, Options(*o))
     dtype = _statistics_dtype(logits)
     return tuple(logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(3))
 
