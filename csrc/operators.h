@@ -61,6 +61,18 @@ void rotary_(const Tensor& x, const Tensor& cos, const Tensor& sin,
              const OptionalTensor& seqlen_offsets, int64_t seqlen_offset,
              const OptionalTensor& cu_seqlens, int64_t max_seqlen, bool interleaved,
              bool conjugate);
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(
+    const Tensor& logits, const Tensor& labels, const OptionalTensor& precomputed_lse,
+    double smoothing, double logit_scale, double lse_square_scale, int64_t ignore_index,
+    int64_t class_start_idx, int64_t total_classes);
+Tensor cross_entropy_backward(const Tensor& dlosses, const Tensor& logits, const Tensor& labels,
+                              const Tensor& lse, double smoothing, double logit_scale,
+                              double lse_square_scale, int64_t ignore_index,
+                              int64_t class_start_idx, int64_t total_classes);
+void cross_entropy_backward_(const Tensor& dlosses, const Tensor& logits, const Tensor& labels,
+                             const Tensor& lse, double smoothing, double logit_scale,
+                             double lse_square_scale, int64_t ignore_index, int64_t class_start_idx,
+                             int64_t total_classes);
 
 Tensor flash_attn_func(const Tensor& q, const Tensor& k, const Tensor& v, double dropout_p,
                        std::optional<double> softmax_scale, bool causal,

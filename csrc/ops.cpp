@@ -51,7 +51,11 @@ std::string register_all() {
   }
   // Those of rowwise.h. Their kernels on other keys come from Python.
   kernels.insert(kernels.end(),
-                 {{"CPU", "rotary", TORCH_BOX(&rotary)}, {"CPU", "rotary_", TORCH_BOX(&rotary_)}});
+                 {{"CPU", "rotary", TORCH_BOX(&rotary)},
+                  {"CPU", "rotary_", TORCH_BOX(&rotary_)},
+                  {"CPU", "cross_entropy_forward", TORCH_BOX(&cross_entropy_forward)},
+                  {"CPU", "cross_entropy_backward", TORCH_BOX(&cross_entropy_backward)},
+                  {"CPU", "cross_entropy_backward_", TORCH_BOX(&cross_entropy_backward_)}});
   return register_operators("anyflash", schemas, kernels);
 }
 

@@ -151,6 +151,14 @@ ANYFLASH_INLINE void store_some(T* p, Float x, int count) {
   memcpy(p, row, static_cast<size_t>(count) * sizeof(T));
 }
 
+// body(column, count) for every kLanes columns, and for the rest of them.
+template <class Body>
+ANYFLASH_INLINE void for_columns(int64_t begin, int64_t end, Body body) {
+  int64_t column = begin;
+  for (; column + kLanes <= end; column += kLanes) body(column, kLanes);
+  if (column < end) body(column, static_cast<int>(end - column));
+}
+
 // ---- Pairs of bf16.
 
 // (a, b) rounded to the nearest, ties away from zero: two additions, a shift and a blend.

@@ -13,6 +13,7 @@ if _loader.load() == "none":
 from . import _ops, backends  # noqa: E402  (after the operators exist)
 from .attention import attention  # noqa: E402
 from .backends import backend  # noqa: E402
+from .cross_entropy import cross_entropy  # noqa: E402
 from .explain import explain  # noqa: E402
 from .fused_mlp import bias_activation, fused_mlp  # noqa: E402
 from .kvcache import attention_kvcache  # noqa: E402
@@ -27,6 +28,7 @@ __all__ = [
     "backend",
     "backends",
     "bias_activation",
+    "cross_entropy",
     "decide",
     "explain",
     "fused_mlp",

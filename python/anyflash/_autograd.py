@@ -27,6 +27,13 @@ def _is_compiling() -> Callable[[], bool]:
 is_compiling = _is_compiling()
 
 
+def in_plain_eager() -> bool:
+    """Neither compiling nor inside a functorch transform: a tensor is what it says, its values can
+    be read and overwritten."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+    return not is_compiling() and not active()
+
+
 def _distinct(args: tuple[Any, ...]) -> list[Any]:
     """Repeated tensors as views of themselves: torch.compile refuses the same tensor twice."""
     result: list[Any] = []
