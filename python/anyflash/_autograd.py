@@ -13,12 +13,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
+from ._guards import BelowAutograd
+
 _ops = torch.ops.anyflash
 
 
 def _is_compiling() -> Callable[[], bool]:
     compiler = getattr(torch, "compiler", None)  # torch 2.1
     return getattr(compiler, "is_compiling", None) or (lambda: False)
+
+
+#: True while torch.compile or torch.export traces.
+is_compiling = _is_compiling()
 
 
 def _distinct(args: tuple[Any, ...]) -> list[Any]:
@@ -77,7 +83,6 @@ def applier(function: type[Function]) -> Callable[..., Any]:
         transforms_active = torch._C._are_functorch_transforms_active
     except (AttributeError, KeyError):
         return function.apply
-    is_compiling = _is_compiling()
 
     def apply(*args: Any) -> Any:
         if is_compiling():
@@ -115,7 +120,6 @@ def first_derivative_only(backward: Callable[..., tuple[Any, ...]]) -> Callable[
 
     A gradient penalty on a plain sum would otherwise silently do nothing.
     """
-    is_compiling = _is_compiling()
 
     @functools.wraps(backward)
     def checked(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
@@ -141,6 +145,15 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
             if tensor is not None and tensor.requires_grad:
                 return True
     return forward_ad._current_level >= 0
+
+
+def below_autograd(operator: Callable[..., Any], *args: Any) -> Any:
+    """Calls an operator whose call nobody records past its autograd kernel, which costs
+    microseconds; in a graph as it is."""
+    if is_compiling():
+        return operator(*args)
+    with BelowAutograd():
+        return operator(*args)
 
 
 class AttentionFunction(Function):

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import _loader
 from ._autograd import inside_kernel, needs_autograd
 from ._guards import BelowAutograd, isolated
+from ._operators import norm
 
 _keep_alive: list[torch.library.Library] = []
 
@@ -235,7 +236,7 @@ def _register_fake(library: torch.library.Library, name: str, fake: Callable[...
 
 
 #: The families of _operators/.
-FAMILIES: tuple[Any, ...] = ()
+FAMILIES: tuple[Any, ...] = (norm,)
 
 
 def _register_family(library: torch.library.Library, family: Any) -> None:
