@@ -53,6 +53,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_mlp_backward(
     const Tensor& weight2, const Tensor& hidden, bool bias2_requires_grad, int64_t activation,
     int64_t backend);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_forward(
+    const Tensor& x, const OptionalTensor& residual, const OptionalTensor& x1, const Tensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& weight1, const OptionalTensor& bias1,
+    const OptionalTensor& rowscale, const OptionalTensor& dropout_mask,
+    const OptionalTensor& dropout_mask1, double dropout_p, double eps, bool is_rms_norm,
+    bool zero_centered_weight, int64_t out_dtype, int64_t residual_dtype);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward(
+    const Tensor& dy, const OptionalTensor& dy1, const OptionalTensor& dresidual_out,
+    const Tensor& z, const Tensor& mean, const Tensor& rstd, const Tensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& weight1, const OptionalTensor& bias1,
+    const OptionalTensor& rowscale, const OptionalTensor& dropout_mask,
+    const OptionalTensor& dropout_mask1, const OptionalTensor& x, double dropout_p,
+    bool is_rms_norm, bool zero_centered_weight, bool has_residual, bool has_x1, int64_t x_dtype);
+
 Tensor flash_attn_func(const Tensor& q, const Tensor& k, const Tensor& v, double dropout_p,
                        std::optional<double> softmax_scale, bool causal,
                        const std::vector<int64_t>& window_size, double softcap,

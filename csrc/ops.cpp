@@ -50,7 +50,8 @@ std::string register_all() {
          {key, "fused_mlp", TORCH_BOX(&fused_mlp_by_handle)}});
   }
   // Those of rowwise.h. Their kernels on other keys come from Python.
-  kernels.insert(kernels.end(), {});
+  kernels.insert(kernels.end(), {{"CPU", "norm_forward", TORCH_BOX(&norm_forward)},
+                                 {"CPU", "norm_backward", TORCH_BOX(&norm_backward)}});
   return register_operators("anyflash", schemas, kernels);
 }
 

@@ -21,6 +21,8 @@ class Normed(NamedTuple):
         residual: the sum itself; None unless it was asked for.
         dropout_mask: bool, true where x was kept; None without dropout.
         dropout_mask1: the same for x1.
+        mean: of each row of the sum, fp32 (fp64 for fp64), without gradient; None for RMS norm.
+        rstd: 1 / sqrt(var + eps) of each row, or of its mean square; as mean.
     """
 
     y: Tensor
@@ -28,6 +30,8 @@ class Normed(NamedTuple):
     residual: Tensor | None
     dropout_mask: Tensor | None
     dropout_mask1: Tensor | None
+    mean: Tensor | None
+    rstd: Tensor
 
 
 def _code(name: str, dtype: torch.dtype) -> int:
@@ -47,11 +51,13 @@ def _check_options(x: Tensor, weight: Tensor, dropout_p: float, eps: float) -> N
         raise ValueError(f"eps: expected a number that is not negative, got {eps}")
 
 
-def _draw_mask(x: Tensor | None, dropout_p: float) -> Tensor | None:
-    """True where an element is kept, from PyTorch's generator."""
+def _draw_mask(
+    x: Tensor | None, dropout_p: float, generator: torch.Generator | None
+) -> Tensor | None:
+    """True where an element is kept."""
     if x is None or dropout_p == 0.0:
         return None
-    return torch.rand(x.shape, device=x.device) >= dropout_p
+    return torch.rand(x.shape, generator=generator, device=x.device) >= dropout_p
 
 
 def dropout_add_norm(
@@ -71,10 +77,11 @@ def dropout_add_norm(
     return_residual: bool = False,
     out_dtype: torch.dtype | None = None,
     residual_dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
 ) -> Normed:
     """Layer norm or RMS norm of z = dropout(x * rowscale) + dropout(x1) + residual.
 
-    Dropout draws from PyTorch's generator. Everything that is floating gets a gradient where it
+    Everything that is floating gets a gradient where it
     asks for one. fp16, bf16 and fp32 may be mixed, and are computed in fp32; fp64 stands alone.
 
     Args:
@@ -85,7 +92,7 @@ def dropout_add_norm(
         x1: x's shape and dtype, added to x after a dropout of its own.
         weight1: (columns,) of a second norm of the same sum.
         bias1: (columns,) of the second norm.
-        rowscale: a factor for each row of x; not beside x1.
+        rowscale: a factor for each row of x, in any shape; not beside x1.
         dropout_p: the share of x and of x1 that is dropped; the rest is divided by 1 - dropout_p.
         eps: added to the variance, or to the mean square.
         is_rms_norm: z / sqrt(mean(z^2) + eps) in place of (z - mean(z)) / sqrt(var(z) + eps).
@@ -93,6 +100,7 @@ def dropout_add_norm(
         return_residual: the sum z is wanted too.
         out_dtype: dtype of y; None: x's.
         residual_dtype: dtype of z where no residual is given; None: x's.
+        generator: what dropout draws from; None: PyTorch's own.
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit together.
@@ -100,7 +108,7 @@ def dropout_add_norm(
         TypeError: x or weight is not a tensor.
     """
     _check_options(x, weight, dropout_p, eps)
-    mask, mask1 = _draw_mask(x, dropout_p), _draw_mask(x1, dropout_p)
+    mask, mask1 = (_draw_mask(tensor, dropout_p, generator) for tensor in (x, x1))
     sum_dtype = residual.dtype if residual is not None else residual_dtype or x.dtype
     sum_is_x = sum_dtype == x.dtype and all(a is None for a in (residual, x1, rowscale, mask))
     tensors = (x, residual, x1, weight, bias, weight1, bias1, rowscale)
@@ -119,14 +127,22 @@ def dropout_add_norm(
         _code("residual_dtype", sum_dtype) if is_stored else 0,
     )
     if not on_kernel:
-        y, y1, z, _, _ = MATH["norm_forward"](*args)
+        y, y1, z, mean, rstd = MATH["norm_forward"](*args)
     elif is_recorded:
         scale_asks = rowscale is not None and rowscale.requires_grad
-        y, y1, z, _, _ = apply_norm(*args, scale_asks)
+        y, y1, z, mean, rstd = apply_norm(*args, scale_asks)
     else:
-        y, y1, z, _, _ = below_autograd(torch.ops.anyflash.norm_forward.default, *args)
+        y, y1, z, mean, rstd = below_autograd(torch.ops.anyflash.norm_forward.default, *args)
     kept = (x if sum_is_x else z) if return_residual else None
-    return Normed(y, y1 if weight1 is not None else None, kept, mask, mask1)
+    return Normed(
+        y,
+        None if weight1 is None else y1,
+        kept,
+        mask,
+        mask1,
+        None if is_rms_norm else mean.detach(),
+        rstd.detach(),
+    )
 
 
 def _norm(

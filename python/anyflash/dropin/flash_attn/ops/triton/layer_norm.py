@@ -99,8 +99,6 @@ def layer_norm_fn(
         _check_buffer("out", out, x, out_dtype or out.dtype)
         out_dtype = out.dtype
     _check_buffer("residual_out", residual_out, x, sum_dtype)
-    if rowscale is not None and rowscale.numel() == x.shape[:-1].numel():
-        rowscale = rowscale.reshape(x.shape[:-1])
     normed = dropout_add_norm(
         x,
         weight,
