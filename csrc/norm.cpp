@@ -5,6 +5,7 @@
 #include "launch.h"
 #include "layout.h"
 #include "operators.h"
+#include "output.h"
 #include "rowwise.h"
 #include "stable/aten.h"
 #include "stable/check.h"
@@ -195,7 +196,7 @@ float* numbers_to_write(const Tensor& tensor) {
 
 // x's shape where it is wanted, else empty.
 Tensor like_if(bool wanted, const Tensor& x, ScalarType dtype) {
-  return wanted ? empty(x.sizes(), x, dtype) : empty({0}, x, dtype);
+  return wanted ? empty_output(x.sizes(), x, dtype) : empty({0}, x, dtype);
 }
 
 // Sums for the gradient of a parameter; `finished` gives them its dtype.
@@ -233,7 +234,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_forward(
   }
   const Instance& kernel = rowwise_kernel(x, Family::norm, Direction::forward);
 
-  const Tensor y = empty(x.sizes(), x, y_dtype), y1 = like_if(weight1.has_value(), x, y_dtype);
+  const Tensor y = empty_output(x.sizes(), x, y_dtype),
+               y1 = like_if(weight1.has_value(), x, y_dtype);
   const Tensor residual_out = like_if(stored, x, z_dtype);
   const Sizes leading = x.sizes().slice(0, x.dim() - 1);
   const Tensor rstd = empty(leading, x, ScalarType::Float);
@@ -288,7 +290,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_
 
   const bool masked = dropout_mask.has_value();
   const bool own_dresidual = masked || rowscale || dtype != z.scalar_type();
-  const Tensor dx = empty(z.sizes(), z, dtype), dx1 = like_if(has_x1 && masked, z, dtype);
+  const Tensor dx = empty_output(z.sizes(), z, dtype), dx1 = like_if(has_x1 && masked, z, dtype);
   const Tensor dresidual = like_if(has_residual && own_dresidual, z, z.scalar_type());
   const Tensor dweight = sums_for(weight, z), dbias = sums_for(bias, z);
   const Tensor dweight1 = sums_for(weight1, z), dbias1 = sums_for(bias1, z);
