@@ -55,7 +55,9 @@ std::string register_all() {
                   {"CPU", "rotary_", TORCH_BOX(&rotary_)},
                   {"CPU", "cross_entropy_forward", TORCH_BOX(&cross_entropy_forward)},
                   {"CPU", "cross_entropy_backward", TORCH_BOX(&cross_entropy_backward)},
-                  {"CPU", "cross_entropy_backward_", TORCH_BOX(&cross_entropy_backward_)}});
+                  {"CPU", "cross_entropy_backward_", TORCH_BOX(&cross_entropy_backward_)},
+                  {"CPU", "norm_forward", TORCH_BOX(&norm_forward)},
+                  {"CPU", "norm_backward", TORCH_BOX(&norm_backward)}});
   return register_operators("anyflash", schemas, kernels);
 }
 

@@ -17,6 +17,7 @@ from .cross_entropy import cross_entropy  # noqa: E402
 from .explain import explain  # noqa: E402
 from .fused_mlp import bias_activation, fused_mlp  # noqa: E402
 from .kvcache import attention_kvcache  # noqa: E402
+from .norm import layer_norm, rms_norm  # noqa: E402
 from .rotary import rotary  # noqa: E402
 
 _ops.register()
@@ -33,6 +34,8 @@ __all__ = [
     "explain",
     "fused_mlp",
     "rotary",
+    "layer_norm",
+    "rms_norm",
 ]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _loader
 from ._autograd import inside_kernel, needs_autograd
 from ._guards import BelowAutograd, isolated
-from ._operators import cross_entropy, rotary
+from ._operators import cross_entropy, norm, rotary
 
 _keep_alive: list[torch.library.Library] = []
 
@@ -236,7 +236,7 @@ def _register_fake(library: torch.library.Library, name: str, fake: Callable[...
 
 
 #: The families of _operators/.
-FAMILIES: tuple[Any, ...] = (rotary, cross_entropy)
+FAMILIES: tuple[Any, ...] = (rotary, norm, cross_entropy)
 
 
 def _version_counting_kernel(name: str) -> Callable[..., None]:
