@@ -92,6 +92,11 @@ class _Attention(nn.Module):
         self.checkpointing = checkpointing
         self.num_heads = num_heads
         self.num_heads_kv = num_heads_kv if num_heads_kv is not None else num_heads
+        if num_heads < 1 or self.num_heads_kv < 1:
+            raise ValueError(
+                "num_heads, num_heads_kv: expected at least 1, "
+                f"got {num_heads} and {self.num_heads_kv}"
+            )
         if num_heads % self.num_heads_kv:
             raise ValueError(
                 "num_heads must be divisible by num_heads_kv, "
