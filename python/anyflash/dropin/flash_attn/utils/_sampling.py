@@ -14,8 +14,8 @@ def modify_logits_for_top_k_filtering(logits: Tensor, top_k: int) -> None:
 
 
 def modify_logits_for_top_p_filtering(logits: Tensor, top_p: float) -> None:
-    """Puts -inf in place of the least likely logits (..., vocab_size), as many as have probabilities
-    of 1 - top_p together. With top_p outside (0, 1) nothing happens."""
+    """Puts -inf in place of the least likely logits (..., vocab_size), as many as have 1 - top_p of
+    the probability. With top_p outside (0, 1) nothing happens."""
     if not 0.0 < top_p < 1.0:
         return
     ascending, order = torch.sort(logits, dim=-1)
