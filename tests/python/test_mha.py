@@ -296,7 +296,7 @@ def test_a_batch_in_the_middle_of_the_cache(flash):
     ids=str,
 )
 def test_sequences_of_different_lengths(options):
-    """lengths_per_sample stands in place of seqlen_offset; what lies behind a length is not read."""
+    """lengths_per_sample is in place of seqlen_offset; what lies behind a length is not read."""
     module = _make(dim=64, layer_idx=0, causal=True, dtype=torch.float32, **options).eval()
     lengths, x = [3, 7, 5], torch.randn(3, 8, 64)
     params = InferenceParams(max_seqlen=10, max_batch_size=3)
@@ -359,9 +359,8 @@ def test_another_rotary_embedding_in_its_place():
     """As stripedhyena does for its longer context: a subclass that scales positions."""
 
     class Slower(mha.RotaryEmbedding):
-        def _update_cos_sin_cache(self, seqlen, device=None, dtype=None):
-            super()._update_cos_sin_cache(4 * seqlen, device, dtype)
-            self._cos_cached, self._sin_cached = self._cos_cached[::4], self._sin_cached[::4]
+        def _compute_inv_freq(self, device=None):
+            return super()._compute_inv_freq(device) / 4
 
     module = _make(dim=64, rotary_emb_dim=16, use_flash_attn=True, causal=True, layer_idx=0)
     old = module.rotary_emb
