@@ -204,8 +204,8 @@ class ParallelMHA(_Attention):
     """Multi-head self-attention whose heads are spread over the processes of a group.
 
     Args:
-        process_group: of torch.distributed; None: the default one. Heads may be split unevenly, whole groups of query
-            heads with their key head.
+        process_group: of torch.distributed; None: the default one. Heads may be split unevenly,
+            whole groups of query heads with their key head.
         sequence_parallel: inputs and outputs hold this process's share of the tokens; False: all.
         others: as MHA.
 

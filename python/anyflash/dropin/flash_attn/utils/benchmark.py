@@ -187,7 +187,7 @@ def pytorch_profiler(
     """Profiles one call after 30 that warm up.
 
     Args:
-        trace_filename: where a Chrome trace goes.
+        trace_filename: where a Chrome trace goes, with the Python functions.
         backward: the backward too.
         cpu: what runs on the CPU too; always on machines without CUDA.
         verbose: print a table of operators.
@@ -207,7 +207,7 @@ def pytorch_profiler(
     cuda = torch.cuda.is_available()
     activities = [kinds.CPU] * (cpu or not cuda) + [kinds.CUDA] * cuda
     with torch.profiler.profile(
-        activities=activities, record_shapes=True, with_stack=True
+        activities=activities, record_shapes=True, with_stack=trace_filename is not None
     ) as profile:
         run()
     if verbose:
