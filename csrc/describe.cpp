@@ -108,6 +108,10 @@ Problem describe_bias_activation(const Tensor& x, Direction direction, int64_t b
   return describe(x, Family::bias_activation, direction, backend);
 }
 
+Problem describe_rowwise(const Tensor& x, Family family, Direction direction) {
+  return describe(x, family, direction, static_cast<Chain>(BackEnd::kernel));
+}
+
 Problem describe_kvcache_append(const Tensor& k_cache, const Tensor& v_cache, int64_t backend) {
   Problem problem = describe(k_cache, Family::kvcache_append, Direction::forward, backend);
   problem.head_dim = static_cast<int32_t>(k_cache.size(3));

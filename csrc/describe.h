@@ -14,6 +14,7 @@ void normalise(AttentionArgs& args, bool causal);
 Problem describe_forward(const AttentionArgs& args, int64_t backend);
 Problem describe_backward(const AttentionArgs& args, const BackwardArgs& grad, int64_t backend);
 Problem describe_bias_activation(const Tensor& x, Direction direction, int64_t backend);
+Problem describe_rowwise(const Tensor& x, Family family, Direction direction);
 Problem describe_kvcache_append(const Tensor& k_cache, const Tensor& v_cache, int64_t backend);
 
 }  // namespace anyflash

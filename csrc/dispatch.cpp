@@ -27,7 +27,8 @@ const char* dtype_name(Dtype dtype) {
 }
 
 const char* family_name(Family family) {
-  constexpr const char* kNames[] = {"attention", "bias_activation", "kvcache_append"};
+  constexpr const char* kNames[] = {"attention", "bias_activation", "kvcache_append", "rotary",
+                                    "norm",      "cross_entropy"};
   return kNames[int32_t(family)];
 }
 

@@ -26,7 +26,10 @@ struct Name {
 
 constexpr Name<Family> kFamilies[] = {{"attention", Family::attention},
                                       {"bias_activation", Family::bias_activation},
-                                      {"kvcache_append", Family::kvcache_append}};
+                                      {"kvcache_append", Family::kvcache_append},
+                                      {"rotary", Family::rotary},
+                                      {"norm", Family::norm},
+                                      {"cross_entropy", Family::cross_entropy}};
 constexpr Name<Direction> kDirections[] = {{"forward", Direction::forward},
                                            {"backward", Direction::backward}};
 constexpr Name<Device> kDevices[] = {{"cpu", Device::cpu}, {"cuda", Device::cuda}};

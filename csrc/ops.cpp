@@ -49,6 +49,8 @@ std::string register_all() {
          {key, "flash_attn_with_kvcache", TORCH_BOX(&flash_attn_with_kvcache)},
          {key, "fused_mlp", TORCH_BOX(&fused_mlp_by_handle)}});
   }
+  // Those of rowwise.h. Their kernels on other keys come from Python.
+  kernels.insert(kernels.end(), {});
   return register_operators("anyflash", schemas, kernels);
 }
 

@@ -23,7 +23,10 @@ namespace anyflash {
                                                                      void* stream);
 #define KVCACHE_APPEND(arch, dtype, checked_on) \
   int32_t kvcache_append_forward_##dtype##_##arch(const void* params, void* stream);
+#define ROWWISE(arch, family, direction, dtype, checked_on) \
+  int32_t family##_##direction##_##dtype##_##arch(const void* params, void* stream);
 #include "built.def"
+#undef ROWWISE
 #undef KVCACHE_APPEND
 #undef ATTENTION
 #undef BIAS_ACTIVATION
@@ -55,6 +58,8 @@ namespace {
            features, checked_on)
 #define KVCACHE_APPEND(arch, dtype, checked_on) \
   INSTANCE(kvcache_append, dtype, arch, forward, dtype, 512, 1, 0, checked_on)
+#define ROWWISE(arch, family, direction, dtype, checked_on) \
+  INSTANCE(family, dtype, arch, direction, dtype, 0, 1, 0, checked_on)
 
 constexpr Instance kInstances[] = {
 #include "built.def"
@@ -62,6 +67,7 @@ constexpr Instance kInstances[] = {
 };
 constexpr int32_t kNumInstances = sizeof(kInstances) / sizeof(Instance) - 1;
 
+#undef ROWWISE
 #undef KVCACHE_APPEND
 #undef ATTENTION
 #undef BIAS_ACTIVATION

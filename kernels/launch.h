@@ -9,7 +9,14 @@
 
 namespace anyflash {
 
-enum class Family : int32_t { attention, bias_activation, kvcache_append };
+enum class Family : int32_t {
+  attention,
+  bias_activation,
+  kvcache_append,
+  rotary,
+  norm,
+  cross_entropy
+};
 enum class Device : int32_t { cpu, cuda };
 enum class Direction : int32_t { forward, backward };
 enum class Dtype : int32_t {

@@ -104,8 +104,11 @@ def kernels() -> str:
     dtypes: dict[tuple[str, ...], list[str]] = {}
     for entry in _defs.entries("instances"):
         arch, direction, *rest = entry.fields
+        family = entry.macro.lower()
         if entry.macro == "KVCACHE_APPEND":
             direction, rest = "forward", [direction, *rest]
+        if entry.macro == "ROWWISE":
+            family, (direction, *rest) = direction, rest
         dims, lacks = "any", "nothing"
         if entry.macro == "ATTENTION":
             dims = _head_dims(rest[1], rest[2])
@@ -113,7 +116,7 @@ def kernels() -> str:
             if direction == "forward":
                 asked = [name for name in asked if name not in BACKWARD_ONLY]
             lacks = _lacking(asked, rest[3])
-        row = (entry.macro.lower(), arch, direction, dims, lacks, rest[-1])
+        row = (family, arch, direction, dims, lacks, rest[-1])
         dtypes.setdefault(row, []).append(rest[0])
     rows = [
         [family, arch, direction, ", ".join(names), dims, lacks, checked_on]

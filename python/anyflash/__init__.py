@@ -16,6 +16,7 @@ from .backends import backend  # noqa: E402
 from .explain import explain  # noqa: E402
 from .fused_mlp import bias_activation, fused_mlp  # noqa: E402
 from .kvcache import attention_kvcache  # noqa: E402
+from .rotary import rotary  # noqa: E402
 
 _ops.register()
 
@@ -29,6 +30,7 @@ __all__ = [
     "decide",
     "explain",
     "fused_mlp",
+    "rotary",
 ]
 
 

@@ -21,6 +21,10 @@ def _is_compiling() -> Callable[[], bool]:
     return getattr(compiler, "is_compiling", None) or (lambda: False)
 
 
+#: True while torch.compile or torch.export traces.
+is_compiling = _is_compiling()
+
+
 def _distinct(args: tuple[Any, ...]) -> list[Any]:
     """Repeated tensors as views of themselves: torch.compile refuses the same tensor twice."""
     result: list[Any] = []
@@ -77,7 +81,6 @@ def applier(function: type[Function]) -> Callable[..., Any]:
         transforms_active = torch._C._are_functorch_transforms_active
     except (AttributeError, KeyError):
         return function.apply
-    is_compiling = _is_compiling()
 
     def apply(*args: Any) -> Any:
         if is_compiling():
@@ -115,7 +118,6 @@ def first_derivative_only(backward: Callable[..., tuple[Any, ...]]) -> Callable[
 
     A gradient penalty on a plain sum would otherwise silently do nothing.
     """
-    is_compiling = _is_compiling()
 
     @functools.wraps(backward)
     def checked(ctx: Any, *gradients: Any) -> tuple[Any, ...]:

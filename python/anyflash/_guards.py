@@ -4,7 +4,8 @@ they live."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,3 +30,15 @@ def _as_context_manager(guard: Any) -> Any:
 BelowAutograd = _as_context_manager(torch._C._AutoDispatchBelowAutograd)
 #: What runs inside keeps its dtypes under autocast.
 WithoutAutocast = _as_context_manager(torch._C._DisableAutocast)
+
+
+def isolated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as a kernel: what it calls is neither recorded by autograd nor touched by
+    autocast."""
+
+    @functools.wraps(function)
+    def kernel(*args: Any) -> Any:
+        with BelowAutograd(), WithoutAutocast():
+            return function(*args)
+
+    return kernel

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _loader
 from ._autograd import inside_kernel, needs_autograd
-from ._guards import BelowAutograd
+from ._guards import BelowAutograd, isolated
 
 _keep_alive: list[torch.library.Library] = []
 
@@ -234,6 +234,21 @@ def _register_fake(library: torch.library.Library, name: str, fake: Callable[...
         library.impl(name, fake, "Meta")
 
 
+#: The families of _operators/.
+FAMILIES: tuple[Any, ...] = ()
+
+
+def _register_family(library: torch.library.Library, family: Any) -> None:
+    """What a family of _operators/ says of itself. On the CPU key the binary's kernel goes before
+    its math."""
+    for name, math in family.MATH.items():
+        library.impl(name, isolated(math), "CompositeExplicitAutograd")
+    for name, fake in family.FAKES.items():
+        _register_fake(library, name, fake)
+    for name, differentiable in family.DIFFERENTIABLE.items():
+        library.impl(name, _autograd_kernel(name, differentiable), "Autograd")
+
+
 def register() -> None:
     """Gives the operators their fake and autograd kernels; what fails is a reason for doctor, not
     an error."""
@@ -244,6 +259,8 @@ def register() -> None:
             _register_fake(library, name, fake)
         for name, differentiable in DIFFERENTIABLE.items():
             library.impl(name, _autograd_kernel(name, differentiable), "Autograd")
+        for family in FAMILIES:
+            _register_family(library, family)
     except Exception as error:  # noqa: BLE001 - without them the operators still run
         _loader.reasons.append(
             f"the operators have no fake or autograd kernels: {type(error).__name__}: {error}"

@@ -25,6 +25,7 @@ const std::vector<Instance>& gpu_instances() {
                      dtype, max_head_dim, multiple, features, checked_on, never_run});
     };
 #define BIAS_ACTIVATION(...)
+#define ROWWISE(...)
 #define ATTENTION(arch_name, direction, dtype, max_head_dim, multiple, features, checked_on)   \
   add("attention_" #direction "_" #dtype "_d" #max_head_dim "_" #arch_name, Family::attention, \
       arch::arch_name, Direction::direction, Dtype::dtype, max_head_dim, multiple, features,   \
@@ -34,6 +35,7 @@ const std::vector<Instance>& gpu_instances() {
       Dtype::dtype, 512, 1, 0, #checked_on);
 #include "kernels/instances.def"
 #undef KVCACHE_APPEND
+#undef ROWWISE
 #undef ATTENTION
 #undef BIAS_ACTIVATION
     return all;

@@ -6,17 +6,23 @@
 
 #include "catch.h"
 #include "kernels/arch.h"
+#include "kernels/cross_entropy_params.h"
 #include "kernels/launch.h"
+#include "kernels/norm_params.h"
+#include "kernels/rotary_params.h"
 
 using anyflash::Activation;
 using anyflash::Arch;
 using anyflash::AttentionParams;
 using anyflash::BiasActivationParams;
+using anyflash::CrossEntropyParams;
 using anyflash::Device;
 using anyflash::Dtype;
 using anyflash::Family;
 using anyflash::Instance;
 using anyflash::KvcacheAppendParams;
+using anyflash::NormParams;
+using anyflash::RotaryParams;
 
 namespace {
 
@@ -62,7 +68,9 @@ TEST_CASE("instances: the table holds the lines of instances.def for this build'
   lines += is_built(anyflash::arch::arch_name);
 #define ATTENTION(arch_name, ...) lines += is_built(anyflash::arch::arch_name);
 #define KVCACHE_APPEND(arch_name, ...) lines += is_built(anyflash::arch::arch_name);
+#define ROWWISE(arch_name, ...) lines += is_built(anyflash::arch::arch_name);
 #include "kernels/instances.def"
+#undef ROWWISE
 #undef KVCACHE_APPEND
 #undef ATTENTION
 #undef BIAS_ACTIVATION
@@ -75,10 +83,10 @@ TEST_CASE("instances: names are unique and found", "[instances]") {
     CAPTURE(instance.name);
     CHECK(names.insert(instance.name).second);
     CHECK(anyflash_find_instance(instance.name) == &instance);
-    CHECK(std::regex_match(
-        instance.name, std::regex("(attention|bias_activation|kvcache_append)_(forward|backward)_"
-                                  "(fp16|bf16|fp32)(_d\\d+)?_"
-                                  "(sm\\d+a?|avx2|avx512|avx512bf16|neon)")));
+    CHECK(std::regex_match(instance.name,
+                           std::regex("(attention|bias_activation|kvcache_append|rotary|norm|"
+                                      "cross_entropy)_(forward|backward)_(fp16|bf16|fp32)(_d\\d+)?_"
+                                      "(sm\\d+a?|avx2|avx512|avx512bf16|neon)")));
   }
   CHECK(anyflash_find_instance("no such kernel") == nullptr);
 }
@@ -128,7 +136,11 @@ TEST_CASE("launch: nothing to compute needs no GPU", "[launch]") {
   AttentionParams attention{};
   attention.heads = attention.heads_k = 1;
   attention.head_dim = attention.head_dim_v = 8;
-  const void* const params[] = {&attention, &bias_activation, &kvcache_append};  // by Family
+  const RotaryParams rotary{};
+  const NormParams norm{};
+  const CrossEntropyParams cross_entropy{};
+  const void* const params[] = {&attention, &bias_activation, &kvcache_append, &rotary,
+                                &norm,      &cross_entropy};  // by Family
   for (const Instance& instance : Table()) {
     CAPTURE(instance.name);
     CHECK(instance.run(params[int(instance.family)], nullptr) == 0);

@@ -3,14 +3,13 @@ cannot be used."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .. import _defs
-from .._guards import BelowAutograd, WithoutAutocast
+from .._guards import isolated
 from . import attention, flash_attn_api, kvcache, mlp
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
@@ -35,26 +34,16 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _isolated(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as a kernel: what it calls is neither recorded by autograd nor touched by
-    autocast."""
-
-    @functools.wraps(function)
-    def kernel(*args: Any) -> Any:
-        with BelowAutograd(), WithoutAutocast():
-            return function(*args)
-
-    return kernel
-
-
 def register(library: torch.library.Library) -> None:
-    """Defines every operator of schemas.def with kernels on the CPU and CUDA keys.
+    """Defines every operator of schemas.def, those of attention with kernels on the CPU and CUDA
+    keys; the others have theirs from _operators/, whichever provider runs.
 
     Raises:
         RuntimeError: an operator of that name exists already.
     """
     for operator in _defs.operators():
         library.define(operator.schema)
-        kernel = _isolated(_IMPLEMENTATIONS[operator.name])
-        for key in ("CPU", "CUDA"):
-            library.impl(operator.name, kernel, key)
+        if operator.name in _IMPLEMENTATIONS:
+            kernel = isolated(_IMPLEMENTATIONS[operator.name])
+            for key in ("CPU", "CUDA"):
+                library.impl(operator.name, kernel, key)

@@ -1,0 +1,473 @@
+"""Rotary position embedding (arXiv 2104.09864), with xPos (arXiv 2212.10554): upstream's functions
+and module on anyflash.rotary.
+
+The in-place functions write into the tensor that they are given and return it, with the rotation
+recorded on what they return alone: go on with the returned tensor. Any tensor may be turned so,
+views and leaves that require a gradient included. Their backward makes a new gradient, where
+upstream overwrites the incoming one, which may belong to somebody else.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+from anyflash import rotary
+
+from ..ops.triton.rotary import apply_rotary
+
+__all__ = [
+    "ApplyRotaryEmb",
+    "ApplyRotaryEmbKV_",
+    "ApplyRotaryEmbQKV_",
+    "RotaryEmbedding",
+    "apply_rotary",
+    "apply_rotary_emb",
+    "apply_rotary_emb_func",
+    "apply_rotary_emb_kv_",
+    "apply_rotary_emb_qkv_",
+    "apply_rotary_emb_torch",
+    "rotate_half",
+]
+
+
+def rotate_half(x: Tensor, interleaved: bool = False) -> Tensor:
+    """Every pair (a, b) of columns as (-b, a); pairs as in apply_rotary_emb."""
+    if interleaved:
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((-b, a), dim=-1).flatten(-2)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((-b, a), dim=-1)
+
+
+def apply_rotary_emb_torch(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
+) -> Tensor:
+    """The formula in PyTorch operations, in the dtype that x and the tables promote to.
+
+    Args:
+        x: (batch, seqlen, heads, head_dim).
+        cos: (seqlen, rotary_dim / 2) or (batch, seqlen, rotary_dim / 2).
+        sin: the same.
+        interleaved: as in apply_rotary_emb.
+    """
+    rotary_dim = 2 * cos.shape[-1]
+    if rotary_dim > x.shape[-1]:
+        raise RuntimeError(
+            f"cos: expected at most {x.shape[-1] // 2} columns for x {tuple(x.shape)}, got "
+            f"{tuple(cos.shape)}"
+        )
+
+    def per_column(table: Tensor) -> Tensor:
+        both = table.repeat_interleave(2, -1) if interleaved else torch.cat((table, table), -1)
+        return both.unsqueeze(-2)
+
+    turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+    turned = turned * per_column(cos) + rotate_half(turned, interleaved) * per_column(sin)
+    return torch.cat((turned, rest), dim=-1)
+
+
+def _query_and_key(qkv: Tensor, num_heads_q: Optional[int]) -> tuple[Tensor, Tensor]:
+    """Views (batch, seqlen, heads, head_dim) of q and k in a packed qkv."""
+    if qkv.dim() == 5:
+        if qkv.shape[2] != 3:
+            raise RuntimeError(
+                f"qkv: expected (batch, seqlen, 3, nheads, headdim), got {tuple(qkv.shape)}"
+            )
+        return qkv[:, :, 0], qkv[:, :, 1]
+    if qkv.dim() != 4:
+        raise RuntimeError(
+            "qkv: expected (batch, seqlen, 3, nheads, headdim) or (batch, seqlen, num_heads_q + "
+            f"2 * num_heads_k, headdim), got {tuple(qkv.shape)}"
+        )
+    if num_heads_q is None:
+        raise RuntimeError(
+            f"num_heads_q: missing, needed for a qkv of 4 dimensions {tuple(qkv.shape)}"
+        )
+    num_heads_k, odd = divmod(qkv.shape[2] - num_heads_q, 2)
+    if odd or num_heads_k < 0 or num_heads_q < 0:
+        raise RuntimeError(
+            f"num_heads_q: expected num_heads_q + 2 * num_heads_k = {qkv.shape[2]} heads of qkv, "
+            f"got num_heads_q {num_heads_q}"
+        )
+    return qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q : num_heads_q + num_heads_k]
+
+
+def _as_one(qkv: Tensor, q: Tensor, k: Tensor) -> Optional[Tensor]:
+    """q and k as one tensor with the heads of both, where its strides allow."""
+    if qkv.dim() == 4:
+        return qkv[:, :, : q.shape[2] + k.shape[2]]
+    evenly_spaced = qkv.stride(2) == qkv.shape[3] * qkv.stride(3)
+    return qkv[:, :, :2].flatten(2, 3) if evenly_spaced else None
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+
+
+def _apply_rotary_emb_qkv(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cos_k: Optional[Tensor] = None,
+    sin_k: Optional[Tensor] = None,
+    interleaved: bool = False,
+    inplace: bool = False,
+    conjugate: bool = False,
+    seqlen_offsets: Union[int, Tensor] = 0,
+    num_heads_q: Optional[int] = None,
+) -> Tensor:
+    """qkv with q and k turned: in one call where both see the same tables."""
+    for name, table in (("cos_k", cos_k), ("sin_k", sin_k)):
+        # So that whatever is wrong with k's tables is found before q is written.
+        if table is not None and not _alike(table, cos):
+            raise RuntimeError(
+                f"{name}: expected cos' {tuple(cos.shape)}, {cos.dtype} on {cos.device}, got "
+                f"{tuple(table.shape)}, {table.dtype} on {table.device}"
+            )
+    if not inplace:
+        qkv = qkv.clone()
+
+    def turn_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+        rotary(
+            x, cos, sin, interleaved=interleaved, inplace=True, conjugate=conjugate,
+            seqlen_offsets=seqlen_offsets,
+        )  # fmt: skip
+
+    q, k = _query_and_key(qkv, num_heads_q)
+    both = _as_one(qkv, q, k) if cos_k is None and sin_k is None else None
+    if both is not None:
+        turn_(both, cos, sin)
+    else:
+        turn_(q, cos, sin)
+        turn_(k, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k)
+    return qkv
+
+
+def _save(
+    ctx: Any,
+    tables: tuple[Optional[Tensor], ...],
+    seqlen_offsets: Union[int, Tensor],
+    **options: Any,
+) -> None:
+    """Keeps what the backward needs; offsets may be a tensor."""
+    if any(table is not None and table.requires_grad for table in tables):
+        raise RuntimeError(
+            "cos, sin: the in-place functions have no gradient of the tables, got one that "
+            "requires it; apply_rotary_emb(..., inplace=False) has"
+        )
+    is_tensor = isinstance(seqlen_offsets, Tensor)
+    ctx.save_for_backward(*tables, seqlen_offsets if is_tensor else None)
+    ctx.offset = 0 if is_tensor else seqlen_offsets
+    ctx.options = options
+
+
+def _saved(ctx: Any) -> tuple[tuple[Optional[Tensor], ...], dict[str, Any]]:
+    """The tables and the keyword arguments of the backward's rotation."""
+    *tables, offsets = ctx.saved_tensors
+    seqlen_offsets = ctx.offset if offsets is None else offsets
+    return tuple(tables), dict(ctx.options, seqlen_offsets=seqlen_offsets, conjugate=True)
+
+
+class ApplyRotaryEmb(Function):
+    """apply_rotary_emb as autograd records it in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        interleaved: bool = False,
+        inplace: bool = False,
+        seqlen_offsets: Union[int, Tensor] = 0,
+        cu_seqlens: Optional[Tensor] = None,
+        max_seqlen: Optional[int] = None,
+    ) -> Tensor:
+        _save(ctx, (cos, sin, cu_seqlens), seqlen_offsets, interleaved=interleaved,
+              max_seqlen=max_seqlen)  # fmt: skip
+        return rotary(
+            x, cos, sin, interleaved=interleaved, inplace=inplace, seqlen_offsets=seqlen_offsets,
+            cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
+        )  # fmt: skip
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Optional[Tensor], ...]:
+        (cos, sin, cu_seqlens), options = _saved(ctx)
+        return (rotary(dout, cos, sin, cu_seqlens=cu_seqlens, **options), *(None,) * 7)
+
+
+class ApplyRotaryEmbQKV_(Function):  # noqa: N801 (upstream's name)
+    """apply_rotary_emb_qkv_ as autograd records it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cos_k: Optional[Tensor] = None,
+        sin_k: Optional[Tensor] = None,
+        interleaved: bool = False,
+        seqlen_offsets: Union[int, Tensor] = 0,
+        num_heads_q: Optional[int] = None,
+    ) -> Tensor:
+        _save(ctx, (cos, sin, cos_k, sin_k), seqlen_offsets, interleaved=interleaved,
+              num_heads_q=num_heads_q)  # fmt: skip
+        return _apply_rotary_emb_qkv(
+            qkv, cos, sin, cos_k, sin_k, interleaved, True, False, seqlen_offsets, num_heads_q
+        )
+
+    @staticmethod
+    def backward(ctx: Any, dqkv: Tensor) -> tuple[Optional[Tensor], ...]:
+        tables, options = _saved(ctx)
+        return (_apply_rotary_emb_qkv(dqkv, *tables, **options), *(None,) * 7)
+
+
+class ApplyRotaryEmbKV_(Function):  # noqa: N801 (upstream's name)
+    """apply_rotary_emb_kv_ as autograd records it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        interleaved: bool = False,
+        seqlen_offsets: Union[int, Tensor] = 0,
+    ) -> Tensor:
+        if kv.dim() != 5 or kv.shape[2] != 2:
+            raise RuntimeError(
+                f"kv: expected (batch, seqlen, 2, nheads, headdim), got {tuple(kv.shape)}"
+            )
+        _save(ctx, (cos, sin), seqlen_offsets, interleaved=interleaved)
+        rotary(
+            kv[:, :, 0], cos, sin, interleaved=interleaved, inplace=True,
+            seqlen_offsets=seqlen_offsets,
+        )  # fmt: skip
+        return kv
+
+    @staticmethod
+    def backward(ctx: Any, dkv: Tensor) -> tuple[Optional[Tensor], ...]:
+        tables, options = _saved(ctx)
+        dkv = dkv.clone()
+        rotary(dkv[:, :, 0], *tables, inplace=True, **options)
+        return (dkv, *(None,) * 4)
+
+
+def apply_rotary_emb(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool = False,
+    inplace: bool = False,
+    seqlen_offsets: Union[int, Tensor] = 0,
+    cu_seqlens: Optional[Tensor] = None,
+    max_seqlen: Optional[int] = None,
+) -> Tensor:
+    """Turns the first rotary_dim columns of x; shapes and errors are those of anyflash.rotary.
+
+    Args:
+        x: (batch, seqlen, heads, head_dim), or (total, heads, head_dim) with cu_seqlens.
+        cos: (seqlen_rotary, rotary_dim / 2).
+        sin: the same.
+        interleaved: pairs are neighbouring columns (GPT-J), else half of rotary_dim apart
+            (GPT-NeoX).
+        inplace: write into x; see the head of this module.
+        seqlen_offsets: positions of the first rows, one for all or (batch,).
+        cu_seqlens: (batch + 1,), where each packed sequence begins, and the end.
+        max_seqlen: length of the longest packed sequence.
+
+    Returns:
+        x's shape; with inplace x' memory.
+    """
+    if inplace:
+        return ApplyRotaryEmb.apply(
+            x, cos, sin, interleaved, True, seqlen_offsets, cu_seqlens, max_seqlen
+        )
+    return apply_rotary(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved)
+
+
+apply_rotary_emb_func = apply_rotary_emb
+
+
+def apply_rotary_emb_qkv_(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cos_k: Optional[Tensor] = None,
+    sin_k: Optional[Tensor] = None,
+    interleaved: bool = False,
+    seqlen_offsets: Union[int, Tensor] = 0,
+    num_heads_q: Optional[int] = None,
+) -> Tensor:
+    """Turns q and k in place and returns qkv; see the head of this module.
+
+    Args:
+        qkv: (batch, seqlen, 3, heads, head_dim), or (batch, seqlen, num_heads_q + 2 * num_heads_k,
+            head_dim), which needs num_heads_q.
+        cos: (seqlen_rotary, rotary_dim / 2).
+        sin: the same.
+        cos_k: the tables of k where they are others (xPos).
+        sin_k: the same.
+        interleaved: as in apply_rotary_emb.
+        seqlen_offsets: positions of the first rows, one for all or (batch,).
+        num_heads_q: heads of q in a qkv of 4 dimensions.
+    """
+    return ApplyRotaryEmbQKV_.apply(
+        qkv, cos, sin, cos_k, sin_k, interleaved, seqlen_offsets, num_heads_q
+    )
+
+
+def apply_rotary_emb_kv_(
+    kv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool = False,
+    seqlen_offsets: Union[int, Tensor] = 0,
+) -> Tensor:
+    """Turns k in place and returns kv; see the head of this module.
+
+    Args:
+        kv: (batch, seqlen, 2, heads, head_dim).
+        cos: (seqlen_rotary, rotary_dim / 2).
+        sin: the same.
+        interleaved: as in apply_rotary_emb.
+        seqlen_offsets: positions of the first rows, one for all or (batch,).
+    """
+    return ApplyRotaryEmbKV_.apply(kv, cos, sin, interleaved, seqlen_offsets)
+
+
+class RotaryEmbedding(torch.nn.Module):
+    """Tables of angles that grow with the sequences seen, and their application to q and k.
+
+    Position p turns pair i by p / base ** (2i / dim). With ``scale_base`` (xPos; the paper: 512) q
+    is scaled by a power that grows with the position, and k divided by it.
+
+    Args:
+        dim: columns that are turned, even.
+        base: of the angles.
+        interleaved: as in apply_rotary_emb.
+        scale_base: of xPos, or None.
+        device: of the buffers.
+        pos_idx_in_fp32: positions and inverse frequencies are fp32 whatever dtype the module was
+            cast to; False takes the dtype of ``inv_freq``. Upstream had it until 2.7.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        base: float = 10000.0,
+        interleaved: bool = False,
+        scale_base: Optional[float] = None,
+        device: Optional[torch.device] = None,
+        *,
+        pos_idx_in_fp32: bool = True,
+    ) -> None:
+        super().__init__()
+        if dim % 2:
+            raise ValueError(f"dim: expected an even number of columns, got {dim}")
+        self.dim = dim
+        self.base = float(base)
+        self.interleaved = interleaved
+        self.scale_base = scale_base
+        self.pos_idx_in_fp32 = pos_idx_in_fp32
+        self.register_buffer("inv_freq", self._compute_inv_freq(device), persistent=False)
+        scale = None
+        if scale_base is not None:
+            scale = (self._even_columns(device) + 0.4 * dim) / (1.4 * dim)
+        self.register_buffer("scale", scale, persistent=False)
+        self._seq_len_cached = 0
+        self._cos_cached: Optional[Tensor] = None
+        self._sin_cached: Optional[Tensor] = None
+        self._cos_k_cached: Optional[Tensor] = None
+        self._sin_k_cached: Optional[Tensor] = None
+
+    def _even_columns(self, device: Optional[torch.device]) -> Tensor:
+        return torch.arange(0, self.dim, 2, device=device, dtype=torch.float32)
+
+    def _compute_inv_freq(self, device: Optional[torch.device] = None) -> Tensor:
+        """(dim / 2,) fp32: the angle between neighbouring positions."""
+        return self.base ** -(self._even_columns(device) / self.dim)
+
+    def _cache_serves(
+        self, seqlen: int, device: Optional[torch.device], dtype: Optional[torch.dtype]
+    ) -> bool:
+        cached = self._cos_cached
+        if cached is None or seqlen > self._seq_len_cached:
+            return False
+        # Autograd cannot save a table that was made in inference mode.
+        usable = torch.is_inference_mode_enabled() or not cached.is_inference()
+        return usable and cached.device == device and cached.dtype == dtype
+
+    def _update_cos_sin_cache(
+        self,
+        seqlen: int,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        """Makes the tables reach ``seqlen`` positions, on that device and in that dtype."""
+        if self._cache_serves(seqlen, device, dtype):
+            return
+        self._seq_len_cached = seqlen
+        inv_freq = self.inv_freq
+        # A module cast to bf16 would have lost the angles of far positions.
+        if self.pos_idx_in_fp32 and inv_freq.dtype != torch.float32:
+            inv_freq = self._compute_inv_freq(device)
+        positions = torch.arange(seqlen, device=device, dtype=inv_freq.dtype)
+        angles = positions[:, None] * inv_freq.to(positions.device)
+        cos, sin = torch.cos(angles), torch.sin(angles)
+        if self.scale is not None:
+            steps = torch.arange(seqlen, device=device, dtype=self.scale.dtype) - seqlen // 2
+            scale = self.scale.to(steps.device) ** (steps[:, None] / self.scale_base)
+            self._cos_k_cached, self._sin_k_cached = (
+                (cos / scale).to(dtype),
+                (sin / scale).to(dtype),
+            )
+            cos, sin = cos * scale, sin * scale
+        self._cos_cached, self._sin_cached = cos.to(dtype), sin.to(dtype)
+
+    def forward(
+        self,
+        qkv: Tensor,
+        kv: Optional[Tensor] = None,
+        seqlen_offset: Union[int, Tensor] = 0,
+        max_seqlen: Optional[int] = None,
+        num_heads_q: Optional[int] = None,
+    ) -> Union[Tensor, tuple[Tensor, Tensor]]:
+        """Turns q and k in place.
+
+        Args:
+            qkv: packed as in apply_rotary_emb_qkv_; with kv, q (batch, seqlen, heads, head_dim).
+            kv: (batch, seqlen, 2, heads, head_dim) or None.
+            seqlen_offset: positions of the first rows, one for all or (batch,).
+            max_seqlen: positions that the tables must reach; give it with a tensor of offsets,
+                since the tables grow only where a length is known.
+            num_heads_q: heads of q in a qkv of 4 dimensions.
+
+        Returns:
+            qkv, or (q, kv).
+        """
+        if max_seqlen is not None:
+            self._update_cos_sin_cache(max_seqlen, device=qkv.device, dtype=qkv.dtype)
+        elif not isinstance(seqlen_offset, Tensor):
+            length = qkv.shape[1] + seqlen_offset
+            self._update_cos_sin_cache(length, device=qkv.device, dtype=qkv.dtype)
+        elif self._cos_cached is None:
+            raise RuntimeError(
+                "max_seqlen: expected with the first seqlen_offset that is a tensor, got None"
+            )
+        tables = (self._cos_cached, self._sin_cached)
+        tables_k = tables if self.scale is None else (self._cos_k_cached, self._sin_k_cached)
+        if kv is None:
+            own_k = (None, None) if self.scale is None else tables_k
+            return apply_rotary_emb_qkv_(
+                qkv, *tables, *own_k, self.interleaved, seqlen_offset, num_heads_q
+            )
+        q = apply_rotary_emb_func(
+            qkv, *tables, self.interleaved, inplace=True, seqlen_offsets=seqlen_offset
+        )
+        return q, apply_rotary_emb_kv_(kv, *tables_k, self.interleaved, seqlen_offset)
