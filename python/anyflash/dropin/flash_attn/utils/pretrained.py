@@ -49,10 +49,10 @@ def _files(model_name: str) -> list[str]:
     )
 
 
-def _read(path: str, device: torch.device | str) -> dict[str, Tensor]:
+def _read(path: str) -> dict[str, Tensor]:
     if path.endswith(".safetensors"):
-        return _optional.load("safetensors.torch", f"reading {path}").load_file(path, str(device))
-    return torch.load(path, map_location=device, weights_only=True)
+        return _optional.load("safetensors.torch", f"reading {path}").load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def state_dict_from_pretrained(
@@ -73,10 +73,11 @@ def state_dict_from_pretrained(
         OSError: no such file there, or a part of the checkpoint is missing.
         ImportError: transformers for a name that is no folder, safetensors for such files.
     """
-    device = "cpu" if device is None else device
-    # Read where it is converted: the device need not hold both dtypes.
-    read_on = device if dtype in (None, torch.float32) else "cpu"
     state_dict: dict[str, Tensor] = {}
     for path in _files(model_name):
-        state_dict.update(_read(path, read_on))
-    return {name: tensor.to(dtype=dtype).to(device) for name, tensor in state_dict.items()}
+        state_dict.update(_read(path))
+    # First the dtype: the device need not hold both.
+    return {
+        name: tensor.to(dtype=dtype).to("cpu" if device is None else device)
+        for name, tensor in state_dict.items()
+    }
