@@ -144,19 +144,18 @@ class BertEncoder(nn.Module):
         hidden_states, indices, cu_seqlens, longest, _ = unpad_input(
             hidden_states, key_padding_mask
         )
-        mixer_kwargs = {"cu_seqlens": cu_seqlens, "max_seqlen": longest}
+        kwargs = {"cu_seqlens": cu_seqlens, "max_seqlen": longest}
+        kwargs_k = {"cu_seqlens_k": cu_seqlens, "max_seqlen_k": longest}
         whole = self.layers if subset_mask is None else self.layers[:-1]
         for layer in whole:
-            hidden_states = layer(hidden_states, mixer_kwargs=mixer_kwargs)
+            own = {**kwargs, **kwargs_k} if layer.mixer.cross_attn else kwargs
+            hidden_states = layer(hidden_states, mixer_kwargs=own)
         if subset_mask is None:
             return pad_input(hidden_states, indices, batch, seqlen)
-        lengths = (subset_mask & key_padding_mask).sum(dim=-1, dtype=torch.int32)
-        subset_kwargs = {
-            "cu_seqlens": F.pad(lengths.cumsum(dim=0, dtype=torch.int32), (1, 0)),
-            "max_seqlen": longest,  # an upper bound is enough, and known without a synchronisation
-            "cu_seqlens_k": cu_seqlens,
-            "max_seqlen_k": longest,
-        }
         chosen = subset_mask[key_padding_mask].nonzero().flatten()
         subset, hidden_states = index_first_axis_residual(hidden_states, chosen)
-        return self.layers[-1](subset, mixer_kwargs={"x_kv": hidden_states, **subset_kwargs})
+        lengths = (subset_mask & key_padding_mask).sum(dim=-1, dtype=torch.int32)
+        kwargs["cu_seqlens"] = F.pad(lengths.cumsum(dim=0, dtype=torch.int32), (1, 0))
+        # max_seqlen stays: an upper bound is enough, and this one is known.
+        last = {**kwargs, **kwargs_k, "x_kv": hidden_states}
+        return self.layers[-1](subset, mixer_kwargs=last)

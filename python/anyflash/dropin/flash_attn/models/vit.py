@@ -176,7 +176,7 @@ class VisionTransformer(nn.Module):
         embedded = self.patch_embed.num_patches + (0 if no_embed_class else self.num_prefix_tokens)
         self.pos_embed = nn.Parameter(torch.randn(1, embedded, embed_dim) * 0.02)
 
-        drop_path = torch.linspace(0, drop_path_rate, depth).tolist()
+        drop_path = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(
             create_block(
                 embed_dim,
