@@ -110,9 +110,9 @@ def _install_notice_sink(library: ctypes.CDLL) -> None:
     """Sends the binary's notices to the logger `anyflash`."""
     logger = logging.getLogger("anyflash")
 
-    @ctypes.CFUNCTYPE(None, ctypes.c_char_p)
-    def sink(text: bytes) -> None:
-        logger.warning("%s", text.decode(errors="replace"))
+    @ctypes.CFUNCTYPE(None, ctypes.c_int32, ctypes.c_char_p)
+    def sink(level: int, text: bytes) -> None:
+        logger.log(level, "%s", text.decode(errors="replace"))
 
     set_sink = library.anyflash_set_notice_sink
     set_sink.argtypes = [ctypes.c_void_p]
