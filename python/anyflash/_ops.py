@@ -96,6 +96,10 @@ def _fused_mlp_backward(
     )
 
 
+def _refuse_gradient(gradient: Tensor, size: Sequence[int], why: str) -> Tensor:
+    return gradient.new_empty(size)
+
+
 def _like_q(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     return _out_like(q, v)
 
@@ -120,6 +124,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "bias_activation_backward": _bias_activation_backward,
     "fused_mlp_forward": _fused_mlp_forward,
     "fused_mlp_backward": _fused_mlp_backward,
+    "refuse_gradient": _refuse_gradient,
     "flash_attn_func": _like_q,
     "flash_attn_kvpacked_func": _like_q_of_kvpacked,
     "flash_attn_qkvpacked_func": _like_q_of_qkvpacked,
@@ -200,6 +205,23 @@ def _fused_mlp_autograd(*args: Any) -> Tensor:
     return fused_mlp(**dict(zip(names, args)))
 
 
+def _flash_attn_with_kvcache(*args: Any) -> Tensor:
+    from .kvcache import attention_kvcache
+
+    named = dict(zip(_KVCACHE_ARGUMENTS, args))
+    named.pop("num_splits", None)
+    out = attention_kvcache(**named)
+    assert isinstance(out, Tensor)
+    return out
+
+
+_KVCACHE_ARGUMENTS = (
+    "q k_cache v_cache k v rotary_cos rotary_sin cache_seqlens cache_batch_idx cache_leftpad "
+    "block_table softmax_scale causal window_size softcap rotary_interleaved alibi_slopes "
+    "num_splits"
+).split()
+
+# The last one has no derivative, and says so where one is asked for.
 DIFFERENTIABLE: dict[str, Callable[..., Tensor]] = {
     "flash_attn_func": _flash_attn_func,
     "flash_attn_kvpacked_func": _flash_attn_kvpacked_func,
@@ -208,6 +230,7 @@ DIFFERENTIABLE: dict[str, Callable[..., Tensor]] = {
     "flash_attn_varlen_kvpacked_func": _flash_attn_varlen_kvpacked_func,
     "flash_attn_varlen_qkvpacked_func": _flash_attn_varlen_qkvpacked_func,
     "fused_mlp": _fused_mlp_autograd,
+    "flash_attn_with_kvcache": _flash_attn_with_kvcache,
 }
 
 
