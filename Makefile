@@ -93,6 +93,6 @@ format: $(VENV)/.packages   ## the same tools, writing
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
 clean:          ## everything but .venv
-	rm -rf build out python/*.egg-info python/anyflash/_build.json python/anyflash/cmake python/anyflash/include
+	rm -rf build out python/*.egg-info python/anyflash/_build.json python/anyflash/_lists.py python/anyflash/cmake python/anyflash/include
 	find python -name '*.so' -delete
 	rm -f $(VENV)/.installed
