@@ -208,18 +208,13 @@ def _fused_mlp_autograd(*args: Any) -> Tensor:
 def _flash_attn_with_kvcache(*args: Any) -> Tensor:
     from .kvcache import attention_kvcache
 
-    named = dict(zip(_KVCACHE_ARGUMENTS, args))
+    schema = torch.ops.anyflash.flash_attn_with_kvcache.default._schema
+    named = dict(zip((argument.name for argument in schema.arguments), args))
     named.pop("num_splits", None)
     out = attention_kvcache(**named)
     assert isinstance(out, Tensor)
     return out
 
-
-_KVCACHE_ARGUMENTS = (
-    "q k_cache v_cache k v rotary_cos rotary_sin cache_seqlens cache_batch_idx cache_leftpad "
-    "block_table softmax_scale causal window_size softcap rotary_interleaved alibi_slopes "
-    "num_splits"
-).split()
 
 # The last one has no derivative, and says so where one is asked for.
 DIFFERENTIABLE: dict[str, Callable[..., Tensor]] = {
