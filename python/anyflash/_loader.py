@@ -68,8 +68,8 @@ def _why_not_built() -> str:
     try:
         noted = json.loads(LIBRARY.with_name("_build.json").read_text())["reasons"]
     except (OSError, ValueError, KeyError):
-        noted = []
-    return "; ".join(noted) or "the binary was not built when anyflash was installed"
+        return f"{LIBRARY.parent} holds only a part of the package, as frozen or zipped ones do"
+    return "; ".join(noted) or "the file was there when anyflash was installed"
 
 
 def _obstacle_to_binary() -> str | None:
