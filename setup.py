@@ -19,14 +19,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from build_plan import no_binary_reason, no_cuda_reason, setting  # noqa: E402
 from cuda_pins import package_root  # noqa: E402
-
-DEFS = (
-    "csrc/schemas.def",
-    "csrc/routes.def",
-    "csrc/measured.def",
-    "kernels/features.def",
-    "kernels/instances.def",
-)
+from shared_lists import write_lists  # noqa: E402
 
 
 class BuildFailed(Exception):
@@ -130,15 +123,6 @@ class CMakeBuild(build_ext):
 
     def get_outputs(self) -> list[str]:
         return []
-
-
-def write_lists(package: pathlib.Path) -> None:
-    """The lists that C++ and Python share, as a module: what freezes applications takes modules
-    along, and no other files."""
-    lists = {path.stem: path.read_text(encoding="utf-8") for path in map(ROOT.joinpath, DEFS)}
-    head = '"""Written by setup.py from the .def files of csrc/ and kernels/."""'
-    text = "\n".join(f"    {name!r}: {content!r}," for name, content in lists.items())
-    (package / "_lists.py").write_text(f"{head}\n\nLISTS = {{\n{text}\n}}\n", encoding="utf-8")
 
 
 class BuildPy(build_py):

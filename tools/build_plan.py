@@ -3,8 +3,8 @@
 Environment:
     ANYFLASH_BUILD  0: pure Python; 1: the binary, and an error where it cannot be built; unset: the
                     binary if possible
-    ANYFLASH_CUDA   0: no CUDA kernels; 1: with them, and an error where they cannot be built; unset:
-                    where there is a GPU, if possible
+    ANYFLASH_CUDA   0: no CUDA kernels; 1: with them, or an error; unset: where there is a GPU, if
+                    possible
 """
 
 from __future__ import annotations

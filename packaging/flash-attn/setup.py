@@ -1,7 +1,7 @@
 """What pyproject.toml cannot say: the version that the user names, and every module of the drop-in.
 
 Environment:
-    ANYFLASH_COMPANION_VERSION  the version of this package, such as 2.7.4.post1; unset: the drop-in's
+    ANYFLASH_COMPANION_VERSION  this package's version, such as 2.7.4.post1; unset: the drop-in's
 """
 
 from __future__ import annotations

@@ -106,6 +106,16 @@ def _open_binary() -> str | None:
     return None
 
 
+def show_info() -> None:
+    """ANYFLASH_VERBOSE=1: also what runs where all is well, on stderr unless the program has a log
+    of its own."""
+    logger = logging.getLogger("anyflash")
+    handler = logging.StreamHandler()
+    handler.addFilter(lambda record: not logging.getLogger().handlers)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
 def _install_notice_sink(library: ctypes.CDLL) -> None:
     """Sends the binary's notices to the logger `anyflash`."""
     logger = logging.getLogger("anyflash")
