@@ -118,14 +118,23 @@ def results(client: Client, python: Path) -> tuple[list[dict], str]:
     return [json.loads(line) for line in lines], said.strip()
 
 
+def remarks_on(tests: list[dict]) -> list[str]:
+    """Why tests did not pass; those with one reason together."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for test in tests:
+        if test["outcome"] != "passed":
+            reasons.setdefault((test["outcome"], test["reason"]), []).append(test["name"])
+    return [
+        f"{outcome}: {reason} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
+        for (outcome, reason), names in reasons.items()
+    ]
+
+
 def row(client: Client, python: Path) -> Row:
     start = time.perf_counter()
     tests, said = results(client, python)
     cells = {column: Cell(0, [], []) for column in COLUMNS}
-    remarks = []
     for test in tests:
-        if test["outcome"] != "passed":
-            remarks.append(f"{test['name']}: {test['outcome']}: {test['reason']}")
         for column in test["shows"]:
             cell = cells[column]
             if test["outcome"] == "passed":
@@ -133,6 +142,7 @@ def row(client: Client, python: Path) -> Row:
             else:
                 kind = cell.failed if test["outcome"] == "failed" else cell.others
                 kind.append(test["name"])
+    remarks = remarks_on(tests)
     if said or not tests:
         reason = said.splitlines()[-1] if said else "no test ran"
         cells["imported"].failed.append("process")

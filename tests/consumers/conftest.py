@@ -31,7 +31,7 @@ def pytest_runtest_makereport(item, call):
     if hasattr(report, "wasxfail"):
         outcome, reason = "refused", report.wasxfail
     elif report.skipped:
-        reason = report.longrepr[2]
+        reason = report.longrepr[2].replace("Skipped: ", "")
     elif report.failed:
         lines = str(call.excinfo.value).strip().splitlines() or [""]
         reason = f"{call.excinfo.typename}: {lines[0]}"[:300]

@@ -49,4 +49,6 @@ _TRANSFORMERS = ("venv", "transformers-5.24", "transformers-4.57", "transformers
 CLIENTS = (
     *(Client("transformers", "installed", e, "test_transformers_integration.py")
       for e in _TRANSFORMERS),
+    *(Client("transformers, more", "installed", e, "programs/transformers_more.py")
+      for e in _TRANSFORMERS),
 )  # fmt: skip

@@ -16,14 +16,13 @@ import torch
 from helpers import compare, compare_training
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-import flash_attn  # noqa: E402
 import transformers_models as models  # noqa: E402
-from transformers_models import DECODERS, ENCODERS, FLASH, WHISPER, make_pair  # noqa: E402
+from transformers_models import DECODERS, ENCODERS, WHISPER, make_pair  # noqa: E402
 
 from anyflash.integrations import transformers as integration  # noqa: E402
 from anyflash.integrations.transformers import NAME  # noqa: E402
 
-both = pytest.mark.parametrize("implementation", [NAME, FLASH])
+both = pytest.mark.parametrize("implementation", models.IMPLEMENTATIONS)
 decoders = pytest.mark.parametrize("decoder", DECODERS)
 
 
@@ -45,27 +44,20 @@ def test_flash_attention_2_is_available():
 def test_it_calls_flash_attn():
     """transformers takes the functions of our drop-in, by their names."""
     code = (
-        "from anyflash.integrations import transformers as t; t.enable(flash_attention_2=True)\n"
-        "import flash_attn, transformers_models as m, torch\n"
+        "import flash_attn, functools\n"
         "calls, real = [], flash_attn.flash_attn_func\n"
-        "def counted(*args, dropout_p=0.0, softmax_scale=None, causal=False,"
-        " window_size=(-1, -1), softcap=0.0, deterministic=False, **kwargs):\n"
+        "@functools.wraps(real)\n"
+        "def counted(*args, **kwargs):\n"
         "    calls.append(1)\n"
-        "    return real(*args, dropout_p, softmax_scale, causal, window_size, softcap)\n"
+        "    return real(*args, **kwargs)\n"
         "flash_attn.flash_attn_func = counted\n"
+        "from anyflash.integrations import transformers as t; t.enable(flash_attention_2=True)\n"
+        "import transformers_models as m\n"
         "_, ours = m.make_pair(m.DECODERS['Llama'], m.FLASH)\n"
         "ours(m.tokens(2, 5))\n"
-        "assert len(calls) == 2, calls\n"
+        "print(len(calls), 'calls')\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert flash_attn.flash_attn_func.__module__.startswith("flash_attn")
+    assert "2 calls" in _fresh(code)
 
 
 @pytest.mark.shows("forward", "backward")
@@ -84,7 +76,9 @@ def test_training(decoder, implementation):
 def test_padding(decoder, implementation, side):
     eager, ours = make_pair(DECODERS[decoder], implementation)
     ids, mask = models.tokens(3, 12), models.padding((12, 5, 9), 12, side)
-    a, b = (m(ids, attention_mask=mask).logits * mask[..., None] for m in (ours, eager))
+    a, b = (
+        m(ids, attention_mask=mask, use_cache=False).logits * mask[..., None] for m in (ours, eager)
+    )
     compare_training(a, b, ours, eager)
 
 
@@ -213,7 +207,9 @@ def test_masks_of_other_forms_are_not_lost():
 
 def _fresh(code: str) -> str:
     """What a fresh interpreter prints, with errors."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
     return done.stdout + done.stderr
 
 
