@@ -177,7 +177,8 @@ def mask(
 
     Returns:
         None; or (batch, seqlen_k) bool, true where there is a token; or for mask functions that
-        the arguments of ``forward`` cannot say, (batch, 1, seqlen_q, seqlen_k) bool.
+        the arguments of ``forward`` cannot say, and all of them in torch.compile, where nothing can
+        depend on a mask's values, (batch, 1, seqlen_q, seqlen_k) bool.
     """
     from transformers import masking_utils
 
@@ -185,10 +186,9 @@ def mask(
         "batch_size": batch_size, "kv_length": kv_length, "mask_function": mask_function,
         "attention_mask": attention_mask, **rest,
     }  # fmt: skip
-    if _is_plain(mask_function, batch_size):
-        return masking_utils.flash_attention_mask(**given)
-    needed = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return masking_utils.sdpa_mask(**{**given, **needed})
+    if torch.compiler.is_compiling() or not _is_plain(mask_function, batch_size):
+        return masking_utils.sdpa_mask(**given)
+    return masking_utils.flash_attention_mask(**given)
 
 
 def _unpad(token: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -219,6 +219,8 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, token: Tensor, options: dict[str, A
 def _starts(position_ids: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """cu_seqlens of sequences that lie in one row, told by positions that start again."""
     if position_ids is None or position_ids.dim() != 2 or q.shape[0] != 1:
+        return None
+    if torch.compiler.is_compiling():  # then it is in the mask
         return None
     if not 1 < position_ids.shape[-1] == q.shape[1] == k.shape[1]:
         return None

@@ -16,6 +16,7 @@ from helpers import compare, compare_training  # noqa: E402
 from transformers_models import DECODERS, FLASH, make_pair  # noqa: E402
 
 from anyflash.integrations import transformers as integration  # noqa: E402
+from anyflash.integrations.transformers import NAME  # noqa: E402
 
 integration.enable(flash_attention_2=True)
 
@@ -32,15 +33,37 @@ def test_checkpointing(use_reentrant):
     compare_training(a, b, ours, eager)
 
 
-@pytest.mark.shows("compiled")
-@pytest.mark.parametrize("implementation", models.IMPLEMENTATIONS)
-def test_compile(implementation, tmp_path, monkeypatch):
-    """Forward and training step; one graph where transformers' own branches allow it."""
+@pytest.fixture
+def fresh_compiler(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    eager, ours = make_pair(DECODERS["Llama"], implementation)
+    torch._dynamo.reset()
+
+
+@pytest.mark.shows("compiled")
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_flash_attention_2():
+    """A training step in one graph. bf16: transformers logs a cast of fp32, which breaks it."""
+    eager, ours = make_pair(DECODERS["Llama"], FLASH, torch.bfloat16)
     ids = models.tokens(2, 12)
     step = torch.compile(ours, fullgraph=models.VERSION >= (4, 53))
-    compare_training(step(ids, use_cache=False).logits, eager(ids).logits, ours, eager)
+    found, wanted = step(ids, use_cache=False).logits, eager(ids).logits
+    compare_training(found, wanted, ours, eager, 0.05)
+
+
+@pytest.mark.shows("compiled")
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.skipif(not models.HAS_INTERFACE, reason="no attention of others in this version")
+def test_compile_registered_attention():
+    """The same in fp32, padded and packed: in one graph a mask's values decide nothing."""
+    eager, ours = make_pair(DECODERS["Mistral"], NAME)
+    step = torch.compile(ours, fullgraph=True)
+    ids, mask = models.tokens(2, 12), models.padding((12, 7), 12, "left")
+    a, b = (m(ids, attention_mask=mask, use_cache=False).logits * mask[..., None]
+            for m in (step, eager))  # fmt: skip
+    compare_training(a, b, ours, eager)
+    ids, positions = models.tokens(1, 12), torch.cat([torch.arange(5), torch.arange(7)])[None]
+    packed = step(ids, position_ids=positions, use_cache=False).logits
+    compare(packed, torch.cat([eager(part).logits for part in ids.split((5, 7), 1)], 1))
 
 
 QWEN_VISION = {
