@@ -51,4 +51,13 @@ CLIENTS = (
       for e in _TRANSFORMERS),
     *(Client("transformers, more", "installed", e, "programs/transformers_more.py")
       for e in _TRANSFORMERS),
+    Client("sentence-transformers", "installed", "sentence-transformers",
+           "programs/sentence_embeddings.py"),
+    Client("diffusers", "installed", "venv", "test_diffusers.py"),
+    Client("xformers", "installed", "xformers", "programs/xformers_flash.py"),
+    Client("ring-flash-attn", "installed", "venv", "test_ring_flash_attn.py"),
+    Client("esm", "installed", "esm", "programs/esm_c.py"),
+    Client("stripedhyena", "installed", "evo", "programs/stripedhyena_evo.py"),
+    Client("vtx", "installed", "evo", "programs/vtx_evo2.py"),
+    Client("x-transformers", "installed", "x-transformers", "programs/x_transformers_packed.py"),
 )  # fmt: skip

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import transformers  # noqa: E402
 import transformers_models as models  # noqa: E402
 from helpers import compare, compare_training  # noqa: E402
