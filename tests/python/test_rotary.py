@@ -163,7 +163,7 @@ def test_math_is_the_same(device):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("offsets", [1, torch.tensor([2, 4])])
 def test_first_and_second_derivative(device, interleaved, offsets):
-    x, cos, sin = sample(dtype=torch.float64, device=device)
+    x, cos, sin = sample(heads=1, dtype=torch.float64, device=device)
     cos, sin = cos.requires_grad_(), sin.requires_grad_()
     offsets = offsets if isinstance(offsets, int) else offsets.to(device)
     options = dict(interleaved=interleaved, seqlen_offsets=offsets)
