@@ -28,6 +28,8 @@ def _as_context_manager(guard: Any) -> Any:
 
 #: What runs inside is not recorded by autograd.
 BelowAutograd = _as_context_manager(torch._C._AutoDispatchBelowAutograd)
+#: What runs inside neither is recorded nor counts as a write for autograd.
+BelowWriteCounts = _as_context_manager(torch._C._AutoDispatchBelowADInplaceOrView)
 #: What runs inside keeps its dtypes under autocast.
 WithoutAutocast = _as_context_manager(torch._C._DisableAutocast)
 

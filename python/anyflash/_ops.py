@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _loader
 from ._autograd import inside_kernel, needs_autograd
-from ._guards import BelowAutograd, isolated
+from ._guards import BelowAutograd, BelowWriteCounts, isolated
 from ._operators import cross_entropy, norm, rotary
 
 _keep_alive: list[torch.library.Library] = []
@@ -262,7 +262,7 @@ def _version_counting_kernel(name: str) -> Callable[..., None]:
     before the write is no longer valid."""
 
     def kernel(*args: Any) -> None:
-        with torch._C._AutoDispatchBelowADInplaceOrView():
+        with BelowWriteCounts():
             getattr(torch.ops.anyflash, name).default(*args)
         torch.autograd.graph.increment_version(args[0])
 

@@ -45,7 +45,8 @@ def rotary(
         max_seqlen: with cu_seqlens, the length of the longest sequence.
 
     Returns:
-        x's shape, dtype and layout; with inplace x itself. Differentiable, any number of times.
+        x's shape and dtype; with inplace x itself. Differentiable in x, cos and sin, any number of
+        times.
 
     Raises:
         RuntimeError: arguments that do not fit together, tables that are too short, offsets below

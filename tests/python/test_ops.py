@@ -21,6 +21,8 @@ GROUPS = {
 NAMES = list(GROUPS)
 LEAVES = [name for name, (_, group) in GROUPS.items() if group == "leaf"]
 PUBLIC = [name for name, (_, group) in GROUPS.items() if group == "public"]
+# Work horses that autograd records: their gradients are tested in the files of their families.
+RECORDED = [name for name, (_, group) in GROUPS.items() if group == "differentiable"]
 
 
 def _op(name):
@@ -125,6 +127,22 @@ def _kvcache_samples(device):
     }  # fmt: skip
 
 
+def _rotary_samples(device):
+    x, packed = torch.randn(2, 7, 3, 10, device=device), torch.randn(13, 3, 10, device=device)
+    tables = [torch.rand(15, 4, device=device) for _ in range(2)]
+    return {
+        "plain": (x, *tables, None, 2, None, 0, False, False),
+        "offsets": (x, *tables, _ints(3, 9, device=device), 0, None, 0, True, True),
+        "packed": (packed, *tables, None, 1, _lengths(device)[0], 7, False, True),
+        "heads_first": (
+            x.view(2, 3, 7, 10).transpose(1, 2), *tables, None, 0, None, 0, True, False
+        ),
+        "columns_apart": (
+            x.view(2, 7, 10, 3).transpose(2, 3), *tables, None, 0, None, 0, False, False
+        ),
+    }  # fmt: skip
+
+
 def _mlp_tensors(device, gate=False):
     torch.manual_seed(2)
     shapes = [(2, 3, 6), (20 if gate else 10, 6), (20 if gate else 10,), (5, 10), (5,)]
@@ -193,6 +211,8 @@ def samples_of(name: str, device: str) -> dict[str, tuple]:
         "cross_entropy_forward": lambda: _cross_entropy_samples(name, device),
         "cross_entropy_backward": lambda: _cross_entropy_samples(name, device),
         "cross_entropy_backward_": lambda: _cross_entropy_samples(name, device),
+        "rotary": lambda: _rotary_samples(device),
+        "rotary_": lambda: _rotary_samples(device),
         "flash_attn_func": lambda: {
             "plain": (q, k, v),
             "options": (q, k, v, 0.0, 0.3, True, [4, 2], 2.0, slopes, True),
@@ -237,7 +257,7 @@ def test_schema_is_the_one_of_the_list(name):
     assert str(_op(name)._schema) == str(written)
 
 
-@pytest.mark.parametrize("name", LEAVES)
+@pytest.mark.parametrize("name", [*LEAVES, *RECORDED])
 def test_opcheck_of_leaf_operators(name, device):
     for what, arguments in samples_of(name, device).items():
         found = torch.library.opcheck(_op(name), arguments, raise_exception=False)
@@ -253,7 +273,16 @@ def test_opcheck_of_public_operators(name, device):
         assert set(found.values()) == {"SUCCESS"}, f"{name} {what}: {found}"
 
 
-@pytest.mark.parametrize("name", LEAVES)
+@pytest.mark.parametrize("name", RECORDED)
+def test_opcheck_of_operators_that_are_recorded(name, device):
+    for what, (x, *rest) in samples_of(name, device).items():
+        if not name.endswith("_"):  # leaves that ask for a gradient cannot be written
+            x = x.requires_grad_()
+        found = torch.library.opcheck(_op(name), (x, *rest), raise_exception=False)
+        assert set(found.values()) == {"SUCCESS"}, f"{name} {what}: {found}"
+
+
+@pytest.mark.parametrize("name", [name for name in (*LEAVES, *RECORDED) if name != "rotary_"])
 def test_fakes_have_the_strides_of_the_real_results(name, device):
     from torch._subclasses.fake_tensor import FakeTensorMode
 

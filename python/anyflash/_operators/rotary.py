@@ -196,7 +196,8 @@ def rotate(
 
 def rotate_(x: Tensor, *arguments: Any) -> None:
     """The operator ``rotary_``: the same in place."""
-    y = rotate(x, *arguments)
+    tables = arguments[:2]
+    y = rotate(x.clone() if needs_autograd(*tables) else x, *arguments)  # they need the old x
     for dim, (size, stride) in enumerate(zip(x.shape, x.stride())):
         _check(
             stride != 0 or size <= 1,
@@ -253,8 +254,10 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Tensor:
 
 def rotary_(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> None:
     """The operator ``rotary_``, recorded as PyTorch's own in-place operations are."""
-    if needs_autograd(x, cos, sin):
-        x.copy_(rotary(x, cos, sin, *rest))
+    if needs_autograd(cos, sin):
+        rotate_(x, cos, sin, *rest)
+    elif needs_autograd(x):
+        x.copy_(_apply_rotary(x, cos, sin, *rest))
     else:
         below_autograd(_ops.rotary_.default, x, cos, sin, *rest)
 
@@ -263,6 +266,15 @@ def _rotary_math(x: Tensor, *rest: Any) -> Tensor:
     return _layout_like(x).copy_(rotate(x, *rest))
 
 
+def _fake(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Tensor:
+    _check_shapes(x, cos, sin, rest[2])
+    return _layout_like(x)
+
+
+def _fake_(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> None:
+    _check_shapes(x, cos, sin, rest[2])
+
+
 MATH = {"rotary": _rotary_math, "rotary_": rotate_}
-FAKES = {"rotary": lambda x, *_: _layout_like(x), "rotary_": lambda *_: None}
+FAKES = {"rotary": _fake, "rotary_": _fake_}
 DIFFERENTIABLE = {"rotary": rotary, "rotary_": rotary_}

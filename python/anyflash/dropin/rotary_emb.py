@@ -35,14 +35,15 @@ def apply_rotary(
             )
     if sin.shape != cos.shape:
         raise RuntimeError(f"sin: expected cos' {tuple(cos.shape)}, got {tuple(sin.shape)}")
+    broadcasts = all(size in (1, n) for size, n in zip(cos.shape[::-1], x1.shape[::-1]))
+    if cos.dim() > x1.dim() or not broadcasts:
+        raise RuntimeError(
+            f"cos: expected a shape that broadcasts to x1 {tuple(x1.shape)}, got {tuple(cos.shape)}"
+        )
     dtype = torch.promote_types(x1.dtype, torch.float32)
     a, b, c, s = (tensor.to(dtype) for tensor in (x1, x2, cos, sin))
     if conj:
         s = -s
     first, second = a * c - b * s, a * s + b * c
-    if first.shape != x1.shape:
-        raise RuntimeError(
-            f"cos: expected a shape that broadcasts to x1 {tuple(x1.shape)}, got {tuple(cos.shape)}"
-        )
     out1.copy_(first)
     out2.copy_(second)
