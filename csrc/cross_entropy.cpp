@@ -142,12 +142,9 @@ Tensor cross_entropy_backward(const Tensor& dlosses, const Tensor& logits, const
                               const Tensor& lse, double smoothing, double logit_scale,
                               double lse_square_scale, int64_t ignore_index,
                               int64_t class_start_idx, int64_t total_classes) {
-  const Gradient gradient{
-      dlosses,
-      logits,
-      labels,
-      lse,
-      {smoothing, logit_scale, lse_square_scale, ignore_index, class_start_idx, total_classes}};
+  const Options options{smoothing,    logit_scale,     lse_square_scale,
+                        ignore_index, class_start_idx, total_classes};
+  const Gradient gradient{dlosses, logits, labels, lse, options};
   const Instance& kernel = gradient.validated_kernel();
   Tensor dlogits = empty(logits.sizes(), logits, logits.scalar_type());
   gradient.write(kernel, dlogits);
@@ -158,12 +155,9 @@ void cross_entropy_backward_(const Tensor& dlosses, const Tensor& logits, const 
                              const Tensor& lse, double smoothing, double logit_scale,
                              double lse_square_scale, int64_t ignore_index, int64_t class_start_idx,
                              int64_t total_classes) {
-  const Gradient gradient{
-      dlosses,
-      logits,
-      labels,
-      lse,
-      {smoothing, logit_scale, lse_square_scale, ignore_index, class_start_idx, total_classes}};
+  const Options options{smoothing,    logit_scale,     lse_square_scale,
+                        ignore_index, class_start_idx, total_classes};
+  const Gradient gradient{dlosses, logits, labels, lse, options};
   const Instance& kernel = gradient.validated_kernel();
   const int64_t rows = logits.size(0), vocab = logits.size(1);
   AF_CHECK((logits.stride(1) == 1 || vocab == 1) && (logits.stride(0) >= vocab || rows <= 1),

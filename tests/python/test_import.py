@@ -108,7 +108,7 @@ print([n for n in heavy if n in sys.modules and n not in before], seconds)
 
 def test_missing_submodules_are_missing_modules(site):
     code = """
-for name in ("layers.rotary", "ops.triton.rotary", "modules.mha", "losses.cross_entropy", "cute"):
+for name in ("layers.rotary", "ops.triton.rotary", "modules.mha", "cute"):
     try:
         __import__("flash_attn." + name)
     except ModuleNotFoundError as error:

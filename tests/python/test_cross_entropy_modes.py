@@ -1,0 +1,280 @@
+"""Cross entropy over a split vocabulary, raw, within its memory, compiled, under functorch."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from flash_attn.losses.cross_entropy import CrossEntropyLoss
+from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+from support import run_python
+from test_cross_entropy import problem
+
+import anyflash
+
+pytestmark = pytest.mark.providers
+
+# ---- A vocabulary that lies in parts.
+
+
+def _parallel_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        _check_parallel(rank, torch.distributed.group.WORLD, dtype)
+    _check_parallel_groups(rank)
+    torch.distributed.destroy_process_group()
+
+
+def _check_parallel(rank, group, dtype):
+    """This process's half of the vocabulary against the loss over all of it."""
+    logits, labels = problem("cpu", 9, 40, dtype)
+    dlosses = torch.randn(9).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    for inplace in (False, True):
+        for options in (
+            {},
+            {"label_smoothing": 0.2},
+            {"logit_scale": 0.7, "lse_square_scale": 1e-2, "label_smoothing": 0.1},
+            {"ignore_index": 30},
+        ):
+            if "ignore_index" in options:
+                labels = labels.clamp(0)
+                labels[:2] = 30
+            whole = logits.clone().requires_grad_()
+            expected = anyflash.cross_entropy(whole, labels, **options)
+            (gradient,) = torch.autograd.grad(expected[0], whole, dlosses)
+            part = logits[:, 20 * rank : 20 * rank + 20].clone().requires_grad_()
+            found = anyflash.cross_entropy(
+                part * 1, labels, process_group=group, inplace_backward=inplace, **options
+            )
+            (part_gradient,) = torch.autograd.grad(found[0], part, dlosses)
+            close = {"atol": 1e-5, "rtol": 1e-5}
+            torch.testing.assert_close(found, expected, **close)
+            assert not found[1].requires_grad
+            half = gradient[:, 20 * rank : 20 * rank + 20]
+            if dtype == torch.bfloat16:
+                close = {"atol": 1e-6, "rtol": 1e-2}
+            torch.testing.assert_close(part_gradient, half, **close)
+
+
+def _check_parallel_groups(rank):
+    group = torch.distributed.group.WORLD
+    logits, labels = problem("cpu", 9, 40)
+    part = logits[:, 20 * rank : 20 * rank + 20].clone()
+    expected = cross_entropy_loss(logits, labels)[0]
+    given_lse = cross_entropy_loss(part, labels, part.logsumexp(1), process_group=group)[0]
+    torch.testing.assert_close(given_lse, expected)
+    module = CrossEntropyLoss(process_group=group)
+    torch.testing.assert_close(module(part, labels), CrossEntropyLoss()(logits, labels))
+    labels[3] = 40
+    with pytest.raises(RuntimeError, match="labels: expected 0 <= label < 40 .* got 40 in row 3"):
+        anyflash.cross_entropy(part, labels, process_group=group)
+    labels[3] = 39
+    alone = [torch.distributed.new_group([i]) for i in range(2)]
+    one = cross_entropy_loss(logits, labels, process_group=alone[rank])[0]
+    assert torch.equal(one, cross_entropy_loss(logits, labels)[0])
+    with pytest.raises(ValueError, match="process_group: expected a group that this process"):
+        anyflash.cross_entropy(logits, labels, process_group=alone[1 - rank])
+
+
+def test_process_group(tmp_path):
+    torch.multiprocessing.spawn(_parallel_worker, (str(tmp_path),), nprocs=2)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_raw_functions(device, smoothing):
+    """As lit_gpt's loss calls them: forward, mask; mask, backward over the logits."""
+    import xentropy_cuda_lib as raw
+
+    logits, labels = problem(device)
+    counts = labels >= 0
+    expected = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+    losses, lse = raw.forward(logits, labels, smoothing)
+    assert losses.dtype == lse.dtype == torch.float32
+    torch.testing.assert_close(losses.masked_fill(~counts, 0), expected)
+    torch.testing.assert_close(lse, logits.logsumexp(1))
+    uniform = smoothing * (lse - logits.mean(1))
+    torch.testing.assert_close(losses[~counts], uniform[~counts], atol=1e-6, rtol=1e-5)
+
+    leaf = logits.clone().requires_grad_()
+    dlosses = torch.randn(6, device=device).masked_fill(~counts, 0)
+    smoothed = F.cross_entropy(leaf, labels, label_smoothing=smoothing, reduction="none")
+    (gradient,) = torch.autograd.grad(smoothed, leaf, dlosses)
+    found = raw.backward(dlosses, logits, lse, labels, smoothing, False)
+    torch.testing.assert_close(found, gradient, atol=1e-6, rtol=1e-5)
+    version = logits._version
+    assert raw.backward(dlosses, logits, lse, labels, smoothing, True) is logits
+    assert torch.equal(logits, found) and logits._version > version
+
+
+def test_raw_functions_of_a_part(device):
+    """total_classes: smoothing over the classes of all parts, as lit_gpt combines them."""
+    import xentropy_cuda_lib as raw
+
+    logits, labels = problem(device, 7, 30)
+    labels = labels.clamp(0)
+    smoothing, lse = 0.1, logits.logsumexp(1)
+    total = 0
+    for begin in (0, 10, 20):
+        part, local = logits[:, begin : begin + 10].contiguous(), labels - begin
+        losses, lse_part = raw.forward(part, local, smoothing, 30)
+        inside = (local >= 0) & (local < 10)
+        # Takes out this part's lse, in which the raw loss is measured.
+        total = total + losses - torch.where(inside, 1.0, smoothing) * lse_part
+        gradient = raw.backward(torch.ones_like(lse), part, lse, local, smoothing, False, 30)
+        leaf = logits.clone().requires_grad_()
+        F.cross_entropy(leaf, labels, label_smoothing=smoothing, reduction="sum").backward()
+        torch.testing.assert_close(gradient, leaf.grad[:, begin : begin + 10], atol=1e-6, rtol=1e-5)
+    expected = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+    torch.testing.assert_close(total + lse, expected)
+    with pytest.raises(RuntimeError, match=r"logits: expected \(rows, vocab\)"):
+        raw.forward(logits[:0], labels[:0], smoothing)
+
+
+MEMORY = """
+import torch, anyflash
+torch.set_num_threads(1)
+def read(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+def above(step, rows=1024):
+    logits = torch.randn(rows, 32000, dtype=torch.float32).requires_grad_()
+    labels = torch.randint(32000, (rows,))
+    inner = logits.view_as(logits)
+    open("/proc/self/clear_refs", "w").write("5")  # forgets the peak
+    before = read("VmRSS")
+    step(inner, labels)
+    return read("VmHWM") - before
+def loss(inplace):
+    def step(x, y):
+        losses = anyflash.cross_entropy(x, y, inplace_backward=inplace)[0]
+        torch.autograd.grad(losses.sum(), x)
+    return step
+for step in (loss(True), loss(False)):
+    above(step, 8)
+    print(above(step))
+"""
+
+
+def test_memory(device):
+    """125 MiB of logits: the backward in place needs next to nothing, the other its result."""
+    if device != "cpu" or not os.path.exists("/proc/self/clear_refs"):
+        pytest.skip("reads the peak of Linux processes")
+    inplace, new = map(
+        float, run_python(MEMORY, ANYFLASH_PROVIDER=anyflash._loader.provider).split()
+    )
+    spare = 20 if anyflash._loader.has_kernels() else 250  # MATH widens a few rows at a time
+    assert inplace < spare, f"{inplace:.0f} MiB"
+    assert 100 < new < 125 + spare, f"{new:.0f} MiB"
+
+
+# ---- Modes of torch.
+
+
+@pytest.fixture
+def fresh_compiler(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compiled_module(device, dtype, inplace, fresh_compiler):
+    """One full graph with kernel and without, for any number of rows; labels are still checked."""
+    module = CrossEntropyLoss(label_smoothing=0.1, inplace_backward=inplace)
+
+    def loss(x, weight, labels):
+        return module(x @ weight, labels)
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    weight = torch.randn(4, 50, device=device, dtype=dtype, requires_grad=True)
+    for rows in (6, 9):
+        _, labels = problem(device, rows)
+        x = torch.randn(rows, 4, device=device, dtype=dtype, requires_grad=True)
+        expected = torch.autograd.grad(loss(x, weight, labels), (x, weight))
+        found = torch.autograd.grad(compiled(x, weight, labels), (x, weight))
+        for a, b in zip(found, expected):
+            torch.testing.assert_close(a, b)
+    labels[0] = 50
+    if dtype == torch.float32 and device == "cpu" and anyflash._loader.has_kernels():
+        with pytest.raises(RuntimeError, match="labels: expected 0 <= label < 50 .* in row 0"):
+            compiled(x, weight, labels)
+    else:
+        assert compiled(x, weight, labels).isnan()
+
+
+def test_inductor(device, fresh_compiler):
+    def loss(x, labels):
+        return CrossEntropyLoss(lse_square_scale=1e-2)(x * 1.5, labels)
+
+    logits, labels = problem(device)
+    logits.requires_grad_()
+    expected = torch.autograd.grad(loss(logits, labels), logits)[0]
+    found = torch.autograd.grad(torch.compile(loss, fullgraph=True)(logits, labels), logits)[0]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_checkpointing(device, inplace):
+    logits, labels = problem(device)
+    logits.requires_grad_()
+    expected = torch.autograd.grad(anyflash.cross_entropy(logits, labels)[0].sum(), logits)[0]
+
+    def head(x):
+        return cross_entropy_loss(x * 1.0, labels, inplace_backward=inplace)[0].sum()
+
+    for reentrant in (False, True):
+        logits.grad = None
+        torch.utils.checkpoint.checkpoint(head, logits, use_reentrant=reentrant).backward()
+        torch.testing.assert_close(logits.grad, expected)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_functorch(device, inplace):
+    logits, labels = problem(device)
+
+    def loss(x, y):
+        return anyflash.cross_entropy(x, y, label_smoothing=0.1, inplace_backward=inplace)[0].sum()
+
+    before = logits.clone()
+    expected = torch.autograd.grad(loss(logits.requires_grad_() * 1, labels), logits)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(before, labels), expected)
+    each = torch.func.vmap(torch.func.grad(lambda x, y: loss(x[None], y[None])))(before, labels)
+    torch.testing.assert_close(each, expected)
+    assert torch.equal(before, logits)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jvp(lambda x: loss(x, labels), (before,), (before,))
+
+
+def test_operator_has_the_derivative(device):
+    logits, labels = problem(device)
+    logits.requires_grad_()
+    options = (0.1, 1.0, 1e-2, -100, 0, 50)
+    losses, z_losses, lse = torch.ops.anyflash.cross_entropy_forward(logits, labels, None, *options)
+    expected, _ = anyflash.cross_entropy(logits, labels, label_smoothing=0.1, lse_square_scale=1e-2)
+    assert torch.equal(losses, expected) and not lse.requires_grad and not z_losses.requires_grad
+    (found,) = torch.autograd.grad(losses.sum(), logits)
+    assert torch.equal(found, torch.autograd.grad(expected.sum(), logits)[0])
+
+
+def test_autocast_and_inference_mode(device):
+    logits, labels = problem(device)
+    expected = anyflash.cross_entropy(logits, labels)[0]
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert torch.equal(anyflash.cross_entropy(logits, labels)[0], expected)
+    with torch.inference_mode():
+        assert torch.equal(anyflash.cross_entropy(logits, labels)[0], expected)
+
+
+def test_meta_tensors():
+    logits = torch.empty(6, 50, device="meta", requires_grad=True)
+    labels = torch.empty(6, dtype=torch.int64, device="meta")
+    losses, _ = anyflash.cross_entropy(logits, labels)
+    assert losses.shape == (6,) and losses.device.type == "meta"
+    assert torch.autograd.grad(losses.sum(), logits)[0].shape == (6, 50)
