@@ -57,6 +57,8 @@ def _draw_mask(
     """True where an element is kept."""
     if x is None or dropout_p == 0.0:
         return None
+    if generator is None:  # not passed on: torch.compile takes none
+        return torch.rand(x.shape, device=x.device) >= dropout_p
     return torch.rand(x.shape, generator=generator, device=x.device) >= dropout_p
 
 
