@@ -17,7 +17,7 @@ from flash_attn.ops.triton.layer_norm import layer_norm_fn, layer_norm_linear_fn
 pytestmark = pytest.mark.providers
 
 COLS = 24
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 
 
 def randn(*shape, dtype=FP32, grad=False):
@@ -390,15 +390,15 @@ def test_mistakes_with_rows(change, text):
 
 @pytest.mark.parametrize("rms", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("dtype, sum_dtype", [(FP32, FP32), (BF16, FP32)])
+@pytest.mark.parametrize("dtype, sum_dtype", [(FP32, FP32), (BF16, FP32), (FP64, FP64)])
 @pytest.mark.parametrize("subset, colscale, rowscale", [
     (False, False, False), (False, True, True), (True, True, False), (True, False, False),
 ])  # fmt: skip
 def test_raw_functions(rms, p, dtype, sum_dtype, subset, colscale, rowscale):
-    rows = 6 if subset else 5
-    x0, gamma, beta = randn(5, COLS, dtype=dtype), randn(COLS), randn(COLS)
+    rows, wide = 6 if subset else 5, FP64 if dtype == FP64 else FP32
+    x0, gamma, beta = randn(5, COLS, dtype=dtype), *(randn(COLS, dtype=wide) for _ in "gb")
     residual = randn(rows, COLS, dtype=sum_dtype)
-    columns = randn(COLS) if colscale else None
+    columns = randn(COLS, dtype=wide) if colscale else None
     scales = torch.rand(5, dtype=dtype) if rowscale else None
     subsets = (SUBSET["x0_subset"], SUBSET["out_subset"]) if subset else (None, None)
     z_rows = 4 if subset else 0
@@ -408,7 +408,7 @@ def test_raw_functions(rms, p, dtype, sum_dtype, subset, colscale, rowscale):
         False, rms,
     )  # fmt: skip
     assert z.dtype == dtype and x.dtype == sum_dtype and x.shape == (rows, COLS)
-    assert mu.shape == rsigma.shape == (rows,) and mu.dtype == FP32
+    assert mu.shape == rsigma.shape == (rows,) and mu.dtype == wide
     assert (dmask is None) == (p == 0.0)
     dz, dx = torch.randn_like(z), torch.randn_like(x)
     found = dropout_layer_norm.dropout_add_ln_bwd(
@@ -417,9 +417,9 @@ def test_raw_functions(rms, p, dtype, sum_dtype, subset, colscale, rowscale):
     )  # fmt: skip
     assert len(found) == 6 + 2 * colscale
 
-    leaves = [t.detach().float().requires_grad_() for t in (x0, residual, gamma, beta)]
+    leaves = [t.detach().to(wide).requires_grad_() for t in (x0, residual, gamma, beta)]
     leaves += [columns.clone().requires_grad_()] if colscale else []
-    mask = torch.ones(5, COLS) if dmask is None else dmask.float()
+    mask = torch.ones(5, COLS, dtype=wide) if dmask is None else dmask.to(wide)
     total = leaves[0] * mask / (1 - p) * constant
     total = total * scales[:, None] if rowscale else total
     total = total * leaves[4] if colscale else total
@@ -429,13 +429,13 @@ def test_raw_functions(rms, p, dtype, sum_dtype, subset, colscale, rowscale):
     y = F.rms_norm(total, (COLS,), None, 1e-5) if rms else F.layer_norm(total, (COLS,))
     y = y * leaves[2] + leaves[3]
     if subset:
-        y = torch.zeros(5, COLS).index_copy(0, SUBSET["out_subset"].long(), y)[1:]
-    wanted = torch.autograd.grad((y * dz.float()).sum() + (total * dx.float()).sum(), leaves)
-    tolerance = {"rtol": 1e-3, "atol": 1e-4} if dtype == FP32 else {"rtol": 0.03, "atol": 0.03}
-    near(z.float(), y, **tolerance)
-    near(x.float(), total, **tolerance)
+        y = torch.zeros(5, COLS, dtype=wide).index_copy(0, SUBSET["out_subset"].long(), y)[1:]
+    wanted = torch.autograd.grad((y * dz.to(wide)).sum() + (total * dx.to(wide)).sum(), leaves)
+    tolerance = {"rtol": 1e-3, "atol": 1e-4} if dtype != BF16 else {"rtol": 0.03, "atol": 0.03}
+    near(z.to(wide), y, **tolerance)
+    near(x.to(wide), total, **tolerance)
     for gradient, expected, part in zip(found[:4], wanted, (None, None, *found[4:6])):
-        near(gradient.float(), expected, **tolerance)
+        near(gradient.to(wide), expected, **tolerance)
         assert part is None or torch.allclose(part.sum(0), gradient)
     assert found[0].dtype == dtype and found[1].dtype == sum_dtype
     if colscale:
