@@ -236,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_forward(
 
   const Tensor y = empty_output(x.sizes(), x, y_dtype),
                y1 = like_if(weight1.has_value(), x, y_dtype);
-  const Tensor residual_out = like_if(stored, x, z_dtype);
+  const Tensor residual_out = like_if(stored, x, stored ? z_dtype : x.scalar_type());
   const Sizes leading = x.sizes().slice(0, x.dim() - 1);
   const Tensor rstd = empty(leading, x, ScalarType::Float);
   const Tensor mean =

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +57,8 @@ def _draw_mask(
     """True where an element is kept."""
     if x is None or dropout_p == 0.0:
         return None
+    if generator is None:  # not passed on: torch.compile takes none
+        return torch.rand(x.shape, device=x.device) >= dropout_p
     return torch.rand(x.shape, generator=generator, device=x.device) >= dropout_p
 
 
@@ -143,6 +145,14 @@ def dropout_add_norm(
         None if is_rms_norm else mean.detach(),
         rstd.detach(),
     )
+
+
+def norm_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """The operator norm_backward (csrc/schemas.def) where a kernel takes tensors like dy, else the
+    same in PyTorch operations."""
+    if runs_on_kernel("norm", dy):
+        return torch.ops.anyflash.norm_backward.default(dy, *args)
+    return MATH["norm_backward"](dy, *args)
 
 
 def _norm(

@@ -17,8 +17,12 @@ TEXT = (REPOSITORY / "csrc/schemas.def").read_text()
 GROUPS = {
     schema.partition("(")[0]: (schema.replace('\\"', '"'), group)
     for group, schema in re.findall(r'^OPERATOR\((\w+), "(.*)"\)$', TEXT, re.M)
+    for group, schema in re.findall(
+        r'^OPERATOR\((leaf|public|differentiable), "(.*)"\)$', TEXT, re.M
+    )
 }
 NAMES = list(GROUPS)
+DIFFERENTIABLE = [name for name, (_, group) in GROUPS.items() if group == "differentiable"]
 LEAVES = [name for name, (_, group) in GROUPS.items() if group == "leaf"]
 PUBLIC = [name for name, (_, group) in GROUPS.items() if group == "public"]
 # Work horses that autograd records: their gradients are tested in the files of their families.
@@ -171,6 +175,51 @@ def _cross_entropy_samples(name, device):
         columns = wide.half().T.contiguous().T
         samples["columns"] = sample(columns, 0.0, 1.0, 0.0, -100, 0, 40)
     return samples
+def _norm_forward_samples(device):
+    def sample(x, weight, *, residual=None, x1=None, bias=None, weight1=None, bias1=None,
+               rowscale=None, masks=(None, None), p=0.0, rms=False, zero=False, out=4,
+               sums=4):  # fmt: skip
+        return (x, residual, x1, weight, bias, weight1, bias1, rowscale, *masks, p, 1e-5, rms, zero,
+                out, sums)  # fmt: skip
+
+    torch.manual_seed(3)
+    x, r, x1 = (torch.randn(3, 4, 24, device=device) for _ in "xr1")
+    w, b, w1 = (torch.randn(24, device=device) for _ in "wb1")
+    masks = [torch.rand(3, 4, 24, device=device) > 0.5 for _ in "01"]
+    return {
+        "plain": sample(x, w, sums=0),
+        "stored": sample(x, w, bias=b, sums=4),
+        "parallel": sample(
+            x, w, residual=r, x1=x1, bias=b, weight1=w1, bias1=b, masks=masks, p=0.5, zero=True
+        ),
+        "scaled": sample(
+            x.transpose(0, 1), w, residual=r.transpose(0, 1), rowscale=torch.rand(4, 3), rms=True
+        ),
+        "mixed": sample(x.bfloat16(), w, residual=r, bias=b.half(), out=2),
+        "sum_unwanted": sample(x.bfloat16(), w, residual=r, sums=0),
+    }
+
+
+def _norm_backward_samples(device):
+    def sample(z, weight, *, dy1=None, dz=None, bias=None, weight1=None, bias1=None, rowscale=None,
+               masks=(None, None), x=None, p=0.0, rms=False, residual=True, dtype=4):  # fmt: skip
+        mean = z.new_empty(0) if rms else z.float().mean(-1)
+        rstd = (z.float().var(-1) + 1e-5).rsqrt()
+        return (dy, dy1, dz, z, mean, rstd, weight, bias, weight1, bias1, rowscale, *masks, x, p,
+                rms, False, residual, masks[1] is not None, dtype)  # fmt: skip
+
+    torch.manual_seed(3)
+    dy, dy1, z, x = (torch.randn(3, 4, 24, device=device) for _ in "01zx")
+    w, b, w1 = (torch.randn(24, device=device) for _ in "wb1")
+    masks = [torch.rand(3, 4, 24, device=device) > 0.5 for _ in "01"]
+    return {
+        "plain": sample(z, w, residual=False),
+        "parallel": sample(
+            z, w, dy1=dy1, dz=x, bias=b, weight1=w1, bias1=b.half(), masks=masks, p=0.5
+        ),
+        "scaled": sample(z, w, dz=dy1, rowscale=torch.rand(3, 4), x=x, rms=True),
+        "mixed": sample(z.transpose(0, 1).bfloat16().transpose(0, 1), w.half(), bias=b),
+    }
 
 
 def samples_of(name: str, device: str) -> dict[str, tuple]:
@@ -213,6 +262,8 @@ def samples_of(name: str, device: str) -> dict[str, tuple]:
         "cross_entropy_backward_": lambda: _cross_entropy_samples(name, device),
         "rotary": lambda: _rotary_samples(device),
         "rotary_": lambda: _rotary_samples(device),
+        "norm_forward": lambda: _norm_forward_samples(device),
+        "norm_backward": lambda: _norm_backward_samples(device),
         "flash_attn_func": lambda: {
             "plain": (q, k, v),
             "options": (q, k, v, 0.0, 0.3, True, [4, 2], 2.0, slopes, True),
@@ -258,13 +309,14 @@ def test_schema_is_the_one_of_the_list(name):
 
 
 @pytest.mark.parametrize("name", [*LEAVES, *RECORDED])
+@pytest.mark.parametrize("name", [*LEAVES, *DIFFERENTIABLE])
 def test_opcheck_of_leaf_operators(name, device):
     for what, arguments in samples_of(name, device).items():
         found = torch.library.opcheck(_op(name), arguments, raise_exception=False)
         assert set(found.values()) == {"SUCCESS"}, f"{name} {what}: {found}"
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", [*PUBLIC, *DIFFERENTIABLE])
 def test_opcheck_of_public_operators(name, device):
     for what, arguments in samples_of(name, device).items():
         if name != "flash_attn_with_kvcache":
@@ -283,6 +335,7 @@ def test_opcheck_of_operators_that_are_recorded(name, device):
 
 
 @pytest.mark.parametrize("name", [name for name in (*LEAVES, *RECORDED) if name != "rotary_"])
+@pytest.mark.parametrize("name", [*LEAVES, *DIFFERENTIABLE])
 def test_fakes_have_the_strides_of_the_real_results(name, device):
     from torch._subclasses.fake_tensor import FakeTensorMode
 

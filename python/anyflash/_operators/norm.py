@@ -62,7 +62,7 @@ def _forward(
         x, residual, x1, weight, bias, weight1, bias1, rowscale, dropout_mask, dropout_mask1,
         dropout_p, out_dtype, residual_dtype,
     )  # fmt: skip
-    dtype, nothing = _statistics_dtype(x), x.new_empty(0)
+    dtype = _statistics_dtype(x)
     z = x.to(dtype)
     if rowscale is not None:
         z = z * _column(rowscale, dtype, x.shape[:-1])
@@ -71,7 +71,7 @@ def _forward(
         z = z + _dropped(x1.to(dtype), dropout_mask1, dropout_p)
     if residual is not None:
         z = z + residual.to(dtype)
-    mean = nothing.to(dtype) if is_rms_norm else z.mean(-1)
+    mean = x.new_empty(0, dtype=dtype) if is_rms_norm else z.mean(-1)
     centered = z if is_rms_norm else z - mean.unsqueeze(-1)
     rstd = torch.rsqrt(centered.square().mean(-1) + eps)
     normalised = centered * rstd.unsqueeze(-1)
@@ -83,8 +83,10 @@ def _forward(
 
     return (
         affine(weight, bias),
-        nothing if weight1 is None else affine(weight1, bias1),
-        z.to(_DTYPES[residual_dtype], copy=z is x).contiguous() if residual_dtype else nothing,
+        x.new_empty(0, dtype=_DTYPES[out_dtype]) if weight1 is None else affine(weight1, bias1),
+        z.to(_DTYPES[residual_dtype], copy=z is x).contiguous()
+        if residual_dtype
+        else x.new_empty(0),
         mean,
         rstd,
     )
@@ -116,7 +118,7 @@ def _backward(
         dy, dy1, dresidual_out, z, mean, rstd, weight, bias, weight1, bias1, rowscale,
         dropout_mask, dropout_mask1, x, dropout_p, is_rms_norm, has_x1, x_dtype,
     )  # fmt: skip
-    dtype, nothing, rows = _statistics_dtype(z), z.new_empty(0), z.shape[:-1]
+    dtype, rows = _statistics_dtype(z), z.shape[:-1]
     normalised = z.to(dtype)
     if not is_rms_norm:
         normalised = normalised - mean.unsqueeze(-1)
@@ -132,7 +134,7 @@ def _backward(
             wdy = wdy + dout * _scale(w, dtype, zero_centered_weight)
         for parameter, factor in ((w, normalised), (b, None)):
             if parameter is None:
-                parameters.append(nothing)
+                parameters.append(z.new_empty(0))
             elif dout is None:
                 parameters.append(torch.zeros_like(parameter))
             else:
@@ -146,19 +148,19 @@ def _backward(
         dz = dz + dresidual_out.to(dtype)
 
     dx = dscaled = _dropped(dz, dropout_mask, dropout_p)
-    drowscale = nothing
+    drowscale = z.new_empty(0)
     if rowscale is not None:
         dx = dscaled * _column(rowscale, dtype, rows)
         if x is not None:
             drowscale = (dscaled * x.to(dtype)).sum(-1).reshape(rowscale.shape).to(rowscale.dtype)
     to, masked = _DTYPES[x_dtype], dropout_mask is not None
+    dx1 = _dropped(dz, dropout_mask1, dropout_p) if has_x1 and masked else z.new_empty(0)
     own_dresidual = has_own_dresidual(has_residual, masked, rowscale is not None, to == z.dtype)
+    dresidual = dz if own_dresidual else z.new_empty(0)
     return (
         dx.to(to).contiguous(),
-        _dropped(dz, dropout_mask1, dropout_p).to(to).contiguous()
-        if has_x1 and masked
-        else nothing,
-        dz.to(z.dtype).contiguous() if own_dresidual else nothing,
+        dx1.to(to).contiguous(),
+        dresidual.to(z.dtype).contiguous(),
         *parameters,
         drowscale,
     )
@@ -178,13 +180,13 @@ def _forward_fake(
     *_, is_rms_norm, _, out_dtype, residual_dtype = rest
     dtype, rows = _statistics_dtype(x), x.shape[:-1]
 
-    def like_x(code: int) -> Tensor:
-        return x.new_empty(x.shape, dtype=_DTYPES[code])
+    def like_x(code: int, wanted: bool) -> Tensor:
+        return x.new_empty(x.shape if wanted else 0, dtype=_DTYPES.get(code))
 
     return (
-        like_x(out_dtype),
-        x.new_empty(0) if weight1 is None else like_x(out_dtype),
-        like_x(residual_dtype) if residual_dtype else x.new_empty(0),
+        like_x(out_dtype, True),
+        like_x(out_dtype, weight1 is not None),
+        like_x(residual_dtype, residual_dtype != 0),
         x.new_empty(0 if is_rms_norm else rows, dtype=dtype),
         x.new_empty(rows, dtype=dtype),
     )

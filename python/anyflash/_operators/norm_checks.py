@@ -180,7 +180,7 @@ def check_backward(
     _check_shared(
         z, weight, bias, weight1, bias1, rowscale, dropout_mask, dropout_mask1, dropout_p, has_x1
     )
-    for name, tensor in (("dy", dy), ("dy1", dy1), ("dresidual_out", dresidual_out), ("x", x)):
+    for name, tensor in (("dy", dy), ("dy1", dy1), ("dresidual_out", dresidual_out)):
         _check_like(name, tensor, z)
     _check_same_dtype("dy1", dy1, dy.dtype, "dy")
     _check_same_dtype("dresidual_out", dresidual_out, z.dtype, "z")
@@ -191,4 +191,8 @@ def check_backward(
         _check_per_row(name, tensor, z)
         _check_same_dtype(name, tensor, statistics, "the statistics")
     _check_code("x_dtype", x_dtype)
-    _check_dtype("x_dtype", _FLOATING[_CODES.index(x_dtype)], z)
+    dtype = _FLOATING[_CODES.index(x_dtype)]
+    _check_dtype("x_dtype", dtype, z)
+    if rowscale is not None:
+        _check_like("x", x, z)
+        _check_same_dtype("x", x, dtype, "dx")

@@ -14,6 +14,7 @@ from flash_attn.ops import _subset_norm
 from torch import Tensor
 
 from anyflash._operators.norm import DTYPE_CODES
+from anyflash.norm import Normed, norm_backward
 
 
 def _bytes(mask: Optional[Tensor]) -> Optional[Tensor]:
@@ -25,7 +26,7 @@ def _check_matrix(name: str, x: Tensor) -> None:
         raise RuntimeError(f"{name}: expected (rows, columns), got {tuple(x.shape)}")
 
 
-def _statistics(normed: _subset_norm.Normed) -> tuple[Tensor, Tensor]:
+def _statistics(normed: Normed) -> tuple[Tensor, Tensor]:
     """mu and rsigma; RMS norm subtracts no mean, so that its mu is 0."""
     return torch.zeros_like(normed.rstd) if normed.mean is None else normed.mean, normed.rstd
 
@@ -143,7 +144,7 @@ def dropout_add_ln_bwd(
     is_rms_norm: bool = False,
 ) -> list[Optional[Tensor]]:
     """[dx0, dresidual, dgamma, dbeta, dgamma_part, dbeta_part], and with colscale [dcolscale,
-    dcolscale_part]; a part is (parts, columns) fp32 and adds up to the whole.
+    dcolscale_part]; a part is (parts, columns) fp32 (fp64 for fp64) and adds up to the whole.
 
     dx_ is the gradient of the sum, None where the forward's caller did not use it. dx0 has dz's
     dtype; with colscale x0 is needed.
@@ -157,9 +158,9 @@ def dropout_add_ln_bwd(
         if mask is not None:
             mask = _subset_norm.take_rows(mask, x0_subset_)
         if rowscale_const != 1.0:
-            rowscale_ = torch.full(x.shape[:1], rowscale_const, device=x.device)
+            rowscale_ = _subset_norm.factor_of_rows(x, rowscale_const)
     wide = torch.promote_types(dz.dtype, torch.float32)
-    dx0, _, dresidual, dgamma, dbeta, *_ = torch.ops.anyflash.norm_backward(
+    dx0, _, dresidual, dgamma, dbeta, *_ = norm_backward(
         dz, None, dx_, x, mu, rsigma, gamma, gamma, None, None, rowscale_, mask, None, None,
         dropout_p, is_rms_norm, False, has_residual, False,
         DTYPE_CODES[dz.dtype if colscale_ is None else wide],
@@ -176,7 +177,7 @@ def dropout_add_ln_bwd(
         dx0 = _subset_norm.scaled_columns(dx0, colscale_).to(dz.dtype)
     if x0_subset_ is not None:
         dx0 = _subset_norm.put_rows(dx0, x0_subset_, x0_numrows)
-    parts = [gradient.float().unsqueeze(0) for gradient in (dgamma, dbeta)]
+    parts = [gradient.to(wide).unsqueeze(0) for gradient in (dgamma, dbeta)]
     return [dx0, dresidual if has_residual else None, dgamma, dbeta, *parts, *columns]
 
 
@@ -202,7 +203,7 @@ def dropout_add_ln_parallel_residual_bwd(
     _check_matrix("x", x)
     mask = _kept(dmask0_, dropout_p, "dmask0")
     mask1 = _kept(dmask1_, dropout_p, "dmask1") if has_x1 else None
-    dx0, dx1, dresidual, *gradients, _ = torch.ops.anyflash.norm_backward(
+    dx0, dx1, dresidual, *gradients, _ = norm_backward(
         dz0, dz1_, dx_, x, mu, rsigma, gamma0, gamma0, gamma1_, gamma1_, None, mask, mask1, None,
         dropout_p, is_rms_norm, False, has_residual, has_x1, DTYPE_CODES[dz0.dtype],
     )  # fmt: skip
@@ -211,6 +212,7 @@ def dropout_add_ln_parallel_residual_bwd(
     if has_x1 and dx1.numel() == 0:
         dx1 = dx0
     weights = [*gradients[:2], *(gradients[2:] if gamma1_ is not None else (None, None))]
-    parts = [None if g is None else g.float().unsqueeze(0) for g in weights]
+    wide = torch.promote_types(dz0.dtype, torch.float32)
+    parts = [None if g is None else g.to(wide).unsqueeze(0) for g in weights]
     inputs = [dx0, dx1 if has_x1 else None, dresidual if has_residual else None]
     return [*inputs, *weights, *parts]

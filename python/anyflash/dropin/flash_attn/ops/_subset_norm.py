@@ -39,6 +39,12 @@ def put_rows(x: Tensor, subset: Tensor, rows: int) -> Tensor:
     return whole.index_copy(0, subset.reshape(-1).long(), x)[1:]
 
 
+def factor_of_rows(x: Tensor, factor: float) -> Tensor:
+    """The factor for each row of x, unrounded."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.full(x.shape[:-1], factor, dtype=dtype, device=x.device)
+
+
 def check_subsets(
     x0: Tensor, x0_numrows: int, x0_subset: Tensor | None, out_subset: Tensor | None, out_rows: int
 ) -> None:
@@ -115,7 +121,7 @@ def normalise(
     if x0_subset is not None:
         x = take_rows(x, x0_subset)
         if rowscale_const != 1.0:
-            rowscale = torch.full(x.shape[:-1], rowscale_const, device=x.device)
+            rowscale = factor_of_rows(x, rowscale_const)
     normed = dropout_add_norm(
         x,
         weight,
