@@ -14,7 +14,7 @@ import platform
 import sys
 import traceback
 
-TOPICS = ("attention", "overhead", "startup", "install")
+TOPICS = ("attention", "mlp", "overhead", "startup", "install")
 CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = CHECKOUT / "docs/benchmarks.md"
 BEGIN, END = "<!-- table: python -m benchmarks.run --docs -->", "<!-- end of table -->"
