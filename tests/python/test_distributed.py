@@ -80,6 +80,7 @@ def _cases():
             yield f"gated {name} {sp}", _gated(sp, name)
         yield f"plain {sp}", _plain(sp, HIDDEN)
         yield f"uneven {sp}", _plain(sp, 7)
+        yield f"nothing for the second {sp}", _plain(sp, 1)
 
 
 CASES = dict(_cases())
