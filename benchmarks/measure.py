@@ -42,6 +42,12 @@ class Row:
         return cls(name, ours, reference, ratio, f">= {at_least:.0%}", ratio >= at_least)
 
     @classmethod
+    def part(cls, name: str, ours: float, reference: float, at_most: float) -> Row:
+        """A row of costs whose goal is a share of the reference: ours may be at most that."""
+        goal = f"<= {at_most:.0%} of it"
+        return cls(name, ours, reference, reference / ours, goal, ours <= at_most * reference)
+
+    @classmethod
     def excess(cls, name: str, ours: float, reference: float, at_most: float, unit: str) -> Row:
         """A row whose goal is a difference: ours - reference in the unit of the figures."""
         goal = f"<= {at_most:g} {unit} more"
@@ -83,6 +89,25 @@ def interleaved(
             times[index].append((time.perf_counter() - began) / number)
         rounds += 1
     return [statistics.median(row) for row in times]
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """The most bytes of CPU tensors that a call holds at once, beside those that are there before.
+
+    Counted from the profiler's log of allocations, so that a busy machine doesn't show.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    function()  # what is made once is there before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        function()
+    events = run.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = [event for event in events if event.name() == "[memory]"]
+    now = highest = 0
+    for change in sorted(changes, key=lambda event: event.start_ns()):
+        now += change.nbytes()
+        highest = max(highest, now)
+    return highest
 
 
 def table(rows: list[Row]) -> str:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from flash_attn.modules import mlp as mlps
 from flash_attn.ops import fused_dense
 from flash_attn.utils import distributed
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 SIZE = 2
@@ -78,6 +80,7 @@ def _cases():
             yield f"gated {name} {sp}", _gated(sp, name)
         yield f"plain {sp}", _plain(sp, HIDDEN)
         yield f"uneven {sp}", _plain(sp, 7)
+        yield f"nothing for the second {sp}", _plain(sp, 1)
 
 
 CASES = dict(_cases())
@@ -429,6 +432,15 @@ def test_shares():
     assert [share(rank, multiple_of=5) for rank in range(3)] == [5, 5, 0]
     with pytest.raises(ValueError, match="dim: expected a multiple of 4, got 10"):
         share(0, multiple_of=4)
+
+
+@given(st.integers(0, 200), st.integers(1, 9), st.integers(1, 16))
+def test_shares_make_the_whole(units, size, multiple_of):
+    share = functools.partial(distributed.get_dim_for_local_rank, units * multiple_of, size)
+    shares = [share(rank, multiple_of) for rank in range(size)]
+    assert sum(shares) == units * multiple_of
+    assert all(part % multiple_of == 0 for part in shares)
+    assert shares == sorted(shares, reverse=True) and shares[0] - shares[-1] <= multiple_of
 
 
 def test_without_torch_distributed_set_up():

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from benchmarks.measure import peak_bytes
 from flash_attn.ops import fused_dense
 from flash_attn.ops.triton.linear import triton_dgrad_act, triton_linear_act
 from flash_attn.ops.triton.mlp import FusedDenseSqreluDense, fused_dense_sqrelu_dense_function
-from support import run_python
 
 from anyflash.testing import DTYPES, assert_close
 
@@ -313,36 +313,19 @@ def test_recomputation_keeps_nothing_of_the_hidden_width(device):
         assert ((50, 100) in saved) == kept
 
 
-ALLOCATED = """
-import torch, torch.nn as nn
-from torch.profiler import ProfilerActivity, profile
-from flash_attn.modules.mlp import FusedMLP
-
-def peak(model):
-    x = torch.randn(512, 192).bfloat16().requires_grad_()
-    leaves = [x, *model.parameters()]
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
-        torch.autograd.grad(model(x).sum(), leaves)
-    now = highest = 0
-    events = [e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        highest = max(highest, now)
-    return highest
-
-layers = [nn.Linear(192, 768), nn.GELU(approximate="tanh"), nn.Linear(768, 192)]
-plain = nn.Sequential(*layers).bfloat16()
-fused = FusedMLP(192, 768, checkpoint_lvl=2).bfloat16()
-peak(plain), peak(fused)
-print("share", peak(fused) / peak(plain))
-"""
-
-
 def test_recomputation_takes_little_memory(device, provider):
+    """The goal of benchmarks/bench_mlp.py, at a sixteenth of the size."""
     if device != "cpu" or provider != "binary":
         pytest.skip("about the CPU's memory; the Python operators compute half precision in fp32")
-    output = run_python(ALLOCATED)
-    assert float(output.split("share")[1]) < 0.6, output
+    layers = [nn.Linear(192, 768), nn.GELU(approximate="tanh"), nn.Linear(768, 192)]
+    plain = nn.Sequential(*layers).bfloat16()
+    fused = mlps.FusedMLP(192, 768, checkpoint_lvl=2).bfloat16()
+    x = torch.randn(512, 192).bfloat16().requires_grad_()
+
+    def peak(model):
+        return peak_bytes(lambda: torch.autograd.grad(model(x).sum(), [x, *model.parameters()]))
+
+    assert peak(fused) < 0.6 * peak(plain)
 
 
 def test_modules_compile(device, tmp_path, monkeypatch):

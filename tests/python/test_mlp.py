@@ -9,6 +9,8 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import anyflash
@@ -187,31 +189,35 @@ def test_fused_mlp_recompute_equals_saved(device):
     torch.testing.assert_close(runs[0], runs[1])
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_slices_of_the_recomputation_are_the_whole(activation, device):
-    """The backward recomputes the hidden features in slices, here of 150, 150, 150 and 148."""
-    torch.manual_seed(3)
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from(sorted(ACTIVATIONS)),
+    st.integers(0, 21),
+    st.tuples(st.integers(0, 4), st.integers(1, 5), st.integers(1, 3)),
+    st.booleans(),
+)
+def test_slices_of_the_recomputation_are_the_whole(device, activation, hidden, sizes, biases):
+    """The backward recomputes the hidden features slice by slice, however many there are."""
+    rows, features, outputs = sizes
     make = {"device": device, "dtype": torch.float64}
-    hidden = 598
-    rows = 2 * hidden if activation == "silu_gate" else hidden
-    for bias in (True, False):
-        tensors = {
-            "x": torch.randn(7, 16, **make),
-            "weight1": torch.randn(rows, 16, **make),
-            "bias1": torch.randn(rows, **make) if bias else None,
-            "weight2": torch.randn(9, hidden, **make).t().contiguous().t(),
-            "bias2": torch.randn(9, **make) if bias else None,
-        }
-        dout = torch.randn(7, 9, **make)
-        saved, recomputed = (
-            _differentiate(
-                lambda r=r, **t: anyflash.fused_mlp(**t, activation=activation, recompute=r),
-                tensors,
-                dout,
-            )
-            for r in (False, True)
+    width = 2 * hidden if activation == "silu_gate" else hidden
+    tensors = {
+        "x": torch.randn(rows, features, **make),
+        "weight1": torch.randn(width, features, **make),
+        "bias1": torch.randn(width, **make) if biases else None,
+        "weight2": torch.randn(hidden, outputs, **make).t(),
+        "bias2": torch.randn(outputs, **make) if biases else None,
+    }
+    dout = torch.randn(rows, outputs, **make)
+    saved, recomputed = (
+        _differentiate(
+            lambda r=r, **t: anyflash.fused_mlp(**t, activation=activation, recompute=r),
+            tensors,
+            dout,
         )
-        torch.testing.assert_close(recomputed, saved)
+        for r in (False, True)
+    )
+    torch.testing.assert_close(recomputed, saved)
 
 
 def test_fused_mlp_takes_any_leading_dimensions(device):

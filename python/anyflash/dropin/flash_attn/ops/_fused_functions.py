@@ -124,9 +124,10 @@ class FusedDenseFunc(torch.autograd.Function):
             total_x = _gathered(ctx, x)
         if needs_x:
             dx = _reduced(ctx, grad_output @ weight)
-        rows = grad_output.reshape(-1, weight.shape[0])
+        count = grad_output.shape[:-1].numel()  # not left to -1: there may be no features
+        rows = grad_output.reshape(count, weight.shape[0])
         if total_x is not None:
-            dweight = rows.t() @ _wait(total_x).reshape(-1, weight.shape[1])
+            dweight = rows.t() @ _wait(total_x).reshape(count, weight.shape[1])
         if needs_bias:
             dbias = rows.sum(0)
         if dx is not None:

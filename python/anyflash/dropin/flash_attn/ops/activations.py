@@ -20,7 +20,7 @@ def gelu_fwd(x: Tensor) -> Tensor:
 
 def gelu_bwd(g: Tensor, x: Tensor) -> Tensor:
     """The gradient of gelu_fwd's input x for the gradient g of its result, in x's dtype."""
-    common = torch.result_type(g, x)
+    common = torch.promote_types(g.dtype, x.dtype)
     return torch.ops.aten.gelu_backward(g.to(common), x.to(common), approximate="tanh").to(x.dtype)
 
 
