@@ -374,6 +374,17 @@ def test_another_rotary_embedding_in_its_place():
         assert not torch.allclose(module(x), whole)
 
 
+@pytest.mark.parametrize("heads_k", [4, 2])
+def test_compiled_into_one_graph(heads_k, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    options = {"use_flash_attn": True, "rotary_emb_dim": 16, "num_heads_kv": heads_k}
+    module = _make(dim=64, causal=True, **options)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, TOKENS, 64, dtype=torch.float64, requires_grad=True)
+    _assert_same(module, x, compiled(x), module(x))
+
+
 IMPOSSIBLE = [
     ({"num_heads_kv": 3}, "num_heads must be divisible by num_heads_kv, got 4 and 3"),
     ({"heads": 5}, "embed_dim must be divisible by num_heads, got 48 and 5"),
