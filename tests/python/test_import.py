@@ -107,12 +107,13 @@ print([n for n in heavy if n in sys.modules and n not in before], seconds)
 
 
 def test_missing_submodules_are_missing_modules(site):
+    """FlashAttention-4's among them, where it is not installed."""
     code = """
-for name in ("layers.rotary", "ops.triton.rotary", "modules.mha", "cute"):
+for name, missing in (("cute", "cute"), ("cute.interface", "cute"), ("layers.mine", "layers.mine")):
     try:
         __import__("flash_attn." + name)
     except ModuleNotFoundError as error:
-        assert "flash_attn" in str(error)
+        assert error.name == "flash_attn." + missing and error.name in str(error)
     else:
         print(name)
 """
@@ -125,10 +126,8 @@ def test_a_broken_upstream_loses(site, tmp_path, first):
     order = (upstream, site) if first == "upstream" else (site, upstream)
     found = json.loads(_run(_startup(*order) + PROBE).stdout)
     assert found["file"].startswith(str(site)) and found["metadata"] == ["2.8.3", "2.8.3"]
-    found = _run(_startup(*order) + "import flash_attn.layers as layers; print(layers.__file__)")
-    assert found.stdout.startswith(str(site))
-    (said,) = found.stderr.splitlines()
-    assert said.startswith(f"anyflash: flash_attn-2.7.4, in {upstream}, is not used")
+    found = _run(_startup(*order) + "import flash_attn.layers", check=False)
+    assert "ModuleNotFoundError" in found.stderr
 
 
 @pytest.mark.parametrize("mode", ["0", "off", "append", "1"])

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from flash_attn.modules import mha
+from flash_attn.modules import _inner_attention, mha
 from flash_attn.utils.generation import InferenceParams
 from torch import nn
 
@@ -355,6 +355,73 @@ def test_flash_modules_in_every_dtype(dtype):
     torch.testing.assert_close(cross(qkv[:, :3, 0], qkv[:, :, 1:]), expected, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("flash", [False, True])
+def test_options_and_arguments_of_the_inner_attention(flash):
+    """softmax_scale, and causal in place of the module's."""
+    options = {"use_flash_attn": flash, "dim": 64, "layer_idx": 0}
+    module = _make(softmax_scale=0.5, causal=True, **options)
+    plain = _make(causal=False, **options)
+    x = torch.randn(2, TOKENS, 64, dtype=torch.float64)
+    # The plain scale is 16 ** -0.5: twice the queries have the scores of 0.5.
+    plain.load_state_dict(module.state_dict())
+    plain.Wqkv.weight.data[:64] *= 2
+    plain.Wqkv.bias.data[:64] *= 2
+    torch.testing.assert_close(module(x), plain(x, causal=True))
+    torch.testing.assert_close(module(x, causal=False), plain(x))
+    with torch.no_grad():
+        got = _cached(module, x, InferenceParams(12, 2), [7, 1, 1])
+        torch.testing.assert_close(got, module(x))
+
+
+def test_every_option_reaches_the_attention(monkeypatch):
+    calls = []
+    for name in ("flash_attn_qkvpacked_func", "flash_attn_kvpacked_func"):
+        monkeypatch.setattr(_inner_attention, name, lambda *args, **options: calls.append(options))
+    options = {"causal": True, "softmax_scale": 0.3, "window_size": (2, 1), "deterministic": True}
+    slopes = torch.ones(4)
+    qkv = torch.zeros(1, 3, 3, 4, 16)
+    for cls, given in (
+        (mha.FlashSelfAttention, (qkv,)),
+        (mha.FlashCrossAttention, (qkv[:, :, 0], qkv[:, :, 1:])),
+    ):
+        module = cls(attention_dropout=0.2, alibi_slopes=slopes, **options)
+        for training in (True, False):
+            module.train(training)(*given)
+            expected = {"dropout_p": 0.2 * training, "alibi_slopes": slopes, **options}
+            assert calls.pop() == expected
+
+
+def test_dropout_of_flash_attention():
+    module = _make(use_flash_attn=True, dropout=0.5)
+    x = torch.randn(2, TOKENS, DIM, dtype=torch.float64)
+    assert not torch.allclose(module(x), module(x))
+    assert torch.equal(module.eval()(x), module(x))
+    torch.testing.assert_close(module(x), _reference(module, x))
+
+
+def test_causal_cross_attention_counts_the_kept_keys():
+    q, kv = torch.randn(2, 3, 4, 8).double(), torch.randn(2, 7, 2, 2, 8).double()
+    lengths = [7, 4]
+    kept = torch.arange(7) < torch.tensor(lengths)[:, None]
+    got = mha.CrossAttention(causal=True)(q, kv, key_padding_mask=kept)
+    for b, length in enumerate(lengths):
+        k, v = kv[b : b + 1, :length].unbind(2)
+        torch.testing.assert_close(got[b : b + 1], _attention(q[b : b + 1], k, v, causal=True))
+    with pytest.raises(ValueError, match=r"kv: expected \(2, seqlen_k, 2, divisor of 4, 8\)"):
+        mha.CrossAttention()(q, kv[..., :4])
+
+
+def test_heads_that_are_changed_on_the_finished_module():
+    """stripedhyena (smeared_gqa) loads weights with a key head for each query head."""
+    module, full = _make(num_heads_kv=2, causal=True), _make(causal=True)
+    module.num_heads_kv = module.num_heads
+    module.Wqkv = full.Wqkv
+    module.out_proj = full.out_proj
+    x = torch.randn(1, 5, DIM, dtype=torch.float64)
+    assert torch.equal(module(x), full(x))
+    assert module.allocate_inference_cache(1, 2).shape[3] == HEADS
+
+
 def test_another_rotary_embedding_in_its_place():
     """As stripedhyena does for its longer context: a subclass that scales positions."""
 
@@ -372,6 +439,17 @@ def test_another_rotary_embedding_in_its_place():
         torch.testing.assert_close(got, whole, atol=1e-6, rtol=1e-6)
         module.rotary_emb = old
         assert not torch.allclose(module(x), whole)
+
+
+@pytest.mark.parametrize("heads_k", [4, 2])
+def test_compiled_into_one_graph(heads_k, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    options = {"use_flash_attn": True, "rotary_emb_dim": 16, "num_heads_kv": heads_k}
+    module = _make(dim=64, causal=True, **options)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, TOKENS, 64, dtype=torch.float64, requires_grad=True)
+    _assert_same(module, x, compiled(x), module(x))
 
 
 IMPOSSIBLE = [

@@ -17,9 +17,6 @@ TEXT = (REPOSITORY / "csrc/schemas.def").read_text()
 GROUPS = {
     schema.partition("(")[0]: (schema.replace('\\"', '"'), group)
     for group, schema in re.findall(r'^OPERATOR\((\w+), "(.*)"\)$', TEXT, re.M)
-    for group, schema in re.findall(
-        r'^OPERATOR\((leaf|public|differentiable), "(.*)"\)$', TEXT, re.M
-    )
 }
 NAMES = list(GROUPS)
 DIFFERENTIABLE = [name for name, (_, group) in GROUPS.items() if group == "differentiable"]

@@ -119,11 +119,6 @@ class _Attention(nn.Module):
                 f"use_flash_attn=True with window_size {window_size}"
             )
         self.head_dim = embed_dim // num_heads
-        # A process computes whole groups: key heads with the query heads that read them.
-        group = num_heads // self.num_heads_kv
-        shares = [get_dim_for_local_rank(self.num_heads_kv, world_size, r) for r in range(rank + 1)]
-        self.num_heads_kv_per_rank = shares[rank]
-        self.num_heads_per_rank = shares[rank] * group
         if rotary_emb_dim > 0:
             self.rotary_emb = RotaryEmbedding(
                 rotary_emb_dim,
@@ -136,8 +131,7 @@ class _Attention(nn.Module):
         if use_flash_attn:
             options["window_size"] = window_size
             if use_alibi:
-                first = sum(shares[:rank]) * group
-                slopes = get_alibi_slopes(num_heads)[first : first + self.num_heads_per_rank]
+                slopes = get_alibi_slopes(num_heads)[self._query_heads_of(rank, world_size)]
                 options["alibi_slopes"] = torch.tensor(slopes, device=device)
             self.inner_attn = FlashSelfAttention(**options)
             self.inner_cross_attn = FlashCrossAttention(**options)
@@ -145,12 +139,22 @@ class _Attention(nn.Module):
             self.inner_attn = SelfAttention(**options)
             self.inner_cross_attn = CrossAttention(**options)
 
+    def _query_heads_of(self, rank: int, world_size: int) -> slice:
+        """A process computes whole groups: key heads, and the query heads that read them."""
+        shares = [get_dim_for_local_rank(self.num_heads_kv, world_size, r) for r in range(rank + 1)]
+        group = self.num_heads // self.num_heads_kv
+        return slice(sum(shares[:rank]) * group, sum(shares) * group)
+
+    def _own_heads(self) -> tuple[int, int]:
+        """Heads of queries, and of keys, that are computed here."""
+        raise NotImplementedError
+
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
     ) -> Tensor:
         """An uninitialised cache (batch_size, max_seqlen, 2, heads_k, head_dim); dtype None: that
         of the weights."""
-        size = (batch_size, max_seqlen, 2, self.num_heads_kv_per_rank, self.head_dim)
+        size = (batch_size, max_seqlen, 2, self._own_heads()[1], self.head_dim)
         return self.out_proj.weight.new_empty(size, dtype=dtype)
 
     def _update_kv_cache(self, kv: Tensor, inference_params: Any) -> Tensor:
@@ -238,15 +242,16 @@ class _Attention(nn.Module):
 
     def _attend_self(self, qkv: Tensor, inference_params: Any, **options: Any) -> Tensor:
         """qkv (..., (heads + 2 heads_k) * head_dim): queries, then keys, then values."""
-        heads, heads_k = self.num_heads_per_rank, self.num_heads_kv_per_rank
+        heads, heads_k = self._own_heads()
         if heads == heads_k and inference_params is None:
             qkv = rearrange(qkv, "... (three h d) -> ... three h d", three=3, d=self.head_dim)
             if self.rotary_emb_dim > 0:
                 qkv = self.rotary_emb(qkv, **_positions(None))
             return self._run(self.inner_attn, qkv, **options)
-        q, kv = qkv.split([heads * self.head_dim, 2 * heads_k * self.head_dim], dim=-1)
+        # Slices, not split(): the rotary embedding turns them in place.
+        q, kv = qkv[..., : heads * self.head_dim], qkv[..., heads * self.head_dim :]
         if self.rotary_emb_dim > 0 and qkv.requires_grad:
-            q = q.clone()  # Autograd forbids to turn two views of one tensor in place.
+            q = q.clone()  # Autograd follows one of two such views.
         return self._attend(self._in_heads(q), self._in_heads(kv, 2), inference_params, **options)
 
     def _in_heads(self, x: Tensor, parts: int = 1) -> Tensor:

@@ -120,6 +120,9 @@ class MHA(_Attention):
                 self.add_module(name, convolution)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=out_proj_bias, **kind)
 
+    def _own_heads(self) -> tuple[int, int]:
+        return self.num_heads, self.num_heads_kv  # which clients change on the finished module
+
     def _check_call(self, packed: bool, mask: Any, elsewhere: bool, inference_params: Any) -> None:
         """Raises where one argument would have no effect on the result beside another."""
         if packed and not self.use_flash_attn:
@@ -249,6 +252,9 @@ class ParallelMHA(_Attention):
         self.world_size = world_size
         self.local_rank = local_rank
         group = num_heads // self.num_heads_kv
+        heads = self._query_heads_of(local_rank, world_size)
+        self.num_heads_per_rank = heads.stop - heads.start
+        self.num_heads_kv_per_rank = self.num_heads_per_rank // group
         kind = {"sequence_parallel": sequence_parallel, "device": device, "dtype": dtype}
         self.Wqkv = ColumnParallelLinear(
             embed_dim,
@@ -266,6 +272,9 @@ class ParallelMHA(_Attention):
             multiple_of=self.head_dim * group,
             **kind,
         )
+
+    def _own_heads(self) -> tuple[int, int]:
+        return self.num_heads_per_rank, self.num_heads_kv_per_rank
 
     def forward(
         self, x: Tensor, seqlen: int | None = None, inference_params: Any = None, **kwargs: Any
