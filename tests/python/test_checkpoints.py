@@ -104,6 +104,10 @@ def test_what_a_rank_gets():
     assert second["lm_head.bias"].tolist() == [*range(30, 60)]
     positions = second["transformer.embeddings.position_embeddings.weight"]
     assert positions[0].tolist() == [*range(10, 20)]
+    grouped = config_of(hidden_size=24, num_attention_heads=6, n_head_kv=3)
+    first = gpt.shard_state_dict_tp(gpt_state_dict(grouped), grouped, 2, 0)
+    qkv = first["transformer.layers.0.mixer.Wqkv.bias"]  # heads of four: 4 + 2 + 2 of them
+    assert qkv.tolist() == [*range(16), *range(24, 32), *range(36, 44)]
     for gone in ("mixer.out_proj.bias", "mlp.fc2.bias"):
         assert f"transformer.layers.0.{gone}" not in second
     assert second["transformer.ln_f.weight"].tolist() == [*range(20)]

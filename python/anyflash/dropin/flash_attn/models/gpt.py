@@ -59,7 +59,7 @@ from flash_attn.modules.mlp import (
     ParallelMLP,
 )
 from flash_attn.ops.activations import sqrelu_fwd
-from flash_attn.ops.fused_dense import ColumnParallelLinear
+from flash_attn.ops.fused_dense import ColumnParallelLinear, fused_dense_func
 from flash_attn.ops.triton.layer_norm import RMSNorm, layer_norm_fn
 from flash_attn.ops.triton.mlp import FusedDenseSqreluDense
 from flash_attn.utils.distributed import (
@@ -342,9 +342,16 @@ class GPTLMHeadModel(GPTPreTrainedModel, GenerationMixin):
     def _head(self, hidden_states: Tensor) -> Tensor:
         if not self.norm_head:
             return self.lm_head(hidden_states)
-        if self.process_group is not None and self.lm_head.sequence_parallel:
-            hidden_states = all_gather(hidden_states, self.process_group)
-        return F.linear(hidden_states, F.normalize(self.lm_head.weight), self.lm_head.bias)
+        weight = F.normalize(self.lm_head.weight)
+        if self.process_group is None:
+            return F.linear(hidden_states, weight, self.lm_head.bias)
+        return fused_dense_func(
+            hidden_states,
+            weight,
+            self.lm_head.bias,
+            process_group=self.process_group,
+            sequence_parallel=self.lm_head.sequence_parallel,
+        )
 
     def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True) -> Any:
         """Load, also checkpoints of before the norms moved to the start of the layers."""
