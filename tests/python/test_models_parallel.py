@@ -90,6 +90,8 @@ def _check(name: str, sequence_parallel: bool, rank: int) -> None:
     expected = whole(IDS).logits
     logits = parallel(IDS).logits
     if sequence_parallel:
+        with pytest.raises(ValueError, match="num_last_tokens: expected None and 0 with sequence"):
+            parallel(IDS, num_last_tokens=1)
         assert logits.shape == (12, 30)
         logits = logits.unflatten(0, (2, 6))
     _close(logits, expected.chunk(WORLD_SIZE, dim=-1)[rank])
@@ -120,6 +122,17 @@ def _check(name: str, sequence_parallel: bool, rank: int) -> None:
         assert torch.equal(generated, whole.eval().generate(IDS, max_length=10))
 
 
+def _check_refusals() -> None:
+    config = _config("plain", True)
+    config.word_embed_proj_dim = 16
+    with pytest.raises(ValueError, match="word_embed_proj_dim: expected None .*, got 16"):
+        GPTLMHeadModel(config, process_group=dist.group.WORLD)
+    config = _config("plain", True)
+    config.fused_bias_fc = False
+    with pytest.raises(ValueError, match="tensor parallel attention expects fused_bias_fc True"):
+        GPTLMHeadModel(config, process_group=dist.group.WORLD)
+
+
 def _run(rank: int, store: str) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -130,6 +143,7 @@ def _run(rank: int, store: str) -> None:
                 _check(name, sequence_parallel, rank)
             except Exception as error:
                 raise AssertionError(f"{name}, sequence_parallel={sequence_parallel}") from error
+    _check_refusals()
     dist.destroy_process_group()
 
 

@@ -163,9 +163,13 @@ class GPTModel(GPTPreTrainedModel):
         self.parallel_block = getattr(config, "parallel_block", False)
         self.fused_dropout_add_ln = getattr(config, "fused_dropout_add_ln", False)
 
+        width = getattr(config, "word_embed_proj_dim", None)
         if process_group is None:
-            width = getattr(config, "word_embed_proj_dim", None)
             embeddings_cls = partial(GPT2Embeddings, word_embed_proj_dim=width)
+        elif width is not None:
+            raise ValueError(
+                f"word_embed_proj_dim: expected None with tensor parallelism, got {width}"
+            )
         else:
             embeddings_cls = partial(
                 ParallelGPT2Embeddings, **parallel_kwargs(config, process_group)
@@ -325,8 +329,10 @@ class GPTLMHeadModel(GPTPreTrainedModel, GenerationMixin):
         hidden_states = self.transformer(
             input_ids, position_ids=position_ids, inference_params=inference_params
         )
-        if inference_params is not None and hidden_states.ndim != 3:
-            raise ValueError("inference_params: sequence_parallel can't generate, expected None")
+        if (inference_params is not None or num_last_tokens > 0) and hidden_states.ndim != 3:
+            raise ValueError(
+                "inference_params, num_last_tokens: expected None and 0 with sequence_parallel"
+            )
         if num_last_tokens > 0:
             hidden_states = hidden_states[:, -num_last_tokens:]
         if self.project_out is not None:
