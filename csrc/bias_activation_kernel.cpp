@@ -1,22 +1,10 @@
 #include "bias_activation.h"
 #include "launch.h"
+#include "layout.h"
 #include "stable/aten.h"
 
 namespace anyflash::kernel {
 namespace {
-
-// x as rows that may lie any distance apart; `storage` keeps a copy alive where one was needed.
-struct Matrix {
-  explicit Matrix(const Tensor& x)
-      : storage(x.dim() == 2 && (x.stride(1) == 1 || x.size(1) <= 1) ? x : contiguous(x)),
-        columns(x.size(x.dim() - 1)),
-        rows(columns == 0 ? 0 : x.numel() / columns),
-        stride(storage.dim() == 2 ? storage.stride(0) : columns) {}
-  Tensor storage;
-  int64_t columns;
-  int64_t rows;
-  int64_t stride;
-};
 
 Tensor like_output(const Tensor& x, Activation activation) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());

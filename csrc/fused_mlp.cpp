@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "bias_activation.h"
 #include "operators.h"
 #include "stable/aten.h"
@@ -66,6 +68,57 @@ Tensor as_rows(const Tensor& x) {
 
 Tensor mm(const Tensor& a, const Tensor& b) { return aten<Tensor>("aten::mm", "", a, b); }
 
+// What the backward gives beside dbias2; dbias1 is empty without bias1.
+struct Gradients {
+  Tensor dx, dweight1, dbias1, dweight2;
+};
+
+// From act's input before its bias, z (rows, per_output * hidden), which it uses up.
+Gradients differentiate(const Tensor& drows, const Tensor& rows, Tensor z, const Tensor& weight1,
+                        const OptionalTensor& bias1, const Tensor& weight2, int64_t activation,
+                        int64_t backend) {
+  const Tensor dweight2 =
+      mm(transpose(drows, 0, 1), bias_activation(z, bias1, activation, backend));
+  const auto [dz, dbias1] =
+      bias_activation_backward(mm(drows, weight2), z, bias1, activation, backend);
+  z = Tensor();
+  return {mm(dz, weight1), mm(transpose(dz, 0, 1), rows), dbias1, dweight2};
+}
+
+// The same where z was not saved. An MLP is a sum over slices of its hidden features: going through
+// them one by one, no tensor of the hidden width is ever whole. More slices would save little more
+// and round dx, their sum, more often.
+Gradients recompute(const Tensor& drows, const Tensor& rows, const Tensor& weight1,
+                    const OptionalTensor& bias1, const Tensor& weight2, int64_t activation,
+                    int64_t backend) {
+  constexpr int64_t kSlices = 4;
+  const int64_t per_output = inputs_per_output(activation_of(activation));
+  const int64_t hidden = weight2.size(1), in = rows.size(1);
+  const ScalarType dtype = rows.scalar_type();
+  Gradients sum{full({rows.size(0), in}, 0.0, rows, dtype),
+                empty({per_output * hidden, in}, rows, dtype),
+                empty({bias1 ? per_output * hidden : 0}, rows, dtype),
+                empty({weight2.size(0), hidden}, rows, dtype)};
+  int64_t width = (hidden + kSlices - 1) / kSlices;
+  for (int64_t start = 0; start < hidden; start += width) {
+    width = std::min(width, hidden - start);
+    // Rows of weight1 or elements of bias1; silu_gate takes a slice of either half.
+    const auto slice = [&](const Tensor& x, int64_t columns) {
+      return narrow(reshape(x, {per_output, hidden, columns}), 1, start, width);
+    };
+    const Tensor w1 = reshape(slice(weight1, in), {per_output * width, in});
+    const OptionalTensor b1 =
+        bias1 ? OptionalTensor(reshape(slice(*bias1, 1), {per_output * width})) : std::nullopt;
+    const Gradients part = differentiate(drows, rows, linear(rows, w1, std::nullopt), w1, b1,
+                                         narrow(weight2, 1, start, width), activation, backend);
+    sum.dx = add(sum.dx, part.dx);
+    copy_(slice(sum.dweight1, in), reshape(part.dweight1, {per_output, width, in}));
+    if (bias1) copy_(slice(sum.dbias1, 1), reshape(part.dbias1, {per_output, width, 1}));
+    copy_(narrow(sum.dweight2, 1, start, width), part.dweight2);
+  }
+  return sum;
+}
+
 // `x`'s shape with another last dimension.
 std::vector<int64_t> with_columns(const Tensor& x, int64_t columns) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
@@ -81,11 +134,11 @@ std::tuple<Tensor, Tensor> fused_mlp_forward(const Tensor& x, const Tensor& weig
                                              bool save_hidden, int64_t backend) {
   const NoGrad no_grad;
   validate(x, weight1, bias1, weight2, bias2, activation_of(activation));
-  const Tensor hidden = linear(widen(x), widen(weight1), std::nullopt);
-  const Tensor activated = bias_activation(hidden, widen(bias1), activation, backend);
-  const Tensor out = linear(activated, widen(weight2), widen(bias2));
   const ScalarType dtype = x.scalar_type();
-  return {to_dtype(out, dtype), save_hidden ? to_dtype(hidden, dtype) : empty({0}, x, dtype)};
+  Tensor hidden = linear(widen(x), widen(weight1), std::nullopt);
+  const Tensor activated = bias_activation(hidden, widen(bias1), activation, backend);
+  hidden = save_hidden ? to_dtype(hidden, dtype) : empty({0}, x, dtype);
+  return {to_dtype(linear(activated, widen(weight2), widen(bias2)), dtype), hidden};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_mlp_backward(
@@ -107,18 +160,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_mlp_backward(
 
   const Tensor rows = as_rows(widen(x)), drows = as_rows(widen(dout));
   const Tensor w1 = widen(weight1), w2 = widen(weight2);
-  const Tensor z = is_saved ? as_rows(widen(hidden)) : linear(rows, w1, std::nullopt);
   const OptionalTensor b1 = widen(bias1);
 
-  const Tensor dweight2 = mm(transpose(drows, 0, 1), bias_activation(z, b1, activation, backend));
-  const auto [dz, dbias1] = bias_activation_backward(mm(drows, w2), z, b1, activation, backend);
-  const Tensor dweight1 = mm(transpose(dz, 0, 1), rows);
-  const Tensor dx = reshape(mm(dz, w1), with_columns(x, x.size(x.dim() - 1)));
+  const auto [dx, dweight1, dbias1, dweight2] =
+      is_saved ? differentiate(drows, rows, as_rows(widen(hidden)), w1, b1, w2, activation, backend)
+               : recompute(drows, rows, w1, b1, w2, activation, backend);
   const ScalarType dtype = x.scalar_type();
   const Tensor dbias2 =
       bias2_requires_grad ? to_dtype(sum(drows, {0}), dtype) : empty({0}, x, dtype);
-  return {to_dtype(dx, dtype), to_dtype(dweight1, dtype), to_dtype(dbias1, dtype),
-          to_dtype(dweight2, dtype), dbias2};
+  return {to_dtype(reshape(dx, with_columns(x, x.size(x.dim() - 1))), dtype),
+          to_dtype(dweight1, dtype), to_dtype(dbias1, dtype), to_dtype(dweight2, dtype), dbias2};
 }
 
 Tensor fused_mlp(const Tensor& x, const Tensor& weight1, const OptionalTensor& bias1,

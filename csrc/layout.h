@@ -1,4 +1,4 @@
-// The one demand on strides that all back ends share.
+// Demands on strides that back ends and kernels share.
 #pragma once
 
 #include "stable/aten.h"
@@ -14,5 +14,18 @@ inline Tensor contiguous_last_dim(const Tensor& x) {
 inline OptionalTensor contiguous_last_dim(const OptionalTensor& x) {
   return x ? OptionalTensor(contiguous_last_dim(*x)) : x;
 }
+
+// x as rows that may lie any distance apart; `storage` keeps a copy alive where one was needed.
+struct Matrix {
+  explicit Matrix(const Tensor& x)
+      : storage(x.dim() == 2 && (x.stride(1) == 1 || x.size(1) <= 1) ? x : contiguous(x)),
+        columns(x.size(x.dim() - 1)),
+        rows(columns == 0 ? 0 : x.numel() / columns),
+        stride(storage.dim() == 2 ? storage.stride(0) : columns) {}
+  Tensor storage;
+  int64_t columns;
+  int64_t rows;
+  int64_t stride;
+};
 
 }  // namespace anyflash

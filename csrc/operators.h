@@ -53,6 +53,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_mlp_backward(
     const Tensor& weight2, const Tensor& hidden, bool bias2_requires_grad, int64_t activation,
     int64_t backend);
 
+Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
+              const OptionalTensor& seqlen_offsets, int64_t seqlen_offset,
+              const OptionalTensor& cu_seqlens, int64_t max_seqlen, bool interleaved,
+              bool conjugate);
+void rotary_(const Tensor& x, const Tensor& cos, const Tensor& sin,
+             const OptionalTensor& seqlen_offsets, int64_t seqlen_offset,
+             const OptionalTensor& cu_seqlens, int64_t max_seqlen, bool interleaved,
+             bool conjugate);
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(
+    const Tensor& logits, const Tensor& labels, const OptionalTensor& precomputed_lse,
+    double smoothing, double logit_scale, double lse_square_scale, int64_t ignore_index,
+    int64_t class_start_idx, int64_t total_classes);
+Tensor cross_entropy_backward(const Tensor& dlosses, const Tensor& logits, const Tensor& labels,
+                              const Tensor& lse, double smoothing, double logit_scale,
+                              double lse_square_scale, int64_t ignore_index,
+                              int64_t class_start_idx, int64_t total_classes);
+void cross_entropy_backward_(const Tensor& dlosses, const Tensor& logits, const Tensor& labels,
+                             const Tensor& lse, double smoothing, double logit_scale,
+                             double lse_square_scale, int64_t ignore_index, int64_t class_start_idx,
+                             int64_t total_classes);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_forward(
+    const Tensor& x, const OptionalTensor& residual, const OptionalTensor& x1, const Tensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& weight1, const OptionalTensor& bias1,
+    const OptionalTensor& rowscale, const OptionalTensor& dropout_mask,
+    const OptionalTensor& dropout_mask1, double dropout_p, double eps, bool is_rms_norm,
+    bool zero_centered_weight, int64_t out_dtype, int64_t residual_dtype);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_backward(
+    const Tensor& dy, const OptionalTensor& dy1, const OptionalTensor& dresidual_out,
+    const Tensor& z, const Tensor& mean, const Tensor& rstd, const Tensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& weight1, const OptionalTensor& bias1,
+    const OptionalTensor& rowscale, const OptionalTensor& dropout_mask,
+    const OptionalTensor& dropout_mask1, const OptionalTensor& x, double dropout_p,
+    bool is_rms_norm, bool zero_centered_weight, bool has_residual, bool has_x1, int64_t x_dtype);
+
 Tensor flash_attn_func(const Tensor& q, const Tensor& k, const Tensor& v, double dropout_p,
                        std::optional<double> softmax_scale, bool causal,
                        const std::vector<int64_t>& window_size, double softcap,

@@ -97,11 +97,13 @@ json.loads(done.stdout)
 }
 
 
-def run(*command, **environment) -> subprocess.CompletedProcess:
+def run(*command, limit: float | None = None, **environment) -> subprocess.CompletedProcess:
     ours = ("ANYFLASH_", "PYTHON", "VIRTUAL_ENV")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     environment = {**inherited, **environment}
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=limit
+    )
 
 
 def must(*command, **environment) -> str:

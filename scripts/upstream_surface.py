@@ -2,7 +2,7 @@
 
     python scripts/upstream_surface.py flash_attn-2.8.3.tar.gz
 
-The archive is upstream's source distribution (`pip download --no-deps --no-binary :all: flash-attn==2.8.3`).
+The archive is upstream's source distribution (pip download --no-binary :all: flash-attn==2.8.3).
 It is parsed, never imported. Only facts that clients depend on are kept: what a module defines or
 passes on, parameter names, their order and kinds, and defaults. FlashAttention-4 (`cute`) and the
 Triton kernels for AMD are left out.
@@ -22,7 +22,7 @@ LEFT_OUT = ("flash_attn/cute/", "flash_attn/flash_attn_triton_amd/")
 
 
 def parameters(arguments: ast.arguments) -> str:
-    """The parameters without their annotations, as one would write them: ``q, k=None, *, p=0.0``."""
+    """The parameters as one would write them, without annotations: ``q, k=None, *, p=0.0``."""
     positional = [*arguments.posonlyargs, *arguments.args]
     defaults = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
 

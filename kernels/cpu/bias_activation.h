@@ -75,14 +75,6 @@ ANYFLASH_INLINE Float gradient(Float dy, Float z) {
 
 // ---- Rows.
 
-// body(column, count) for every kLanes columns, and for the rest of them.
-template <class Body>
-ANYFLASH_INLINE void for_columns(int64_t begin, int64_t end, Body body) {
-  int64_t column = begin;
-  for (; column + kLanes <= end; column += kLanes) body(column, kLanes);
-  if (column < end) body(column, static_cast<int>(end - column));
-}
-
 ANYFLASH_INLINE void add_some(float* sums, Float x, int count) {
   store_some(sums, load_some(sums, count) + x, count);
 }

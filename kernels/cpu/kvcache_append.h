@@ -2,67 +2,27 @@
 // one token of one sequence at a time.
 #pragma once
 
+#include "kernels/cpu/rotary.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/cpu/work.h"
 #include "kernels/launch.h"
 
 namespace anyflash::cpu::ANYFLASH_ISA {
 
-constexpr int64_t kMaxRotaryDim = 512;
-
-// The angles of one position, laid out like the columns they turn.
-struct Angles {
-  // Interleaved: cos c0, c0, c1, c1, ... and sin -s0, s0, -s1, s1, ...; else one per pair.
-  alignas(64) float cos[kMaxRotaryDim + 2 * kLanes];
-  alignas(64) float sin[kMaxRotaryDim + 2 * kLanes];
-};
-
 template <class T>
 ANYFLASH_INLINE void load_angles(const KvcacheAppendParams& p, int64_t position, Angles& angles) {
   // Queries may stand beyond the table; what they see there is the last angle.
   const int64_t row = smaller(larger<int64_t>(position, 0), p.seqlen_rotary - 1);
-  const T* cos = static_cast<const T*>(p.rotary_cos) + row * p.rotary_cos_stride;
-  const T* sin = static_cast<const T*>(p.rotary_sin) + row * p.rotary_sin_stride;
-  const int pairs = static_cast<int>(p.rotary_dim / 2);
-  for (int i = 0; i < pairs; i += kLanes) {
-    const Float c = load_some(cos + i, pairs - i), s = load_some(sin + i, pairs - i);
-    if (p.interleaved) {
-      store_words(angles.cos + 2 * i, interleave_low((Words)c, (Words)c));
-      store_words(angles.cos + 2 * i + kLanes, interleave_high((Words)c, (Words)c));
-      store_words(angles.sin + 2 * i, interleave_low((Words)-s, (Words)s));
-      store_words(angles.sin + 2 * i + kLanes, interleave_high((Words)-s, (Words)s));
-    } else {
-      store(angles.cos + i, c);
-      store(angles.sin + i, s);
-    }
-  }
-}
-
-// (x[1], x[0], x[3], x[2], ...)
-ANYFLASH_INLINE Float neighbours_swapped(Float x) {
-  using Pairs = uint64_t __attribute__((vector_size(kVectorBytes)));
-  const Pairs pairs = (Pairs)x;
-  return (Float)(pairs << 32 | pairs >> 32);
+  load_angles(static_cast<const T*>(p.rotary_cos) + row * p.rotary_cos_stride,
+              static_cast<const T*>(p.rotary_sin) + row * p.rotary_sin_stride,
+              static_cast<int>(p.rotary_dim / 2), p.interleaved, false, angles);
 }
 
 template <class T>
 ANYFLASH_INLINE void rotate_row(const KvcacheAppendParams& p, const Angles& angles, const T* x,
                                 T* y) {
-  const int rotary_dim = static_cast<int>(p.rotary_dim), half = rotary_dim / 2;
-  if (p.interleaved) {
-    for (int i = 0; i < rotary_dim; i += kLanes) {
-      const Float a = load_some(x + i, rotary_dim - i);
-      const Float turned = a * load(angles.cos + i) + neighbours_swapped(a) * load(angles.sin + i);
-      store_some(y + i, turned, rotary_dim - i);
-    }
-  } else {
-    for (int i = 0; i < half; i += kLanes) {
-      const Float a = load_some(x + i, half - i), b = load_some(x + half + i, half - i);
-      const Float cos = load(angles.cos + i), sin = load(angles.sin + i);
-      store_some(y + i, a * cos - b * sin, half - i);
-      store_some(y + half + i, b * cos + a * sin, half - i);
-    }
-  }
+  const int64_t rotary_dim = p.rotary_dim, pairs = rotary_dim / 2;
+  turn(angles, static_cast<int>(pairs), p.interleaved, pairs, x, y);
   memcpy(y + rotary_dim, x + rotary_dim, static_cast<size_t>(p.head_dim - rotary_dim) * sizeof(T));
 }
 
@@ -145,7 +105,7 @@ static void append_tokens(void* params, int64_t task, char*) {
 template <class T>
 ANYFLASH_INLINE int32_t kvcache_append(const void* params, void* stream) {
   const auto& p = *static_cast<const KvcacheAppendParams*>(params);
-  if (p.rotary_cos != nullptr && (p.rotary_dim > kMaxRotaryDim || p.seqlen_rotary < 1)) {
+  if (p.rotary_cos != nullptr && (p.rotary_dim > 2 * kMaxPairs || p.seqlen_rotary < 1)) {
     return kErrorInvalidParams;
   }
   const int64_t tokens = p.batch * tokens_per_sequence(p), each = tokens_per_task(p);

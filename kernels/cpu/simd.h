@@ -151,6 +151,22 @@ ANYFLASH_INLINE void store_some(T* p, Float x, int count) {
   memcpy(p, row, static_cast<size_t>(count) * sizeof(T));
 }
 
+// Lanes of the first `count` bytes that are not 0.
+ANYFLASH_INLINE Int nonzero_bytes(const uint8_t* p, int count) {
+  using Bytes __attribute__((vector_size(kLanes))) = uint8_t;
+  Bytes bytes{};
+  memcpy(&bytes, p, static_cast<size_t>(count));
+  return __builtin_convertvector(bytes, Int) != 0;
+}
+
+// body(column, count) for every kLanes columns, and for the rest of them.
+template <class Body>
+ANYFLASH_INLINE void for_columns(int64_t begin, int64_t end, Body body) {
+  int64_t column = begin;
+  for (; column + kLanes <= end; column += kLanes) body(column, kLanes);
+  if (column < end) body(column, static_cast<int>(end - column));
+}
+
 // ---- Pairs of bf16.
 
 // (a, b) rounded to the nearest, ties away from zero: two additions, a shift and a blend.

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
+from ._guards import BelowAutograd
+
 _ops = torch.ops.anyflash
 
 
@@ -23,6 +25,13 @@ def _is_compiling() -> Callable[[], bool]:
 
 #: True while torch.compile or torch.export traces.
 is_compiling = _is_compiling()
+
+
+def in_plain_eager() -> bool:
+    """Neither compiling nor inside a functorch transform: a tensor is what it says, its values can
+    be read and overwritten."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+    return not is_compiling() and not active()
 
 
 def _distinct(args: tuple[Any, ...]) -> list[Any]:
@@ -145,6 +154,15 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
     return forward_ad._current_level >= 0
 
 
+def below_autograd(operator: Callable[..., Any], *args: Any) -> Any:
+    """Calls an operator whose call nobody records past its autograd kernel, which costs
+    microseconds; in a graph as it is."""
+    if is_compiling():
+        return operator(*args)
+    with BelowAutograd():
+        return operator(*args)
+
+
 class AttentionFunction(Function):
     """attention_forward and attention_backward. Arguments: those of the forward operator without
     ``block_table``, then ``deterministic``, ``lse_requires_grad``."""
@@ -214,6 +232,34 @@ class AttentionFunction(Function):
         unused = (None,) * 7
         by_bias = (dbias if needs_bias else None, dsinks if needs_sinks else None)
         return (dq, dk, dv, *unused, *by_bias, *(None,) * 10)
+
+
+class ForwardOnlyFunction(Function):
+    """An operator that has no derivative: (its name, what to tell who asks for one, *arguments).
+
+    The results are bound to the arguments, so that a backward raises instead of leaving gradients
+    out.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(name: str, why: str, *arguments: Any) -> Any:
+        return getattr(_ops, name).default(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.why = inputs[1]
+        ctx.sizes = tuple(x.shape if isinstance(x, Tensor) else None for x in inputs)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        gradient = next(x for x in gradients if x is not None)
+        return tuple(
+            _ops.refuse_gradient.default(gradient, size, ctx.why) if needed else None
+            for size, needed in zip(ctx.sizes, ctx.needs_input_grad)
+        )
 
 
 class BiasActivationFunction(Function):
@@ -291,5 +337,6 @@ class FusedMLPFunction(Function):
 
 
 apply_attention = applier(AttentionFunction)
+apply_forward_only = applier(ForwardOnlyFunction)
 apply_bias_activation = applier(BiasActivationFunction)
 apply_fused_mlp = applier(FusedMLPFunction)

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import _loader
 from ._autograd import inside_kernel, needs_autograd
 from ._guards import BelowAutograd, isolated
+from ._operators import cross_entropy, norm, rotary
 
 _keep_alive: list[torch.library.Library] = []
 
@@ -96,6 +97,10 @@ def _fused_mlp_backward(
     )
 
 
+def _refuse_gradient(gradient: Tensor, size: Sequence[int], why: str) -> Tensor:
+    return gradient.new_empty(size)
+
+
 def _like_q(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     return _out_like(q, v)
 
@@ -120,6 +125,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "bias_activation_backward": _bias_activation_backward,
     "fused_mlp_forward": _fused_mlp_forward,
     "fused_mlp_backward": _fused_mlp_backward,
+    "refuse_gradient": _refuse_gradient,
     "flash_attn_func": _like_q,
     "flash_attn_kvpacked_func": _like_q_of_kvpacked,
     "flash_attn_qkvpacked_func": _like_q_of_qkvpacked,
@@ -200,6 +206,18 @@ def _fused_mlp_autograd(*args: Any) -> Tensor:
     return fused_mlp(**dict(zip(names, args)))
 
 
+def _flash_attn_with_kvcache(*args: Any) -> Tensor:
+    from .kvcache import attention_kvcache
+
+    schema = torch.ops.anyflash.flash_attn_with_kvcache.default._schema
+    named = dict(zip((argument.name for argument in schema.arguments), args))
+    named.pop("num_splits", None)
+    out = attention_kvcache(**named)
+    assert isinstance(out, Tensor)
+    return out
+
+
+# The last one has no derivative, and says so where one is asked for.
 DIFFERENTIABLE: dict[str, Callable[..., Tensor]] = {
     "flash_attn_func": _flash_attn_func,
     "flash_attn_kvpacked_func": _flash_attn_kvpacked_func,
@@ -208,6 +226,7 @@ DIFFERENTIABLE: dict[str, Callable[..., Tensor]] = {
     "flash_attn_varlen_kvpacked_func": _flash_attn_varlen_kvpacked_func,
     "flash_attn_varlen_qkvpacked_func": _flash_attn_varlen_qkvpacked_func,
     "fused_mlp": _fused_mlp_autograd,
+    "flash_attn_with_kvcache": _flash_attn_with_kvcache,
 }
 
 
@@ -235,7 +254,19 @@ def _register_fake(library: torch.library.Library, name: str, fake: Callable[...
 
 
 #: The families of _operators/.
-FAMILIES: tuple[Any, ...] = ()
+FAMILIES: tuple[Any, ...] = (rotary, norm, cross_entropy)
+
+
+def _version_counting_kernel(name: str) -> Callable[..., None]:
+    """An operator that writes into its first argument, and then tells autograd so: what was saved
+    before the write is no longer valid."""
+
+    def kernel(*args: Any) -> None:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            getattr(torch.ops.anyflash, name).default(*args)
+        torch.autograd.graph.increment_version(args[0])
+
+    return kernel
 
 
 def _register_family(library: torch.library.Library, family: Any) -> None:
@@ -243,6 +274,8 @@ def _register_family(library: torch.library.Library, family: Any) -> None:
     its math."""
     for name, math in family.MATH.items():
         library.impl(name, isolated(math), "CompositeExplicitAutograd")
+        if name.endswith("_") and hasattr(torch.autograd.graph, "increment_version"):  # torch 2.1
+            library.impl(name, _version_counting_kernel(name), "ADInplaceOrView")
     for name, fake in family.FAKES.items():
         _register_fake(library, name, fake)
     for name, differentiable in family.DIFFERENTIABLE.items():

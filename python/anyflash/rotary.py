@@ -7,6 +7,7 @@ import operator
 from torch import Tensor
 
 from ._operators import rotary as family
+from ._operators import runs_on_kernel
 
 
 def rotary(
@@ -64,7 +65,8 @@ def rotary(
         offsets, offset = None, operator.index(seqlen_offsets)
     longest = 0 if cu_seqlens is None else int(max_seqlen)
     arguments = (cos, sin, offsets, offset, cu_seqlens, longest, interleaved, conjugate)
+    on_kernel = runs_on_kernel("rotary", x)
     if not inplace:
-        return family.rotate(x, *arguments)
-    family.rotate_(x, *arguments)
+        return (family.rotary if on_kernel else family.rotate)(x, *arguments)
+    (family.rotary_ if on_kernel else family.rotate_)(x, *arguments)
     return x

@@ -187,6 +187,33 @@ def test_fused_mlp_recompute_equals_saved(device):
     torch.testing.assert_close(runs[0], runs[1])
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_slices_of_the_recomputation_are_the_whole(activation, device):
+    """The backward recomputes the hidden features in slices, here of 150, 150, 150 and 148."""
+    torch.manual_seed(3)
+    make = {"device": device, "dtype": torch.float64}
+    hidden = 598
+    rows = 2 * hidden if activation == "silu_gate" else hidden
+    for bias in (True, False):
+        tensors = {
+            "x": torch.randn(7, 16, **make),
+            "weight1": torch.randn(rows, 16, **make),
+            "bias1": torch.randn(rows, **make) if bias else None,
+            "weight2": torch.randn(9, hidden, **make).t().contiguous().t(),
+            "bias2": torch.randn(9, **make) if bias else None,
+        }
+        dout = torch.randn(7, 9, **make)
+        saved, recomputed = (
+            _differentiate(
+                lambda r=r, **t: anyflash.fused_mlp(**t, activation=activation, recompute=r),
+                tensors,
+                dout,
+            )
+            for r in (False, True)
+        )
+        torch.testing.assert_close(recomputed, saved)
+
+
 def test_fused_mlp_takes_any_leading_dimensions(device):
     tensors = _mlp_tensors("relu", "fp32", (True, True), device)
     x = tensors.pop("x")

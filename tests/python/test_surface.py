@@ -30,6 +30,32 @@ OFFERED = [name for name in SURFACE if name not in REFUSED]
 
 # Where ours differs on purpose: module.name[.method] -> why.
 DIFFERENT: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "flash_attn.flash_attn_interface.noop_custom_op_wrapper",
+            "flash_attn.flash_attn_interface.noop_register_fake_wrapper",
+            "flash_attn.flash_attn_interface._torch_custom_op_wrapper",
+            "flash_attn.flash_attn_interface._torch_register_fake_wrapper",
+            "flash_attn.ops.triton.layer_norm.custom_bwd",
+            "flash_attn.ops.triton.layer_norm.custom_fwd",
+            "flash_attn.ops.triton.layer_norm.triton_op",
+        ),
+        "how upstream registers its operators, not what they are",
+    ),
+    **dict.fromkeys(
+        (
+            "flash_attn.ops.activations.swiglu_fwd_codestring",
+            "flash_attn.ops.activations.swiglu_bwd_codestring",
+        ),
+        "CUDA source of upstream's",
+    ),
+    **dict.fromkeys(
+        (
+            "flash_attn.ops.triton.linear.init_to_zero",
+            "flash_attn.ops.triton.linear.get_configs_io_bound",
+        ),
+        "tuning of a Triton kernel",
+    ),
     "flash_attn.layers.rotary.RotaryEmbedding.__init__": (
         "also takes pos_idx_in_fp32, keyword-only: upstream had it until 2.7, Evo 1 and the "
         "ModernBERT of transformers 4.48 pass it"
@@ -101,7 +127,7 @@ def test_names_and_signatures(name):
         ours = getattr(module, cls)
         for method, parameters in methods.items():
             where = f"{name}.{cls}.{method}"
-            # apply() is what anybody calls of an autograd function; its forward and backward are ours.
+            # Of an autograd function anybody calls apply(); its forward and backward are ours.
             if hasattr(ours, "apply") and method in ("forward", "backward") and "ctx" in parameters:
                 continue
             if where not in DIFFERENT:

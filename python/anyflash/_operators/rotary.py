@@ -7,10 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import Function
 
-from .._autograd import is_compiling
+from .._autograd import applier, below_autograd, is_compiling, needs_autograd
 
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_ops = torch.ops.anyflash
+_DTYPE_NAMES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).replace("torch.", ""))
 
 
 def _check(condition: bool, *parts: object) -> None:
@@ -23,10 +34,11 @@ def _check_shapes(x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None
     if cu_seqlens is not None:
         layout = "(total, heads, head_dim) with cu_seqlens"
     rank = 4 if cu_seqlens is None else 3
-    _check(x.dtype in _FLOATING, "x: expected fp16, bf16, fp32 or fp64, got ", x.dtype)
+    _check(x.dtype in _DTYPE_NAMES, "x: expected fp16, bf16, fp32 or fp64, got ", _dtype_name(x))
     _check(x.dim() == rank, "x: expected ", layout, ", got ", tuple(x.shape))
     for name, table in (("cos", cos), ("sin", sin)):
-        _check(table.dtype in _FLOATING, name, ": expected a floating dtype, got ", table.dtype)
+        is_floating = table.dtype in _DTYPE_NAMES
+        _check(is_floating, name, ": expected a floating dtype, got ", _dtype_name(table))
         _check(table.device == x.device, name, ": expected x's ", x.device, ", got ", table.device)
         _check(
             table.dim() == 2,
@@ -44,7 +56,7 @@ def _check_shapes(x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None
 
 def _check_index(name: str, index: Tensor, x: Tensor) -> None:
     integers = (torch.int32, torch.int64)
-    _check(index.dtype in integers, name, ": expected int32 or int64, got ", index.dtype)
+    _check(index.dtype in integers, name, ": expected int32 or int64, got ", _dtype_name(index))
     _check(index.device == x.device, name, ": expected x's ", x.device, ", got ", index.device)
     _check(index.dim() == 1, name, ": expected one dimension, got ", tuple(index.shape))
 
@@ -184,4 +196,73 @@ def rotate(
 
 def rotate_(x: Tensor, *arguments: Any) -> None:
     """The operator ``rotary_``: the same in place."""
-    x.copy_(rotate(x, *arguments))
+    y = rotate(x, *arguments)
+    for dim, (size, stride) in enumerate(zip(x.shape, x.stride())):
+        _check(
+            stride != 0 or size <= 1,
+            f"x: expected memory of its own for every element, got stride 0 in dimension {dim}",
+        )
+    x.copy_(y)
+
+
+def _layout_like(x: Tensor) -> Tensor:
+    """Room for the result: x's strides where its columns lie side by side."""
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.empty_like(x)
+
+
+class RotaryFunction(Function):
+    """The operator ``rotary`` on its arguments. Its derivative turns the gradient backwards, and
+    has one itself."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return _ops.rotary.default(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, cos, sin, seqlen_offsets, offset, cu_seqlens, max_seqlen, interleaved, conjugate = inputs
+        ctx.save_for_backward(cos, sin, seqlen_offsets, cu_seqlens)
+        ctx.options = (offset, max_seqlen, interleaved, conjugate)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        cos, sin, seqlen_offsets, cu_seqlens = ctx.saved_tensors
+        offset, max_seqlen, interleaved, conjugate = ctx.options
+        dx = rotary(
+            dy, cos, sin, seqlen_offsets, offset, cu_seqlens, max_seqlen, interleaved, not conjugate
+        )
+        return (dx, *(None,) * 8)
+
+
+_apply_rotary = applier(RotaryFunction)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Tensor:
+    """The operator ``rotary``, recorded where a gradient is asked for; one of the tables goes
+    through the math."""
+    if needs_autograd(cos, sin):
+        return rotate(x, cos, sin, *rest)
+    if needs_autograd(x):
+        return _apply_rotary(x, cos, sin, *rest)
+    return below_autograd(_ops.rotary.default, x, cos, sin, *rest)
+
+
+def rotary_(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> None:
+    """The operator ``rotary_``, recorded as PyTorch's own in-place operations are."""
+    if needs_autograd(x, cos, sin):
+        x.copy_(rotary(x, cos, sin, *rest))
+    else:
+        below_autograd(_ops.rotary_.default, x, cos, sin, *rest)
+
+
+def _rotary_math(x: Tensor, *rest: Any) -> Tensor:
+    return _layout_like(x).copy_(rotate(x, *rest))
+
+
+MATH = {"rotary": _rotary_math, "rotary_": rotate_}
+FAKES = {"rotary": lambda x, *_: _layout_like(x), "rotary_": lambda *_: None}
+DIFFERENTIABLE = {"rotary": rotary, "rotary_": rotary_}

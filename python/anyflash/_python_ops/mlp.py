@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from . import dispatch
 from .checks import check, check_same_device, dtype_text, shape_text
-from .notice import note_fallback
+from .notice import note_choice
 from .problem import DTYPE_NAMES, describe_bias_activation
 
 #: Names in the order of their numbers in the schemas.
@@ -79,7 +79,7 @@ def _decide(x: Tensor, direction: str, backend: int) -> None:
     decision = dispatch.choose(problem)
     if decision.route == "none":
         raise RuntimeError(dispatch.refusal(problem, decision))
-    note_fallback(problem, decision)
+    note_choice(problem, decision)
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -209,10 +209,68 @@ def fused_mlp_forward(
 ) -> tuple[Tensor, Tensor]:
     """schemas.def."""
     _validate_mlp(x, weight1, bias1, weight2, bias2, activation)
+    dtype = x.dtype
     hidden = F.linear(_widen(x), _widen(weight1))
     activated = bias_activation(hidden, _widen_optional(bias1), activation, backend)
-    out = F.linear(activated, _widen(weight2), _widen_optional(bias2))
-    return out.to(x.dtype), hidden.to(x.dtype) if save_hidden else x.new_empty(0)
+    hidden = hidden.to(dtype) if save_hidden else x.new_empty(0)
+    return F.linear(activated, _widen(weight2), _widen_optional(bias2)).to(dtype), hidden
+
+
+#: dx, dweight1, dbias1 (empty without bias1), dweight2.
+_Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _differentiate(
+    drows: Tensor,
+    rows: Tensor,
+    z: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    activation: int,
+    backend: int,
+) -> _Gradients:
+    """From act's input before its bias, z (rows, per_output * hidden)."""
+    dweight2 = drows.t() @ bias_activation(z, b1, activation, backend)
+    dz, dbias1 = bias_activation_backward(drows @ w2, z, b1, activation, backend)
+    del z  # a recomputed one is held by nobody else
+    return dz @ w1, dz.t() @ rows, dbias1, dweight2
+
+
+def _recompute(
+    drows: Tensor,
+    rows: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    activation: int,
+    backend: int,
+) -> _Gradients:
+    """The same where z was not saved.
+
+    An MLP is a sum over slices of its hidden features: going through them one by one, no tensor of
+    the hidden width is ever whole. More slices would save little more and round dx, their sum, more
+    often.
+    """
+    slices = 4
+    per_output, hidden = _inputs_per_output(activation), w2.shape[1]
+    dx = torch.zeros_like(rows)
+    dweight1 = rows.new_empty(per_output, hidden, rows.shape[1])
+    dbias1 = rows.new_empty(per_output, 0 if b1 is None else hidden)
+    dweight2 = rows.new_empty(w2.shape)
+    width = -(-hidden // slices)
+    for start in range(0, hidden, width or 1):
+        part = slice(start, start + width)
+        w1_part = w1.unflatten(0, (per_output, hidden))[:, part].flatten(0, 1)
+        b1_part = None if b1 is None else b1.reshape(per_output, hidden)[:, part].flatten()
+        part_dx, part_dweight1, part_dbias1, dweight2[:, part] = _differentiate(
+            drows, rows, F.linear(rows, w1_part), w1_part, b1_part, w2[:, part], activation, backend
+        )
+        dx += part_dx
+        dweight1[:, part] = part_dweight1.unflatten(0, (per_output, -1))
+        if b1 is not None:
+            dbias1[:, part] = part_dbias1.unflatten(0, (per_output, -1))
+    return dx, dweight1.flatten(0, 1), dbias1.flatten(), dweight2
 
 
 def fused_mlp_backward(
@@ -247,12 +305,18 @@ def fused_mlp_backward(
         return _widen(tensor).reshape(count, tensor.shape[-1])
 
     rows, drows, w1, w2 = as_rows(x), as_rows(dout), _widen(weight1), _widen(weight2)
-    z = as_rows(hidden) if saved else F.linear(rows, w1)
     b1 = _widen_optional(bias1)
-    dweight2 = drows.t() @ bias_activation(z, b1, activation, backend)
-    dz, dbias1 = bias_activation_backward(drows @ w2, z, b1, activation, backend)
-    dweight1 = dz.t() @ rows
-    dx = (dz @ w1).view(x.shape)
+    if saved:
+        found = _differentiate(drows, rows, as_rows(hidden), w1, b1, w2, activation, backend)
+    else:
+        found = _recompute(drows, rows, w1, b1, w2, activation, backend)
+    dx, dweight1, dbias1, dweight2 = found
     dbias2 = drows.sum(0).to(x.dtype) if bias2_requires_grad else x.new_empty(0)
     dtype = x.dtype
-    return dx.to(dtype), dweight1.to(dtype), dbias1.to(dtype), dweight2.to(dtype), dbias2
+    return (
+        dx.view(x.shape).to(dtype),
+        dweight1.to(dtype),
+        dbias1.to(dtype),
+        dweight2.to(dtype),
+        dbias2,
+    )

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from anyflash import rotary
+from anyflash._autograd import is_compiling
 
 from ..ops.triton.rotary import apply_rotary
 
@@ -154,11 +155,6 @@ def _save(
     **options: Any,
 ) -> None:
     """Keeps what the backward needs; offsets may be a tensor."""
-    if any(table is not None and table.requires_grad for table in tables):
-        raise RuntimeError(
-            "cos, sin: the in-place functions have no gradient of the tables, got one that "
-            "requires it; apply_rotary_emb(..., inplace=False) has"
-        )
     is_tensor = isinstance(seqlen_offsets, Tensor)
     ctx.save_for_backward(*tables, seqlen_offsets if is_tensor else None)
     ctx.offset = 0 if is_tensor else seqlen_offsets
@@ -166,7 +162,12 @@ def _save(
 
 
 def _saved(ctx: Any) -> tuple[tuple[Optional[Tensor], ...], dict[str, Any]]:
-    """The tables and the keyword arguments of the backward's rotation."""
+    """The tables, and the keyword arguments of the rotation backwards."""
+    if any(ctx.needs_input_grad[1:]):
+        raise RuntimeError(
+            "cos, sin: the in-place functions have no gradient of the tables, got one that "
+            "requires it; apply_rotary_emb(..., inplace=False) has"
+        )
     *tables, offsets = ctx.saved_tensors
     seqlen_offsets = ctx.offset if offsets is None else offsets
     return tuple(tables), dict(ctx.options, seqlen_offsets=seqlen_offsets, conjugate=True)
@@ -399,9 +400,10 @@ class RotaryEmbedding(torch.nn.Module):
         cached = self._cos_cached
         if cached is None or seqlen > self._seq_len_cached:
             return False
+        if cached.device != device or cached.dtype != dtype:
+            return False
         # Autograd cannot save a table that was made in inference mode.
-        usable = torch.is_inference_mode_enabled() or not cached.is_inference()
-        return usable and cached.device == device and cached.dtype == dtype
+        return is_compiling() or torch.is_inference_mode_enabled() or not cached.is_inference()
 
     def _update_cos_sin_cache(
         self,

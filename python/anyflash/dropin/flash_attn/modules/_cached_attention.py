@@ -245,6 +245,8 @@ class _Attention(nn.Module):
                 qkv = self.rotary_emb(qkv, **_positions(None))
             return self._run(self.inner_attn, qkv, **options)
         q, kv = qkv.split([heads * self.head_dim, 2 * heads_k * self.head_dim], dim=-1)
+        if self.rotary_emb_dim > 0 and qkv.requires_grad:
+            q = q.clone()  # Autograd forbids to turn two views of one tensor in place.
         return self._attend(self._in_heads(q), self._in_heads(kv, 2), inference_params, **options)
 
     def _in_heads(self, x: Tensor, parts: int = 1) -> Tensor:

@@ -204,8 +204,8 @@ class ParallelMHA(_Attention):
     """Multi-head self-attention whose heads are spread over the processes of a group.
 
     Args:
-        process_group: of torch.distributed; heads may be split unevenly, whole groups of query
-            heads with their key head.
+        process_group: of torch.distributed; None: the default one. Heads may be split unevenly,
+            whole groups of query heads with their key head.
         sequence_parallel: inputs and outputs hold this process's share of the tokens; False: all.
         others: as MHA.
 
@@ -237,15 +237,16 @@ class ParallelMHA(_Attention):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        world_size = torch.distributed.get_world_size(process_group)
         local_rank = torch.distributed.get_rank(process_group)
         super().__init__(
             embed_dim, num_heads, num_heads_kv, dropout, softmax_scale, causal, layer_idx,
             rotary_emb_dim, rotary_emb_base, rotary_emb_scale_base, rotary_emb_interleaved,
             use_alibi, window_size, use_flash_attn, checkpointing, device,
-            world_size=process_group.size(), rank=local_rank,
+            world_size=world_size, rank=local_rank,
         )  # fmt: skip
         self.process_group = process_group
-        self.world_size = process_group.size()
+        self.world_size = world_size
         self.local_rank = local_rank
         group = num_heads // self.num_heads_kv
         kind = {"sequence_parallel": sequence_parallel, "device": device, "dtype": dtype}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 from torch import Tensor
 
@@ -33,3 +33,12 @@ def apply_rotary(
         cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen,
     )
+
+
+def __getattr__(name: str) -> Any:
+    if name == "rotary_kernel":
+        raise ImportError(
+            "rotary_kernel is upstream's Triton kernel, which anyflash does not have; "
+            "apply_rotary of this module computes the same on every device"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,355 @@
+"""The operators of anyflash.cross_entropy in PyTorch operations, their fakes and their derivative.
+
+kernels/cross_entropy_params.h has the formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+from .._autograd import applier, first_derivative_only, in_plain_eager
+
+_ops = torch.ops.anyflash
+
+#: Elements of logits that are widened at a time.
+_CHUNK = 1 << 24
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Options(NamedTuple):
+    """What the operators take after their tensors, in their order."""
+
+    smoothing: float
+    logit_scale: float
+    lse_square_scale: float
+    ignore_index: int
+    class_start_idx: int
+    total_classes: int
+
+
+def _statistics_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+# ---- The checks of csrc/cross_entropy.cpp, in its words.
+
+
+def _check(condition: bool, message: Callable[[], str]) -> None:
+    if not condition:
+        raise RuntimeError(message())
+
+
+def _text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+
+
+def _check_per_row(name: str, x: Tensor, dtype: torch.dtype, logits: Tensor) -> None:
+    _check(x.dtype == dtype, lambda: f"{name}: expected {_text(dtype)}, got {_text(x.dtype)}")
+    _check(
+        x.shape == logits.shape[:1],
+        lambda: (
+            f"{name}: expected ({logits.shape[0]},), one per row of logits, got {tuple(x.shape)}"
+        ),
+    )
+    _check(
+        x.device == logits.device,
+        lambda: f"{name}: expected logits' device {logits.device}, got {x.device}",
+    )
+
+
+def _validate(logits: Tensor, labels: Tensor, o: Options) -> None:
+    _check(
+        logits.dtype in _FLOATING,
+        lambda: f"logits: expected fp16, bf16, fp32 or fp64, got {_text(logits.dtype)}",
+    )
+    _check(
+        logits.dim() == 2 and logits.shape[1] > 0,
+        lambda: (
+            f"logits: expected (rows, vocab) with at least one class, got {tuple(logits.shape)}"
+        ),
+    )
+    _check_per_row("labels", labels, torch.int64, logits)
+    _check(
+        0 <= o.smoothing < 1, lambda: f"label_smoothing: expected 0 <= it < 1, got {o.smoothing:g}"
+    )
+    _check(
+        0 < o.logit_scale < math.inf,
+        lambda: f"logit_scale: expected a positive number, got {o.logit_scale:g}",
+    )
+    _check(
+        -math.inf < o.lse_square_scale < math.inf,
+        lambda: f"lse_square_scale: expected a finite number, got {o.lse_square_scale:g}",
+    )
+    _check(
+        o.class_start_idx >= 0 and o.class_start_idx + logits.shape[1] <= o.total_classes,
+        lambda: (
+            f"total_classes: expected at least class_start_idx {o.class_start_idx} + vocab "
+            f"{logits.shape[1]}, got {o.total_classes}"
+        ),
+    )
+
+
+def _out_of_range(labels: Tensor, o: Options) -> Tensor:
+    """Which labels no class has. On a CPU that is an error; elsewhere asking would wait."""
+    wrong = ((labels < 0) | (labels >= o.total_classes)) & (labels != o.ignore_index)
+    if type(labels) is Tensor and labels.device.type == "cpu" and in_plain_eager() and wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise RuntimeError(
+            f"labels: expected 0 <= label < {o.total_classes} or ignore_index {o.ignore_index}, "
+            f"got {int(labels[row])} in row {row}"
+        )
+    return wrong
+
+
+# ---- The operators in PyTorch operations.
+
+
+def _row_chunks(logits: Tensor) -> Iterator[slice]:
+    """All rows, a few at a time where each call runs by itself: their widened copies come and
+    go."""
+    rows, vocab = logits.shape
+    step = max(1, _CHUNK // vocab) if in_plain_eager() else rows
+    return (slice(begin, begin + step) for begin in range(0, rows, step))
+
+
+def _scaled(logits: Tensor, o: Options) -> Tensor:
+    wide = logits.to(_statistics_dtype(logits))
+    return wide if o.logit_scale == 1.0 else wide * o.logit_scale
+
+
+def _label_columns(labels: Tensor, vocab: int, o: Options) -> tuple[Tensor, Tensor]:
+    """Whether each label is a column here, and which; any column where it is not."""
+    local = labels - o.class_start_idx
+    inside = (local >= 0) & (local < vocab) & (labels != o.ignore_index)
+    return inside, torch.where(inside, local, 0)
+
+
+def _forward_rows(
+    logits: Tensor, labels: Tensor, lse: Tensor | None, o: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = _scaled(logits, o)
+    lse = torch.logsumexp(x, 1) if lse is None else lse.clone()
+    is_part = x.shape[1] < o.total_classes
+    reference = torch.zeros_like(lse) if is_part else lse
+    inside, column = _label_columns(labels, x.shape[1], o)
+    at_label = x.gather(1, column[:, None])[:, 0]
+    losses = torch.where(inside, (1 - o.smoothing) * (reference - at_label), 0.0)
+    if o.smoothing > 0:
+        losses = losses + o.smoothing * (reference - x.sum(1) / o.total_classes)
+    z_losses = o.lse_square_scale * reference.square()
+    ignored = labels == o.ignore_index
+    losses = (losses + z_losses).masked_fill(ignored, 0.0)
+    return losses, z_losses.masked_fill(ignored, 0.0), lse
+
+
+def _forward(
+    logits: Tensor, labels: Tensor, precomputed_lse: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    o = Options(*options)
+    _validate(logits, labels, o)
+    if precomputed_lse is not None:
+        _check_per_row("precomputed_lse", precomputed_lse, _statistics_dtype(logits), logits)
+    wrong = _out_of_range(labels, o)
+    parts = [
+        _forward_rows(
+            logits[rows],
+            labels[rows],
+            None if precomputed_lse is None else precomputed_lse[rows],
+            o,
+        )
+        for rows in _row_chunks(logits)
+    ]
+    if not parts:
+        empty = [logits.new_empty(0, dtype=_statistics_dtype(logits)) for _ in range(3)]
+        return empty[0], empty[1], empty[2]
+    losses, z_losses, lse = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*parts))
+    return losses.masked_fill(wrong, math.nan), z_losses, lse
+
+
+def _backward_rows(dlosses: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, o: Options) -> Any:
+    slope = torch.exp(_scaled(logits, o) - lse[:, None])
+    if o.lse_square_scale != 0.0:
+        slope = slope * (1 + 2 * o.lse_square_scale * lse[:, None])
+    if o.smoothing > 0:
+        slope = slope - o.smoothing / o.total_classes
+    inside, column = _label_columns(labels, logits.shape[1], o)
+    at_label = inside.to(slope.dtype) * (1 - o.smoothing)
+    slope = slope.scatter_add(1, column[:, None], -at_label[:, None])
+    ignored = (labels == o.ignore_index)[:, None]
+    return (slope * (dlosses[:, None] * o.logit_scale)).masked_fill(ignored, 0.0)
+
+
+def _validate_backward(
+    dlosses: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, o: Any
+) -> None:
+    _validate(logits, labels, o)
+    _check_per_row("dlosses", dlosses, _statistics_dtype(logits), logits)
+    _check_per_row("lse", lse, _statistics_dtype(logits), logits)
+
+
+def _backward(
+    dlosses: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, *options: Any
+) -> Tensor:
+    o = Options(*options)
+    _validate_backward(dlosses, logits, labels, lse, o)
+    parts = [
+        _backward_rows(dlosses[rows], logits[rows], labels[rows], lse[rows], o).to(logits.dtype)
+        for rows in _row_chunks(logits)
+    ]
+    if not parts:
+        return logits.new_empty(logits.shape)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def has_own_rows(logits: Tensor) -> bool:
+    """Whether the gradient can be written over the logits."""
+    rows, vocab = logits.shape
+    neighbours = logits.stride(1) == 1 or vocab == 1
+    return neighbours and (logits.stride(0) >= vocab or rows <= 1)
+
+
+def _backward_(dlosses: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, *options: Any) -> None:
+    o = Options(*options)
+    _validate_backward(dlosses, logits, labels, lse, o)
+    _check(
+        has_own_rows(logits),
+        lambda: (
+            "logits: expected rows of neighbouring elements that do not overlap, got strides "
+            f"{tuple(logits.stride())}"
+        ),
+    )
+    for rows in _row_chunks(logits):
+        gradient = _backward_rows(dlosses[rows], logits[rows], labels[rows], lse[rows], o)
+        logits[rows].copy_(gradient)
+
+
+MATH = {
+    "cross_entropy_forward": _forward,
+    "cross_entropy_backward": _backward,
+    "cross_entropy_backward_": _backward_,
+}
+
+
+def implementation(name: str, on_kernel: bool) -> Callable[..., Any]:
+    """The operator, or the same in PyTorch operations, as _operators.runs_on_kernel says."""
+    return getattr(_ops, name).default if on_kernel else MATH[name]
+
+
+def write_gradient(
+    on_kernel: bool, inplace: bool, dlosses: Tensor, logits: Tensor, *rest: Any
+) -> Any:
+    """The gradient of the logits: the logits themselves, overwritten, or new memory."""
+    if not inplace:
+        return implementation("cross_entropy_backward", on_kernel)(dlosses, logits, *rest)
+    implementation("cross_entropy_backward_", on_kernel)(dlosses, logits, *rest)
+    # Operators of a library leave the version as it is, and whoever saved the logits must see.
+    with torch.no_grad():
+        logits.narrow(0, 0, 0).zero_()
+    return logits
+
+
+# ---- The derivative.
+
+
+class CrossEntropyFunction(Function):
+    """(losses, z_losses, lse) of (logits, labels, precomputed_lse, *Options, inplace_backward,
+    process_group, on_kernel). With a group, the columns are this process's part of the classes."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        logits: Tensor,
+        labels: Tensor,
+        precomputed_lse: Tensor | None,
+        smoothing: float,
+        logit_scale: float,
+        lse_square_scale: float,
+        ignore_index: int,
+        class_start_idx: int,
+        total_classes: int,
+        inplace_backward: bool,
+        process_group: Any,
+        on_kernel: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        o = Options(
+            smoothing, logit_scale, lse_square_scale, ignore_index, class_start_idx, total_classes
+        )
+        forward = implementation("cross_entropy_forward", on_kernel)
+        results = forward(logits, labels, precomputed_lse, *o)
+        if process_group is None:
+            return results
+        return _combined(results, labels, o, process_group)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        logits, labels = inputs[:2]
+        _, z_losses, lse = output
+        ctx.save_for_backward(logits, labels, lse)
+        ctx.options = inputs[3:9]
+        ctx.inplace_backward = inputs[9]
+        ctx.on_kernel = inputs[11]
+        ctx.mark_non_differentiable(z_losses, lse)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, dlosses: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if dlosses is None:
+            return (None,) * 12
+        tensors = (dlosses, *ctx.saved_tensors)
+        dlogits = write_gradient(ctx.on_kernel, ctx.inplace_backward, *tensors, *ctx.options)
+        return (dlogits, *(None,) * 11)
+
+
+def _combined(
+    results: tuple[Tensor, Tensor, Tensor], labels: Tensor, o: Options, process_group: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The results for all classes, from those for this process's part of them."""
+    losses, z_losses, lse = results
+    world_size = torch.distributed.get_world_size(process_group)
+    parts = [torch.empty_like(lse) for _ in range(world_size)]
+    torch.distributed.all_gather(parts, lse, group=process_group)
+    torch.distributed.all_reduce(losses, group=process_group)
+    lse = torch.logsumexp(torch.stack(parts), 0)
+    ignored = labels == o.ignore_index
+    z_losses = (o.lse_square_scale * lse.square()).masked_fill(ignored, 0.0)
+    return (losses + lse).masked_fill(ignored, 0.0) + z_losses, z_losses, lse
+
+
+apply_cross_entropy = applier(CrossEntropyFunction)
+
+
+# ---- For _ops.register().
+
+
+def _fake_forward(logits: Tensor, labels: Tensor, precomputed_lse: Tensor | None, *o: Any) -> Any:
+    _validate(logits, labels, Options(*o))
+    dtype = _statistics_dtype(logits)
+    return tuple(logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(3))
+
+
+def _fake_backward(dlosses: Tensor, logits: Tensor, *rest: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _fake_backward_(*args: Any) -> None:
+    return None
+
+
+def _recorded_forward(logits: Tensor, labels: Tensor, lse: Tensor | None, *options: Any) -> Any:
+    return apply_cross_entropy(logits, labels, lse, *options, False, None, True)
+
+
+FAKES = {
+    "cross_entropy_forward": _fake_forward,
+    "cross_entropy_backward": _fake_backward,
+    "cross_entropy_backward_": _fake_backward_,
+}
+DIFFERENTIABLE = {"cross_entropy_forward": _recorded_forward}

@@ -1,0 +1,1 @@
+"""Registers anyflash's attention with other packages. Importing it imports none of them."""

@@ -1,0 +1,73 @@
+"""Comparisons, plain references and device redirection for the tests of clients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def compare(actual: Any, expected: Any, tolerance: float = 1e-4) -> None:
+    """Tensors, or equally nested sequences of them, are close."""
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
+
+
+def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a backward pass has left in a module's parameters."""
+    found = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+    assert found, "no parameter has a gradient"
+    return found
+
+
+def compare_training(actual: Any, expected: Any, ours: Any, theirs: Any, tolerance=1e-4) -> None:
+    """Outputs of two modules, and all their gradients of one loss."""
+    compare(actual, expected, tolerance)
+    for module, out in ((ours, actual), (theirs, expected)):
+        module.zero_grad()
+        out.float().square().mean().backward()
+    found, wanted = gradients(ours), gradients(theirs)
+    assert found.keys() == wanted.keys()
+    compare(found, wanted, tolerance)
+
+
+def leaves(*shapes: Sequence[int], dtype=torch.float32) -> list[torch.Tensor]:
+    """Random tensors that require a gradient, the same ones in every call."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+
+
+def plain_attention(q, k, v, causal=False, window=(-1, -1), softcap=0.0):
+    """(batch, seqlen, heads, head_dim) attention in torch operations, grouped heads too."""
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    score = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
+    if softcap:
+        score = softcap * torch.tanh(score / softcap)
+    distance = torch.arange(k.shape[1]) - torch.arange(q.shape[1])[:, None]
+    distance = distance - (k.shape[1] - q.shape[1])
+    hidden = distance > (0 if causal else window[1] if window[1] >= 0 else k.shape[1])
+    if window[0] >= 0:
+        hidden |= distance < -window[0]
+    return torch.einsum("bhqk,bkhd->bqhd", score.masked_fill(hidden, -math.inf).softmax(-1), v)
+
+
+def packed_attention(q, k, v, lengths, **options):
+    """The same for sequences that lie end to end: (total, heads, head_dim)."""
+    parts = zip(*(x.split(lengths) for x in (q, k, v)))
+    return torch.cat([plain_attention(*(x[None] for x in p), **options)[0] for p in parts])
+
+
+def cumulative(lengths: Sequence[int]) -> torch.Tensor:
+    """cu_seqlens of these lengths."""
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def pretend_cuda(monkeypatch) -> None:
+    """For clients that refuse a CPU: torch says that there is an A100, and tensors are on it.
+
+    Nothing else changes: every tensor stays where it is and every call goes where it went.
+    """
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (8, 0))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True), raising=False)

@@ -1,0 +1,63 @@
+"""Who uses flash_attn, in which versions, and what shows it: the data of scripts/clients.py."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Environment(NamedTuple):
+    """Packages laid over .venv, pinned."""
+
+    packages: tuple[str, ...] = ()  # with what they require
+    alone: tuple[str, ...] = ()  # without: what they require is heavy, or not needed here
+
+
+ENVIRONMENTS = {
+    "venv": Environment(),
+    "transformers-5.24": Environment(("transformers==5.24.0",)),
+    "transformers-4.57": Environment(("transformers==4.57.6",)),
+    "transformers-4.48": Environment(("transformers==4.48.3",)),
+    "sentence-transformers": Environment(
+        ("scikit-learn", "scipy"), alone=("sentence-transformers==6.2.0",)
+    ),
+    # Built for torch 2.10: on a newer one its own C++ operators stay away, the rest is Python.
+    "xformers": Environment(alone=("xformers==0.0.35",)),
+    "trl": Environment(("accelerate==1.15.0", "datasets"), alone=("peft==0.21.2", "trl==1.16.0")),
+    "esm": Environment(
+        ("attrs", "biopython", "biotite==1.2.0", "brotli", "cloudpathlib", "msgpack-numpy",
+         "pandas", "scipy", "tenacity", "zstd"),
+        alone=("esm==3.2.1.post1", "transformers==4.57.6", "huggingface-hub==0.36.0",
+               "tokenizers==0.22.1"),
+    ),
+    "evo": Environment(alone=("stripedhyena==0.2.2", "vtx==1.1.0")),
+    "x-transformers": Environment(("einx", "loguru"), alone=("x-transformers==2.31.10",)),
+}  # fmt: skip
+
+
+class Client(NamedTuple):
+    """One row of docs/clients.md."""
+
+    name: str
+    version: str  # "installed" is that of .venv; own programs name what their calls are from
+    environment: str
+    program: str  # a file of pytest tests, under tests/consumers
+    seconds: int = 300  # a limit
+
+
+_TRANSFORMERS = ("venv", "transformers-5.24", "transformers-4.57", "transformers-4.48")
+
+CLIENTS = (
+    *(Client("transformers", "installed", e, "test_transformers_integration.py")
+      for e in _TRANSFORMERS),
+    *(Client("transformers, more", "installed", e, "programs/transformers_more.py")
+      for e in _TRANSFORMERS),
+    Client("sentence-transformers", "installed", "sentence-transformers",
+           "programs/sentence_embeddings.py"),
+    Client("diffusers", "installed", "venv", "test_diffusers.py"),
+    Client("xformers", "installed", "xformers", "programs/xformers_flash.py"),
+    Client("ring-flash-attn", "installed", "venv", "test_ring_flash_attn.py"),
+    Client("esm", "installed", "esm", "programs/esm_c.py"),
+    Client("stripedhyena", "installed", "evo", "programs/stripedhyena_evo.py"),
+    Client("vtx", "installed", "evo", "programs/vtx_evo2.py"),
+    Client("x-transformers", "installed", "x-transformers", "programs/x_transformers_packed.py"),
+)  # fmt: skip

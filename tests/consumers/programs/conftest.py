@@ -1,0 +1,8 @@
+"""The programs import what lies beside the tests of clients."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
