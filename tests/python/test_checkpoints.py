@@ -8,7 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from flash_attn.models import baichuan, bert, bigcode, btlm, falcon, gpt, gpt_neox, llama, opt
+from flash_attn.models import (
+    _remap,
+    baichuan,
+    bert,
+    bigcode,
+    btlm,
+    falcon,
+    gpt,
+    gpt_neox,
+    llama,
+    opt,
+)
 from flash_attn.utils.pretrained import state_dict_from_pretrained
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -104,6 +115,10 @@ def test_what_a_rank_gets():
     assert second["lm_head.bias"].tolist() == [*range(30, 60)]
     positions = second["transformer.embeddings.position_embeddings.weight"]
     assert positions[0].tolist() == [*range(10, 20)]
+    grouped = config_of(hidden_size=24, num_attention_heads=6, n_head_kv=3)
+    first = gpt.shard_state_dict_tp(gpt_state_dict(grouped), grouped, 2, 0)
+    qkv = first["transformer.layers.0.mixer.Wqkv.bias"]  # heads of four: 4 + 2 + 2 of them
+    assert qkv.tolist() == [*range(16), *range(24, 32), *range(36, 44)]
     for gone in ("mixer.out_proj.bias", "mlp.fc2.bias"):
         assert f"transformer.layers.0.{gone}" not in second
     assert second["transformer.ln_f.weight"].tolist() == [*range(20)]
@@ -353,6 +368,22 @@ def test_names_of_other_versions_of_transformers():
     config = falcon.falcon_config_to_gpt2_config(published)
     assert (config.n_layer, config.n_head, config.n_head_kv) == (3, 71, 8)
     assert not config.parallel_block_tied_norm
+
+
+def test_a_configuration_that_says_nothing_of_rotary_embeddings():
+    attributes = transformers.LlamaConfig().to_dict()
+    for name in ("rope_parameters", "head_dim", "tie_word_embeddings"):
+        del attributes[name]
+    config = llama.llama_config_to_gpt2_config(SimpleNamespace(**attributes))
+    assert config.rotary_emb_base == 10000.0 and not config.tie_word_embeddings
+
+
+def test_names_end_at_dots():
+    names = {"layers.#.norm": "layers.#.n", "layers.#.bias": None}
+    kept = {"layers.12.norm_1.weight": numbered(1), "layers.12.bias_1": numbered(2)}
+    given = {"layers.12.norm.weight": numbered(3), "layers.12.bias": numbered(4), **kept}
+    renamed = _remap.rename(given, names)
+    assert_same(renamed, {"layers.12.n.weight": numbered(3), **kept})
 
 
 def test_configurations_of_code_that_is_not_in_transformers():

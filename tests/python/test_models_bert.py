@@ -127,7 +127,7 @@ def test_a_subset_of_the_tokens(use_flash_attn):
     wanted = torch.zeros(3, 9, dtype=torch.bool)
     wanted[0, 3] = wanted[1, 0] = wanted[2, 8] = True  # the last one isn't there
     model = _ours(dense_seq_output=True, last_layer_subset=True, use_flash_attn=use_flash_attn).bert
-    output = model(IDS, attention_mask=MASK, masked_tokens_mask=wanted)
+    output = model(IDS, attention_mask=MASK.long(), masked_tokens_mask=wanted)
     whole = _ours().bert(IDS, attention_mask=MASK)
     _close(output.last_hidden_state, whole.last_hidden_state[wanted & MASK])
     _close(output.pooler_output, whole.pooler_output)

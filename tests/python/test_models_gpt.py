@@ -65,6 +65,7 @@ FAMILIES = {
         new_decoder_architecture=True,
         num_kv_heads=2,
         num_ln_in_parallel_attn=1,
+        ffn_hidden_size=96,
     ),
     "falcon serial": lambda: _family(
         "Falcon", falcon, multi_query=False, parallel_attn=False, bias=True

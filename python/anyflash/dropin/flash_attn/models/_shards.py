@@ -25,19 +25,20 @@ class _Split:
     """How the ranks share a tensor.
 
     Along `dim` lie blocks (as the queries, keys and values of Wqkv) of these relative sizes. Each
-    is shared out by itself, in multiples of `unit`.
+    is shared out by itself, and consists of so many pieces that stay whole; None: of its rows.
     """
 
     dim: int
     blocks: tuple[int, ...] = (1,)
-    unit: int = 1
+    pieces: int | None = None
 
     def _sizes(self, total: int, world_size: int) -> list[list[int]]:
         """Of each block, the size of each rank's part."""
-        part = total // sum(self.blocks)
+        sizes = [total // sum(self.blocks) * block for block in self.blocks]
+        units = [size // self.pieces if self.pieces else 1 for size in sizes]
         return [
-            [get_dim_for_local_rank(part * b, world_size, r, self.unit) for r in range(world_size)]
-            for b in self.blocks
+            [get_dim_for_local_rank(size, world_size, rank, unit) for rank in range(world_size)]
+            for size, unit in zip(sizes, units)
         ]
 
     def shard(self, tensor: Tensor, world_size: int, rank: int) -> Tensor:
@@ -57,8 +58,8 @@ class _Split:
 def _splits(config: Any) -> dict[str, _Split]:
     """How each tensor is shared; those that are not listed are the same on all ranks."""
     n_head, n_head_kv = config.num_attention_heads, _remap.heads_kv(config)
-    head_dim = config.hidden_size // n_head
-    qkv = _Split(0, (n_head, n_head_kv, n_head_kv), head_dim)
+    # Query heads go where the key head is that they share.
+    qkv = _Split(0, (n_head, n_head_kv, n_head_kv), pieces=n_head_kv)
     fc1 = _Split(0, (1, 1) if config.activation_function in GATED else (1,))
     return {
         f"{WORDS}.weight": _Split(0),
@@ -67,7 +68,7 @@ def _splits(config: Any) -> dict[str, _Split]:
         f"{HEAD}.bias": _Split(0),
         f"{WQKV}.weight": qkv,
         f"{WQKV}.bias": qkv,
-        f"{OUT_PROJ}.weight": _Split(-1, unit=head_dim),
+        f"{OUT_PROJ}.weight": _Split(-1, pieces=n_head_kv),
         f"{FC1}.weight": fc1,
         f"{FC1}.bias": fc1,
         f"{FC2}.weight": _Split(-1),
@@ -96,7 +97,8 @@ def shard_state_dict_tp(
 ) -> dict[str, Tensor]:
     """What one rank of a tensor parallel GPTLMHeadModel loads of a whole one's state dict.
 
-    Heads that world_size doesn't divide are shared out unevenly, the first ranks having more.
+    Heads that world_size doesn't divide are shared out unevenly, the first ranks having more; a key
+    head stays with the query heads that use it.
     state_dict itself is changed, and returned.
 
     Raises:

@@ -184,10 +184,12 @@ class BertModel(BertPreTrainedModel):
 
         Args:
             input_ids, position_ids, token_type_ids: (batch, seqlen).
-            attention_mask: bool (batch, seqlen), False where there is no token.
+            attention_mask: (batch, seqlen), False or 0 where there is no token.
             masked_tokens_mask: bool (batch, seqlen), the only tokens that last_hidden_state is
                 wanted of; it is (tokens, hidden_size) then.
         """
+        if attention_mask is not None:
+            attention_mask = attention_mask.bool()
         hidden_states = self.embeddings(
             input_ids, position_ids=position_ids, token_type_ids=token_type_ids
         )
@@ -259,7 +261,7 @@ class BertForPreTraining(BertPreTrainedModel):
             input_ids,
             position_ids=position_ids,
             token_type_ids=token_type_ids,
-            attention_mask=None if attention_mask is None else attention_mask.bool(),
+            attention_mask=attention_mask,
             masked_tokens_mask=masked if self.last_layer_subset else None,
         )
         sequence_output = outputs.last_hidden_state

@@ -59,7 +59,7 @@ from flash_attn.modules.mlp import (
     ParallelMLP,
 )
 from flash_attn.ops.activations import sqrelu_fwd
-from flash_attn.ops.fused_dense import ColumnParallelLinear
+from flash_attn.ops.fused_dense import ColumnParallelLinear, fused_dense_func
 from flash_attn.ops.triton.layer_norm import RMSNorm, layer_norm_fn
 from flash_attn.ops.triton.mlp import FusedDenseSqreluDense
 from flash_attn.utils.distributed import (
@@ -163,9 +163,13 @@ class GPTModel(GPTPreTrainedModel):
         self.parallel_block = getattr(config, "parallel_block", False)
         self.fused_dropout_add_ln = getattr(config, "fused_dropout_add_ln", False)
 
+        width = getattr(config, "word_embed_proj_dim", None)
         if process_group is None:
-            width = getattr(config, "word_embed_proj_dim", None)
             embeddings_cls = partial(GPT2Embeddings, word_embed_proj_dim=width)
+        elif width is not None:
+            raise ValueError(
+                f"word_embed_proj_dim: expected None with tensor parallelism, got {width}"
+            )
         else:
             embeddings_cls = partial(
                 ParallelGPT2Embeddings, **parallel_kwargs(config, process_group)
@@ -325,8 +329,10 @@ class GPTLMHeadModel(GPTPreTrainedModel, GenerationMixin):
         hidden_states = self.transformer(
             input_ids, position_ids=position_ids, inference_params=inference_params
         )
-        if inference_params is not None and hidden_states.ndim != 3:
-            raise ValueError("inference_params: sequence_parallel can't generate, expected None")
+        if (inference_params is not None or num_last_tokens > 0) and hidden_states.ndim != 3:
+            raise ValueError(
+                "inference_params, num_last_tokens: expected None and 0 with sequence_parallel"
+            )
         if num_last_tokens > 0:
             hidden_states = hidden_states[:, -num_last_tokens:]
         if self.project_out is not None:
@@ -342,9 +348,16 @@ class GPTLMHeadModel(GPTPreTrainedModel, GenerationMixin):
     def _head(self, hidden_states: Tensor) -> Tensor:
         if not self.norm_head:
             return self.lm_head(hidden_states)
-        if self.process_group is not None and self.lm_head.sequence_parallel:
-            hidden_states = all_gather(hidden_states, self.process_group)
-        return F.linear(hidden_states, F.normalize(self.lm_head.weight), self.lm_head.bias)
+        weight = F.normalize(self.lm_head.weight)
+        if self.process_group is None:
+            return F.linear(hidden_states, weight, self.lm_head.bias)
+        return fused_dense_func(
+            hidden_states,
+            weight,
+            self.lm_head.bias,
+            process_group=self.process_group,
+            sequence_parallel=self.lm_head.sequence_parallel,
+        )
 
     def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True) -> Any:
         """Load, also checkpoints of before the norms moved to the start of the layers."""
