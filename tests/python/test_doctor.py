@@ -15,8 +15,8 @@ import torch
 from support import run_python, torch_version, write_lists
 
 import anyflash
-from anyflash import _doctor as doctor
 from anyflash import _clients, _doctor_text, _installs, _loader, _machine
+from anyflash import _doctor as doctor
 from anyflash.__main__ import main
 
 

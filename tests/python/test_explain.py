@@ -181,5 +181,5 @@ def test_numbers_of_features_and_activations():
 
 
 def test_an_explanation_shows_its_text():
-    answer = explain("bf16 head_dim 64")
+    answer = anyflash.explain("bf16 head_dim 64")
     assert repr(answer) == str(answer) and "forward" in repr(answer)

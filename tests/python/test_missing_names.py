@@ -1,4 +1,4 @@
-"""flash_attn._missing: names that anyflash cannot provide are absent, and asking says what works."""
+"""flash_attn._missing: what anyflash cannot provide is absent, and asking says what works."""
 
 from __future__ import annotations
 

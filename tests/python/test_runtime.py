@@ -15,6 +15,7 @@ from support import run_python
 from torch.utils.checkpoint import checkpoint
 
 import anyflash
+from anyflash import _loader
 
 pytestmark = pytest.mark.providers
 
