@@ -153,7 +153,8 @@ def _operators(report: Report) -> dict[str, Any]:
 
 
 def _explain_python_operators(report: Report, state: dict[str, Any]) -> None:
-    same = "Results are the same, without anyflash's own kernels: expect 2 to 6 times the time."
+    times = "2 to 6" if torch_version() >= 202 else "7 to 30"
+    same = f"Results are the same, without anyflash's CPU kernels: expect {times} times the time."
     because = f" Reason: {'; '.join(state['reasons'])}." if state["reasons"] else ""
     build = state["build"]
     if os.environ.get("ANYFLASH_PROVIDER", "auto") == "python":

@@ -10,6 +10,15 @@ from __future__ import annotations
 import os
 
 import pytest
+from installations import (  # noqa: F401  (fixtures)
+    broken_upstream,
+    companion,
+    environment,
+    libraries,
+    pure_wheel,
+    source,
+    wheel,
+)
 
 
 def pytest_addoption(parser):

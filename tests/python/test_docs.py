@@ -56,6 +56,18 @@ def test_environment_variables_are_known(page):
         assert name in ENVIRONMENT, name
 
 
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#:]+)\)", read(page)):
+            assert (REPOSITORY / page).parent.joinpath(link).exists(), f"{page}: {link}"
+
+
+def test_the_code_of_the_readme_runs_as_pasted(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    assert "forward" in capsys.readouterr().out
+
+
 def test_explain_examples_run():
     from anyflash.__main__ import main
 

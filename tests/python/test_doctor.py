@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -11,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import torch_version, write_lists
+from support import run_python, torch_version, write_lists
 
 import anyflash
+from anyflash import _clients, _doctor_text, _installs, _loader, _machine
 from anyflash import _doctor as doctor
-from anyflash import _doctor_text, _installs, _loader, _machine
 from anyflash.__main__ import main
 
 
@@ -218,6 +219,41 @@ def test_the_off_switch(installation):
     if not report["flash_attn"]["ours"]:
         assert status == 0 or report["flash_attn"]["winner"]
         assert "ANYFLASH_DROPIN=0" in findings(report, "notes")
+
+
+def test_the_report_in_a_notebook():
+    report = anyflash.doctor(probe=False)
+    assert repr(report) == _doctor_text.render(report)
+    assert anyflash.doctor(probe=False).healthy is report.healthy  # a second call, too
+
+
+def test_clients_are_named_without_importing_them():
+    rows = anyflash.doctor(probe=False).facts["clients"]
+    known = {client.distribution for client in _clients.CLIENTS}
+    assert {row["name"] for row in rows} <= known
+    for row in rows:
+        assert row["version"] == importlib.metadata.version(row["name"]) and row["uses"]
+    code = "import sys, anyflash; anyflash.doctor(False); print('transformers' in sys.modules)"
+    assert run_python(code).strip() == "False"
+
+
+def test_transformers_without_a_gpu_has_a_remedy(monkeypatch):
+    client = {"name": "transformers", "version": "5.23.0", "uses": "flash_attn"}
+    monkeypatch.setattr(_clients, "installed", lambda gpu: [client])
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        report = doctor.Report()
+        doctor._clients(report)
+        assert [note["kind"] for note in report.notes] == ([] if gpu else ["transformers"])
+
+
+def test_the_command_without_arguments_is_the_doctor(capsys):
+    assert main([]) in (0, 1)
+    assert "What runs for common shapes" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"anyflash {anyflash.__version__}\n"
 
 
 def test_survey_names_the_drop_in_once():

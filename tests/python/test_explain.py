@@ -165,3 +165,21 @@ def test_command_line(capsys):
 
     assert main(["explain", "fp64", "H100", "--backend", "sdpa"]) == 1
     assert main(["explain", "nonsense"]) == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["seqlen 2048", "batch 2", "8 heads", "seqlen_q 1 seqlen_k 4096", "max_seqlen_k=77", "len 2k"],
+)
+def test_sizes_are_read_and_change_nothing(words):
+    assert parse_words(f"bf16 causal {words}") == parse_words("bf16 causal")
+
+
+def test_numbers_of_features_and_activations():
+    assert parse_words("dropout 0.1 fp16") == {"features": ["dropout"], "dtype": "fp16"}
+    assert parse_words("gelu_tanh mlp bf16")["op"] == "bias_activation"
+
+
+def test_an_explanation_shows_its_text():
+    answer = anyflash.explain("bf16 head_dim 64")
+    assert repr(answer) == str(answer) and "forward" in repr(answer)

@@ -15,6 +15,7 @@ from support import run_python
 from torch.utils.checkpoint import checkpoint
 
 import anyflash
+from anyflash import _loader
 
 pytestmark = pytest.mark.providers
 
@@ -343,6 +344,35 @@ def test_no_notice_for_the_first_choice(provider):
         "(q, q, q)", '(q, q, q, backend="aten_cpu")'
     )
     assert _notices(provider, code) == []
+
+
+def test_what_runs_where_all_is_well_is_said_to_who_asks(provider):
+    code = """
+import torch, anyflash
+q = torch.zeros(1, 4, 2, 8)
+for _ in range(2):
+    anyflash.attention(q, q, q, causal=True, backend="aten_cpu")
+with torch.no_grad():
+    anyflash.attention_kvcache(q, q, q, backend="math", cache_seqlens=2)
+"""
+    assert _notices(provider, code) == []
+    assert _notices(provider, code, ANYFLASH_VERBOSE="1") == [
+        "anyflash: attention forward, fp32, head_dim 8, causal: runs on PyTorch's CPU attention "
+        "(aten_cpu)",
+        "anyflash: attention forward, fp32, head_dim 8, seqused_k: runs on plain PyTorch operators "
+        "(math)",
+    ]
+    log = "import logging\nlogging.basicConfig(level=logging.INFO, format='%(levelname)s')"
+    assert _notices(provider, log + code, ANYFLASH_VERBOSE="1") == ["INFO", "INFO"]
+
+
+def test_the_kernel_that_runs_is_named(provider):
+    if _loader.cpu_isa() == "none":
+        pytest.skip("no kernels here")
+    code = "import torch, anyflash\nq = torch.zeros(1, 4, 2, 8)\nanyflash.attention(q, q, q)"
+    (line,) = _notices(provider, code, ANYFLASH_VERBOSE="1", ANYFLASH_CPU_ISA=_loader.cpu_isa())
+    name = anyflash.explain("fp32 head_dim 8", device="cpu").decisions[0]["instance"]
+    assert line.endswith(f"runs on anyflash's kernel ({name})")
 
 
 def test_notices_can_be_silenced(device, caplog):
