@@ -144,7 +144,8 @@ def row(client: Client, python: Path) -> Row:
                 kind.append(test["name"])
     remarks = remarks_on(tests)
     if said or not tests:
-        reason = said.splitlines()[-1] if said else "no test ran"
+        errors = [line[1:].strip() for line in said.splitlines() if line.startswith("E  ")]
+        reason = [*said.splitlines()[-1:], *errors][-1] if said else "no test ran"
         cells["imported"].failed.append("process")
         remarks.append(f"the process ended: {reason}")
         print(said, file=sys.stderr)
