@@ -5,8 +5,9 @@ BUILD ?= build/dev
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PATH := $(abspath $(BIN)):$(PATH)
-# Where there is a compiler, a failing build is an error; without one the install is pure Python.
-MUST_BUILD := $(if $(shell command -v c++ g++ clang++),ANYFLASH_BUILD=1)
+# Where there is a compiler, everything is built, the kernels of absent GPUs too, and a failing build is an error; without one the
+# install is pure Python.
+MUST_BUILD := $(if $(shell command -v c++ g++ clang++),ANYFLASH_BUILD=1 ANYFLASH_CUDA=$${ANYFLASH_CUDA:-1})
 CPP_BUILD := cmake -G Ninja -DANYFLASH_TORCH=OFF -DANYFLASH_PYTHON=OFF -DANYFLASH_TESTS=ON
 SOURCES := $(shell find csrc kernels cmake tools -type f) CMakeLists.txt setup.py pyproject.toml
 
@@ -79,7 +80,7 @@ test-matrix: setup   ## old and new torch and Python versions; writes docs/test_
 	$(BIN)/python scripts/test_matrix.py
 
 wheels: $(VENV)/.packages   ## out/dist: the wheel of anyflash, and the one that carries the name flash-attn
-	$(BIN)/python -m build --no-isolation --wheel --outdir out/dist .
+	$(MUST_BUILD) $(BIN)/python -m build --no-isolation --wheel --outdir out/dist .
 	$(BIN)/python -m build --no-isolation --wheel --outdir out/dist packaging/flash-attn
 
 lint: $(VENV)/.packages   ## ruff, clang-format
@@ -93,6 +94,6 @@ format: $(VENV)/.packages   ## the same tools, writing
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
 clean:          ## everything but .venv
-	rm -rf build out python/*.egg-info python/anyflash/_build.json python/anyflash/cmake python/anyflash/include
+	rm -rf build out python/*.egg-info python/anyflash/_build.json python/anyflash/_lists.py python/anyflash/cmake python/anyflash/include
 	find python -name '*.so' -delete
 	rm -f $(VENV)/.installed

@@ -17,17 +17,9 @@ from setuptools.command.build_py import build_py
 ROOT = pathlib.Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "tools"))
 
-from build_plan import no_binary_reason, setting, wants_cuda  # noqa: E402
+from build_plan import no_binary_reason, no_cuda_reason, setting  # noqa: E402
 from cuda_pins import package_root  # noqa: E402
-
-DIST_INFO = "anyflash/dropin/flash_attn-2.8.3.dist-info"
-DEFS = (
-    "csrc/schemas.def",
-    "csrc/routes.def",
-    "csrc/measured.def",
-    "kernels/features.def",
-    "kernels/instances.def",
-)
+from shared_lists import write_lists  # noqa: E402
 
 
 class BuildFailed(Exception):
@@ -79,7 +71,7 @@ def cmake(cuda: bool, prefix: pathlib.Path) -> None:
 
 
 def build_binary(prefix: pathlib.Path) -> dict[str, Any]:
-    """Builds as much as this machine allows: with CUDA, else without, else nothing.
+    """Builds what this machine can use: with CUDA, else without, else nothing.
 
     Returns:
         The facts for ``anyflash/_build.json``: ``binary``, ``cuda``, and ``reasons`` for what is
@@ -88,10 +80,9 @@ def build_binary(prefix: pathlib.Path) -> dict[str, Any]:
     Raises:
         BuildFailed: ANYFLASH_BUILD=1 or ANYFLASH_CUDA=1 asked for what could not be built.
     """
-    reasons = (
-        [] if wants_cuda() else ["cuda: switched off, or no CUDA compiler exists for this machine"]
-    )
-    for cuda in (True, False) if wants_cuda() else (False,):
+    no_cuda = no_cuda_reason()
+    reasons = [f"cuda: {no_cuda}"] if no_cuda else []
+    for cuda in (False,) if no_cuda else (True, False):
         try:
             cmake(cuda, prefix)
         except (BuildFailed, OSError) as error:
@@ -109,11 +100,7 @@ def write_facts(package: pathlib.Path, facts: dict[str, Any]) -> None:
     package.mkdir(parents=True, exist_ok=True)
     (package / "_build.json").write_text(json.dumps(facts, indent=1) + "\n")
     if facts["reasons"]:
-        kind = (
-            "without CUDA kernels"
-            if facts["binary"]
-            else "as pure Python, without the compiled operators"
-        )
+        kind = "without CUDA kernels" if facts["binary"] else "without its compiled operators"
         print(
             f"\n*** anyflash is being installed {kind}:",
             *facts["reasons"],
@@ -139,39 +126,22 @@ class CMakeBuild(build_ext):
 
 
 class BuildPy(build_py):
-    """Adds to wheels: the lists that C++ and Python share, and RECORD for the drop-in's metadata.
+    """Adds the shared lists and, without a binary, the word that there is none.
 
-    RECORD never enters the source tree: outside a virtual environment `pip uninstall flash-attn`
-    deletes what it lists.
+    The drop-in's metadata has no RECORD on purpose: `pip uninstall flash-attn` then refuses, where
+    it would take anyflash's files instead of those of a broken upstream package behind them.
     """
 
     def run(self) -> None:
         if self.editable_mode:
-            super().run()
-            if NO_BINARY:
-                write_facts(ROOT / "python/anyflash", PURE_PYTHON)
-            return
-        shutil.rmtree(
-            self.build_lib, ignore_errors=True
-        )  # nothing of a former build may enter this wheel
+            package = ROOT / "python/anyflash"
+        else:
+            package = pathlib.Path(self.build_lib) / "anyflash"
+            shutil.rmtree(self.build_lib, ignore_errors=True)  # nothing of a former build comes in
         super().run()
-        library = pathlib.Path(self.build_lib)
+        write_lists(package)
         if NO_BINARY:
-            write_facts(library / "anyflash", PURE_PYTHON)
-        defs = library / "anyflash/defs"
-        defs.mkdir(parents=True, exist_ok=True)
-        for name in DEFS:
-            shutil.copy(ROOT / name, defs)
-        self._write_record(library / "anyflash/dropin", library / DIST_INFO / "RECORD")
-
-    @staticmethod
-    def _write_record(dropin: pathlib.Path, record: pathlib.Path) -> None:
-        files = {path for path in dropin.rglob("*") if path.is_file() and path.suffix != ".pyc"} | {
-            record
-        }
-        record.write_text(
-            "".join(f"{path.relative_to(dropin).as_posix()},,\n" for path in sorted(files))
-        )
+            write_facts(package, PURE_PYTHON)
 
 
 class Dist(Distribution):

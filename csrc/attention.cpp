@@ -20,7 +20,7 @@ namespace {
 Choice checked_choice(const Problem& problem) {
   const Choice choice = choose(problem);
   AF_CHECK(choice.route != Route::none, refusal(problem, decide(problem)));
-  note_fallback(problem, choice);
+  note_choice(problem, choice);
   return choice;
 }
 

@@ -48,7 +48,7 @@ Choice chosen(const Tensor& x, Direction direction, int64_t backend) {
   const Problem problem = describe_bias_activation(x, direction, backend);
   const Choice choice = choose(problem);
   AF_CHECK(choice.route != Route::none, refusal(problem, decide(problem)));
-  note_fallback(problem, choice);
+  note_choice(problem, choice);
   return choice;
 }
 

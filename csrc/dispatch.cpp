@@ -315,6 +315,18 @@ int32_t parse_isa(const std::string& name) {
   throw std::invalid_argument("unknown instruction set '" + name + "'; known: " + known);
 }
 
+std::string problem_text(const Problem& problem) {
+  std::string text = family_name(problem.family);
+  text += problem.direction == Direction::forward ? " forward, " : " backward, ";
+  text += dtype_name(problem.dtype);
+  if (problem.head_dim > 0) text += ", head_dim " + std::to_string(problem.head_dim);
+  if (problem.head_dim_v != problem.head_dim) text += "/" + std::to_string(problem.head_dim_v);
+  for (uint32_t i = 0; i < feature_number::count; ++i) {
+    if (problem.features >> i & 1) text += std::string(", ") + kFeatureTexts[i].name;
+  }
+  return text;
+}
+
 std::string refusal(const Problem& problem, const Decision& decision) {
   std::string message = "anyflash: no back end of \"" + chain_text(problem.chain) +
                         "\" can run this " + family_name(problem.family);

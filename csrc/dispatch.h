@@ -63,6 +63,9 @@ std::optional<Measured> measured(const Instance& instance, const Problem& proble
 // none, avx2, ...`.
 int32_t parse_isa(const std::string& name);
 
+// `attention forward, bf16, head_dim 128, causal, gqa`
+std::string problem_text(const Problem& problem);
+
 // `anyflash: no back end of "kernel" can run this attention: kernel: this build has no attention
 // kernel for cpu`
 std::string refusal(const Problem& problem, const Decision& decision);

@@ -46,7 +46,7 @@ int32_t read_cpu_isa() {
 }  // namespace
 
 const Environment& environment() {
-  static const Environment read{read_chain(), is_set("ANYFLASH_CHECK")};
+  static const Environment read{read_chain(), is_set("ANYFLASH_CHECK"), is_set("ANYFLASH_VERBOSE")};
   return read;
 }
 

@@ -8,6 +8,7 @@ namespace anyflash {
 struct Environment {
   Chain chain;        // ANYFLASH_BACKEND, cut to its first name by ANYFLASH_STRICT=1
   bool check_values;  // ANYFLASH_CHECK=1: also check what costs a device synchronisation
+  bool verbose;       // ANYFLASH_VERBOSE=1: say what runs also where all is well
 };
 
 // Raises std::invalid_argument (ValueError in Python), on every call, while ANYFLASH_BACKEND names

@@ -57,6 +57,13 @@ AttentionArgs attention_over(const KVCacheCall& call, int64_t window_left, int64
   return args;
 }
 
+// Autograd counts the changes that pass the dispatcher: one of no element stands for the kernel's.
+// Tensors made in inference mode have no counter, and would refuse outside of it.
+void count_change(const Tensor& cache) {
+  if (aten<bool>("aten::is_inference", "", cache)) return;
+  fill_(aten<Tensor>("aten::narrow", "", cache, 0, 0, 0), 0);
+}
+
 // Appends the new keys and values; q comes back rotated where rotary tables are given.
 void append_and_rotate(const KVCacheCall& call, AttentionArgs& args, int64_t backend) {
   const Tensor& first = *call.cache_seqlens;
@@ -66,6 +73,8 @@ void append_and_rotate(const KVCacheCall& call, AttentionArgs& args, int64_t bac
   const bool moving_mask = args.window_left >= 0 || args.window_right >= 0;
   const Choice choice = choose(describe_kvcache_append(call.k_cache, call.v_cache, backend));
   if (choice.route == Route::kernel) {
+    count_change(call.k_cache);
+    count_change(call.v_cache);
     const kernel::Appended appended = kernel::append(*choice.instance, call, moving_mask);
     args.q = appended.q;
     args.seqused_k = appended.seqused_k;

@@ -6,12 +6,14 @@
 #include <mutex>
 #include <set>
 
+#include "environment.h"
 #include "stable/check.h"
 
 namespace anyflash {
 namespace {
 
-std::atomic<void (*)(const char*)> notice_sink{nullptr};
+using Sink = void (*)(int32_t level, const char* text);
+std::atomic<Sink> notice_sink{nullptr};
 
 BackEnd back_end_of(Route route) {
   switch (route) {
@@ -51,7 +53,7 @@ bool runs_on(BackEnd back_end, Route route, Family family) {
          std::string(route_name(route)) == kBackEndNames[static_cast<int32_t>(back_end)];
 }
 
-// Fallbacks already told, by a number that stands for one. A collision costs a look into the set of
+// Choices already told, by a number that stands for one. A collision costs a look into the set of
 // texts, nothing else.
 class Told {
  public:
@@ -98,7 +100,7 @@ uint64_t number_of(const Problem& problem, Route route) {
   return number == 0 ? 1 : number;
 }
 
-void tell_once(const std::string& notice) {
+void tell_once(Level level, const std::string& notice) {
   static std::mutex mutex;
   static std::set<std::string> told_texts;
   {
@@ -106,24 +108,15 @@ void tell_once(const std::string& notice) {
     if (!told_texts.insert(notice).second) return;
   }
   // Outside of the lock: a sink in Python waits for the interpreter.
-  if (auto* sink = notice_sink.load()) {
-    sink(notice.c_str());
-  } else {
+  if (Sink sink = notice_sink.load()) {
+    sink(static_cast<int32_t>(level), notice.c_str());
+  } else if (level == Level::warning || environment().verbose) {
     std::fprintf(stderr, "%s\n", notice.c_str());
   }
 }
 
-}  // namespace
-
-void note_fallback(const Problem& problem, const Choice& choice) {
-  if (runs_on(first_back_end(problem.chain), choice.route, problem.family)) return;
-  const uint64_t number = number_of(problem, choice.route);
-  if (told.contains(number)) return;
-  tell_once(notice_text(problem, decide(problem)));
-  told.insert(number);
-}
-
-std::string notice_text(const Problem& problem, const Decision& decision) {
+// `anyflash: attention runs on plain PyTorch operators (math), because ...`
+std::string fallback_text(const Problem& problem, const Decision& decision) {
   const bool attention = problem.family == Family::attention;
   const Route route = decision.choice.route;
   std::string why;
@@ -139,9 +132,31 @@ std::string notice_text(const Problem& problem, const Decision& decision) {
               "explain. This is said once.");
 }
 
+// `anyflash: attention forward, bf16, head_dim 128, causal: runs on anyflash's kernel (...)`
+std::string choice_text(const Problem& problem, const Choice& choice) {
+  const std::string where = choice.instance != nullptr
+                                ? text("anyflash's kernel (", choice.instance->name, ")")
+                                : std::string(route_phrase(choice.route));
+  return text("anyflash: ", problem_text(problem), ": runs on ", where);
+}
+
+}  // namespace
+
+void note_choice(const Problem& problem, const Choice& choice) {
+  const uint64_t number = number_of(problem, choice.route);
+  if (told.contains(number)) return;
+  if (!runs_on(first_back_end(problem.chain), choice.route, problem.family)) {
+    tell_once(Level::warning, fallback_text(problem, decide(problem)));
+  } else if (problem.family == Family::attention) {
+    tell_once(Level::info, choice_text(problem, choice));
+  }
+  told.insert(number);
+}
+
 }  // namespace anyflash
 
-// Where notices go instead of stderr; null for stderr again.
-extern "C" ANYFLASH_EXPORT void anyflash_set_notice_sink(void (*sink)(const char*)) {
+// Where notices go instead of stderr; null for stderr again. A sink is told everything, stderr
+// without ANYFLASH_VERBOSE=1 warnings alone.
+extern "C" ANYFLASH_EXPORT void anyflash_set_notice_sink(anyflash::Sink sink) {
   anyflash::notice_sink.store(sink);
 }

@@ -8,18 +8,26 @@
 namespace anyflash {
 namespace {
 
-// The one operator with a string argument, unboxed here: the headers' conversion leaks what it
-// returns.
+// String arguments are unboxed here: the headers' conversion leaks what it returns.
+std::string take(StringHandle handle) {
+  const char* characters = nullptr;
+  size_t length = 0;
+  check_code(torch_string_length(handle, &length), "string");
+  check_code(torch_string_c_str(handle, &characters), "string");
+  std::string value(characters, length);
+  check_code(torch_delete_string(handle), "string");
+  return value;
+}
+
 Tensor fused_mlp_by_handle(const Tensor& x, const Tensor& weight1, const OptionalTensor& bias1,
                            const Tensor& weight2, const OptionalTensor& bias2,
                            StringHandle activation, bool recompute) {
-  const char* characters = nullptr;
-  size_t length = 0;
-  check_code(torch_string_length(activation, &length), "string");
-  check_code(torch_string_c_str(activation, &characters), "string");
-  const std::string name(characters, length);
-  check_code(torch_delete_string(activation), "string");
-  return fused_mlp(x, weight1, bias1, weight2, bias2, name, recompute);
+  return fused_mlp(x, weight1, bias1, weight2, bias2, take(activation), recompute);
+}
+
+Tensor refuse_gradient(const Tensor& /*gradient*/, const std::vector<int64_t>& /*size*/,
+                       StringHandle why) {
+  raise_runtime_error(take(why));
 }
 
 std::string register_all() {
@@ -40,6 +48,7 @@ std::string register_all() {
          {key, "bias_activation_backward", TORCH_BOX(&bias_activation_backward)},
          {key, "fused_mlp_forward", TORCH_BOX(&fused_mlp_forward)},
          {key, "fused_mlp_backward", TORCH_BOX(&fused_mlp_backward)},
+         {key, "refuse_gradient", TORCH_BOX(&refuse_gradient)},
          {key, "flash_attn_func", TORCH_BOX(&flash_attn_func)},
          {key, "flash_attn_kvpacked_func", TORCH_BOX(&flash_attn_kvpacked_func)},
          {key, "flash_attn_qkvpacked_func", TORCH_BOX(&flash_attn_qkvpacked_func)},

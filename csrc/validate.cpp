@@ -146,13 +146,9 @@ void check_dropout(const AttentionArgs& args) {
   check_same_device(args.q, "q", rng, "rng_state");
 }
 
-struct Rows {
-  int64_t total;
-  const char* tensor;
-};
-
-void check_cumulative(const HostInts& cu, const char* name, int64_t batch, const Rows* rows,
-                      int64_t longest, const char* longest_name) {
+// What nothing but `longest_name` and, where its rows follow each other, `storage` bounds.
+void check_cumulative(const HostInts& cu, const char* name, int64_t batch, const Tensor* storage,
+                      const char* storage_name, int64_t longest, const char* longest_name) {
   AF_CHECK(cu[0] == 0, name, ": expected to start at 0, got ", cu[0]);
   for (int64_t i = 0; i < batch; ++i) {
     AF_CHECK(cu[i + 1] >= cu[i], name, ": must not decrease, got ", cu[i], " and then ", cu[i + 1],
@@ -160,39 +156,56 @@ void check_cumulative(const HostInts& cu, const char* name, int64_t batch, const
     AF_CHECK(cu[i + 1] - cu[i] <= longest, longest_name, ": expected at least ", cu[i + 1] - cu[i],
              ", the length of sequence ", i, " in ", name, ", got ", longest);
   }
-  if (rows != nullptr) {
-    AF_CHECK(cu[batch] <= rows->total, name, ": ends at ", cu[batch], ", but ", rows->tensor,
-             " has ", rows->total, " rows");
+  if (storage != nullptr) {
+    AF_CHECK(cu[batch] <= storage->size(0), name, ": ends at ", cu[batch], ", but ", storage_name,
+             " has ", storage->size(0), " rows");
   }
 }
 
-void check_values(const AttentionArgs& args) {
-  const int64_t batch = args.batch();
-  std::optional<HostInts> cu_k;
-  if (args.packed()) {
-    const Rows rows{args.q.size(0), "q"};
-    check_cumulative(HostInts(*args.cu_seqlens_q), "cu_seqlens_q", batch, &rows, args.max_seqlen_q,
-                     "max_seqlen_q");
+// Keys of sequence b that lie at rows begin[b] <= row < begin[b] + used[b], with gaps between
+// sequences; what begin[batch] says does not count.
+void check_used_rows(const HostInts& begin, const HostInts& used, const AttentionArgs& args,
+                     bool share) {
+  const int64_t batch = args.batch(), total = args.k.size(0);
+  for (int64_t b = 0; b < batch; ++b) {
+    AF_CHECK(begin[b] >= 0 && begin[b] <= total, "cu_seqlens_k: expected 0 to ", total,
+             ", the rows of k, got ", begin[b], " for sequence ", b);
+    AF_CHECK(used[b] >= 0 && begin[b] + used[b] <= total, "seqused_k: expected 0 to ",
+             total - begin[b], ", the rows of k from ", begin[b], " on, got ", used[b],
+             " for sequence ", b);
+    AF_CHECK(used[b] <= args.max_seqlen_k, "max_seqlen_k: expected at least ", used[b],
+             ", the keys of sequence ", b, " in seqused_k, got ", args.max_seqlen_k);
+    AF_CHECK(share || b + 1 == batch || begin[b] + used[b] <= begin[b + 1],
+             "cu_seqlens_k: the backward needs sequences in the order of their rows, each with "
+             "rows of its own, got sequence ",
+             b, " at rows ", begin[b], " to ", begin[b] + used[b], " and sequence ", b + 1,
+             " from ", begin[b + 1], " on");
   }
-  if (args.cu_seqlens_k) {
-    cu_k.emplace(*args.cu_seqlens_k);
-    const Rows rows{args.k.size(0), "k"};
-    check_cumulative(*cu_k, "cu_seqlens_k", batch, args.paged() ? nullptr : &rows,
-                     args.max_seqlen_k, args.paged() ? "block_table: capacity" : "max_seqlen_k");
-  }
-  if (!args.seqused_k && !args.leftpad_k && !args.paged()) return;
+}
 
-  std::optional<HostInts> used, leftpad, table;
+void check_values(const AttentionArgs& args, bool is_backward) {
+  const int64_t batch = args.batch();
+  std::optional<HostInts> cu_k, used, leftpad, table;
+  if (args.cu_seqlens_k && !(args.paged() && args.seqused_k)) cu_k.emplace(*args.cu_seqlens_k);
   if (args.seqused_k) used.emplace(*args.seqused_k);
   if (args.leftpad_k) leftpad.emplace(*args.leftpad_k);
   if (args.paged()) table.emplace(*args.block_table);
+  if (args.packed()) {
+    check_cumulative(HostInts(*args.cu_seqlens_q), "cu_seqlens_q", batch, &args.q, "q",
+                     args.max_seqlen_q, "max_seqlen_q");
+  }
+  if (cu_k && used) {
+    check_used_rows(*cu_k, *used, args, !is_backward);
+  } else if (cu_k) {
+    check_cumulative(*cu_k, "cu_seqlens_k", batch, args.paged() ? nullptr : &args.k, "k",
+                     args.max_seqlen_k, args.paged() ? "block_table: capacity" : "max_seqlen_k");
+  }
   for (int64_t b = 0; b < batch; ++b) {
-    const int64_t stored = cu_k && !args.paged() ? (*cu_k)[b + 1] - (*cu_k)[b] : args.max_seqlen_k;
-    int64_t length = cu_k ? (*cu_k)[b + 1] - (*cu_k)[b] : stored;
+    int64_t length = cu_k ? (*cu_k)[b + 1] - (*cu_k)[b] : args.max_seqlen_k;
     if (used) {
       length = (*used)[b];
-      AF_CHECK(length >= 0 && length <= stored, "seqused_k: expected 0 to ", stored,
-               ", the keys of sequence ", b, ", got ", length);
+      AF_CHECK(cu_k || (length >= 0 && length <= args.max_seqlen_k), "seqused_k: expected 0 to ",
+               args.max_seqlen_k, ", the keys of sequence ", b, ", got ", length);
     }
     if (leftpad) {
       AF_CHECK((*leftpad)[b] >= 0, "leftpad_k: expected 0 or more, got ", (*leftpad)[b],
@@ -202,7 +215,8 @@ void check_values(const AttentionArgs& args) {
   }
 }
 
-void check_forward(const AttentionArgs& args, const char* direction) {
+void check(const AttentionArgs& args, bool is_backward) {
+  const char* direction = is_backward ? "backward" : "forward";
   check_query_and_keys(args, KeyNames{"k", "v", false}, direction);
   check_sequences(args);
   check_window_and_scale(args.softmax_scale, args.softcap);
@@ -213,15 +227,15 @@ void check_forward(const AttentionArgs& args, const char* direction) {
   if (args.bias) check_bias(args);
   if (args.sinks) check_sinks(*args.sinks, args.q, args.heads());
   const bool has_values = args.packed() || args.seqused_k || args.leftpad_k || args.paged();
-  if (has_values && values_are_checked(args.q)) check_values(args);
+  if (has_values && values_are_checked(args.q)) check_values(args, is_backward);
 }
 
 }  // namespace
 
-void validate_forward(const AttentionArgs& args) { check_forward(args, "forward"); }
+void validate_forward(const AttentionArgs& args) { check(args, false); }
 
 void validate_backward(const AttentionArgs& args, const BackwardArgs& grad) {
-  check_forward(args, "backward");
+  check(args, true);
   const Facts q(args.q), out(grad.out), dout(grad.dout), lse(grad.lse);
   AF_CHECK(out.dtype == q.dtype, "query and out must have the same dtype, got q of ",
            dtype_text(args.q), " and out of ", dtype_text(grad.out));

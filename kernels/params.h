@@ -2,7 +2,7 @@
 // elements.
 #pragma once
 
-#include "kernels/portable.h"
+#include "kernels/lengths.h"
 
 namespace anyflash {
 
@@ -68,8 +68,8 @@ struct AttentionParams {
   RowStatistics lse;  // the same; +inf for a row without keys
 
   const int32_t* cu_seqlens_q;  // (batch + 1), or null: dense
-  const int32_t* cu_seqlens_k;  // (batch + 1), or null: dense or paged; if paged, only the
-                                // differences count
+  const int32_t* cu_seqlens_k;  // (batch + 1), or null: dense or paged. What these three say
+                                // about a sequence's keys: lengths.h
   const int32_t* seqused_k;     // (batch), may be null
   const int32_t* leftpad_k;     // (batch), may be null
   const int32_t* block_table;   // (batch, block_table_stride) page numbers; null: not paged
@@ -112,6 +112,10 @@ struct AttentionParams {
   int64_t dbias_stride[4];  // 0 where it broadcasts; zeroed by the caller
   float* dsinks;            // (heads), null if not wanted; written
 };
+
+ANYFLASH_HOST_DEVICE KeyLengths key_lengths(const AttentionParams& p) {
+  return {p.cu_seqlens_k, p.seqused_k, p.leftpad_k, p.block_table != nullptr, p.seqlen_k};
+}
 
 // What a call with a key/value cache does before attention: token `row` of k and v goes to position
 // cache_seqlens[sequence] + row of the sequence's cache, k turned by the angles of that position if

@@ -14,7 +14,7 @@ from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
 
 import torch_headers
-from build_plan import no_binary_reason, wants_cuda
+from build_plan import announce, no_binary_reason, no_cuda_reason
 from cuda_pins import PINS, has_nvcc
 
 OLDEST_CMAKE = (3, 24)
@@ -39,7 +39,7 @@ def _missing_tools() -> list[str]:
         missing.append("cmake>=3.24")
     if not _version("ninja"):
         missing.append("ninja")
-    if wants_cuda() and not has_nvcc():
+    if not no_cuda_reason() and not has_nvcc():
         missing += PINS
     if torch_headers.find() is None and importlib.util.find_spec("pip") is None:
         missing.append("pip")  # fetches torch's headers
@@ -52,3 +52,13 @@ def get_requires_for_build_wheel(config_settings=None):
 
 def get_requires_for_build_editable(config_settings=None):
     return build_meta.get_requires_for_build_editable(config_settings) + _missing_tools()
+
+
+def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+    announce()
+    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+
+
+def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
+    announce()
+    return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)

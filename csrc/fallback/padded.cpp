@@ -52,10 +52,12 @@ Tensor split_rows(const Tensor& x, int64_t inner) { return split_dim(x, 0, inner
 
 // Effective key lengths, or unset where every key of dense storage is used.
 OptionalTensor key_lengths(const AttentionArgs& args) {
-  OptionalTensor lengths;
-  if (args.cu_seqlens_k) lengths = differences(*args.cu_seqlens_k, args.batch());
-  if (args.seqused_k)
-    lengths = lengths ? minimum(*lengths, to_int64(*args.seqused_k)) : to_int64(*args.seqused_k);
+  OptionalTensor lengths;  // by the rule of kernels/lengths.h
+  if (args.seqused_k) {
+    lengths = to_int64(*args.seqused_k);
+  } else if (args.cu_seqlens_k) {
+    lengths = differences(*args.cu_seqlens_k, args.batch());
+  }
   if (!lengths && !args.leftpad_k) return std::nullopt;
   if (!lengths)
     lengths = to_int64(
@@ -79,15 +81,17 @@ RowMap::RowMap(const OptionalTensor& starts, const Tensor& lengths, const Option
     : batch_(lengths.size(0)), positions_(positions) {
   const Tensor position = arange(positions, lengths);
   const Tensor last_row = scalar(storage_rows - 1);
-  Tensor first = starts ? to_int64(narrow(*starts, 0, 0, batch_))
-                        : mul(arange(batch_, lengths), scalar(capacity));
+  // What the last entry of `starts` says is not read: with seqused_k it may be anything.
+  const Tensor begin = starts ? to_int64(narrow(*starts, 0, 0, batch_))
+                              : mul(arange(batch_, lengths), scalar(capacity));
+  Tensor first = begin;
   if (skip) first = add(first, to_int64(*skip));  // storage row of position 0
   to_padded_ = flat(minimum(add(column(first), position), last_row));
   padded_valid_ = flat(less(position, column(lengths)));
 
   const Tensor row = arange(storage_rows, lengths);
   const Tensor sequence =
-      starts ? sub(aten<Tensor>("aten::bucketize", "Tensor", row, to_int64(*starts), false, true),
+      starts ? sub(aten<Tensor>("aten::bucketize", "Tensor", row, begin, false, true),
                    scalar(int64_t{1}))
              : floor_divide(row, capacity);
   const Tensor owner = maximum(minimum(sequence, scalar(batch_ - 1)), scalar(int64_t{0}));

@@ -1,25 +1,17 @@
 #include "fallback/runs.h"
 
-#include <algorithm>
 #include <limits>
+
+#include "kernels/lengths.h"
 
 namespace anyflash {
 
 namespace {
 
-// An int32 tensor on the CPU, read in place.
-class HostInts {
- public:
-  explicit HostInts(const OptionalTensor& x)
-      : data_(x ? static_cast<const int32_t*>(x->data_ptr()) : nullptr),
-        stride_(x ? x->stride(0) : 0) {}
-  explicit operator bool() const { return data_ != nullptr; }
-  int64_t operator[](int64_t index) const { return data_[index * stride_]; }
-
- private:
-  const int32_t* data_;
-  int64_t stride_;
-};
+// A contiguous int32 tensor on the CPU, read in place.
+const int32_t* host_ints(const OptionalTensor& x) {
+  return x ? static_cast<const int32_t*>(x->const_data_ptr()) : nullptr;
+}
 
 // The span of `count + 1` sequences, if the next one continues it.
 bool continues(const Span& span, int64_t count, const Span& next, bool packed) {
@@ -55,10 +47,11 @@ Tensor gather_pages(const AttentionArgs& args, const Run& run, const Tensor& x) 
 
 std::vector<Run> split_runs(const AttentionArgs& args) {
   const int64_t batch = args.batch();
-  const HostInts starts_q(args.cu_seqlens_q), starts_k(args.cu_seqlens_k), used(args.seqused_k),
-      leftpad(args.leftpad_k);
+  const int32_t* starts_q = host_ints(args.cu_seqlens_q);
+  const KeyLengths lengths{host_ints(args.cu_seqlens_k), host_ints(args.seqused_k),
+                           host_ints(args.leftpad_k), args.paged(), args.max_seqlen_k};
   const bool packed_k = args.packed() && !args.paged();
-  if (!args.packed() && !starts_k && !used && !leftpad && !args.paged()) {
+  if (!args.packed() && !args.seqused_k && !args.leftpad_k && !args.paged()) {
     if (batch == 0 || args.max_seqlen_q == 0) return {};
     return {{0, batch, {0, 0, args.max_seqlen_q}, {0, 0, args.max_seqlen_k}}};
   }
@@ -66,14 +59,8 @@ std::vector<Run> split_runs(const AttentionArgs& args) {
   for (int64_t n = 0; n < batch; ++n) {
     Run next{n, 1, {0, 0, args.max_seqlen_q}, {0, 0, args.max_seqlen_k}};
     if (starts_q) next.q = {starts_q[n], 0, starts_q[n + 1] - starts_q[n]};
-    if (starts_k) next.k.length = starts_k[n + 1] - starts_k[n];
-    if (packed_k) next.k.begin = starts_k[n];
-    if (used) next.k.length = std::min(next.k.length, used[n]);
-    if (leftpad) {
-      next.k.begin += leftpad[n];
-      next.k.length -= leftpad[n];
-    }
-    next.k.length = std::max<int64_t>(next.k.length, 0);
+    const KeySpan<int64_t> keys = lengths.visible(n);
+    next.k = {keys.first, 0, keys.length};
     if (next.q.length <= 0) continue;
     Run* last = runs.empty() ? nullptr : &runs.back();
     const bool joins = last != nullptr && !args.paged() && last->sequence + last->count == n &&
@@ -118,7 +105,7 @@ Tensor bias_block(const AttentionArgs& args, const Run& run, const Tensor& bias)
 
 void clear_unowned_rows(const AttentionArgs& args, const Tensor& out, const Tensor& lse) {
   if (!args.packed()) return;
-  const int64_t end = HostInts(args.cu_seqlens_q)[args.batch()];
+  const int64_t end = host_ints(args.cu_seqlens_q)[args.batch()];
   const int64_t rows = out.size(0) - end;
   if (rows <= 0) return;
   fill_(narrow(out, 0, end, rows), 0);

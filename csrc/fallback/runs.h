@@ -19,7 +19,7 @@ struct Span {
 struct Run {
   int64_t sequence, count;  // sequences [sequence, sequence + count)
   Span q;
-  Span k;  // after leftpad_k and seqused_k; paged: always one sequence
+  Span k;  // those that queries may see; paged: always one sequence
 };
 
 // Every sequence with at least one query, in order.

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "kernels/common/divisor.h"
-#include "kernels/masks.h"
 #include "kernels/params.h"
 
 namespace anyflash {
@@ -17,24 +16,11 @@ struct Sequence {
 };
 
 __device__ __forceinline__ Sequence sequence_of(const AttentionParams& p, int32_t index) {
-  Sequence s{index, int32_t(p.seqlen_q), int32_t(p.seqlen_k), 0, 0};
+  const KeySpan<int32_t> keys = key_lengths(p).visible(index);
+  Sequence s{index, int32_t(p.seqlen_q), keys.length, 0, keys.first};
   if (p.cu_seqlens_q) {
     s.first_q = p.cu_seqlens_q[index];
     s.seqlen_q = p.cu_seqlens_q[index + 1] - s.first_q;
-  }
-  if (p.cu_seqlens_k) {
-    const int32_t first = p.cu_seqlens_k[index];
-    s.seqlen_k = p.cu_seqlens_k[index + 1] - first;
-    if (!p.block_table) s.first_k = first;
-  }
-  if (p.seqused_k) {
-    // Of a paged cache both may be given: lengths that the pages hold, and how much of it counts.
-    const int32_t used = p.seqused_k[index];
-    s.seqlen_k = p.block_table && p.cu_seqlens_k ? smaller(s.seqlen_k, used) : used;
-  }
-  if (p.leftpad_k) {
-    s.first_k += p.leftpad_k[index];
-    s.seqlen_k = larger(s.seqlen_k - p.leftpad_k[index], 0);
   }
   return s;
 }

@@ -3,7 +3,6 @@
 // AVX-512, must not end up in other objects.
 #pragma once
 
-#include "kernels/masks.h"
 #include "kernels/params.h"
 
 namespace anyflash::cpu {
@@ -19,18 +18,11 @@ struct Sequence {
   ANYFLASH_HOST_DEVICE Sequence(const AttentionParams& p, int64_t sequence)
       : index(sequence),
         q_row(p.cu_seqlens_q ? p.cu_seqlens_q[sequence] : 0),
-        k_row(p.cu_seqlens_k && !p.block_table ? p.cu_seqlens_k[sequence] : 0),
-        mask{p.seqlen_q, p.seqlen_k, p.window_left, p.window_right} {
+        mask{p.seqlen_q, 0, p.window_left, p.window_right} {
     if (p.cu_seqlens_q) mask.seqlen_q = p.cu_seqlens_q[sequence + 1] - q_row;
-    if (p.cu_seqlens_k) {
-      mask.seqlen_k = p.cu_seqlens_k[sequence + 1] - p.cu_seqlens_k[sequence];
-    }
-    if (p.seqused_k) mask.seqlen_k = smaller<int64_t>(mask.seqlen_k, p.seqused_k[sequence]);
-    if (p.leftpad_k) {
-      k_row += p.leftpad_k[sequence];
-      mask.seqlen_k -= p.leftpad_k[sequence];
-    }
-    mask.seqlen_k = larger<int64_t>(mask.seqlen_k, 0);
+    const KeySpan<int64_t> keys = key_lengths(p).visible(sequence);
+    k_row = keys.first;
+    mask.seqlen_k = keys.length;
   }
 };
 

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
-from . import _loader
 from ._version import __version__
+
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as _error:
+    _text = f"anyflash needs PyTorch, which cannot be imported here: {_error}"
+    if getattr(sys, "argv", None) and sys.argv[0] == "-m":  # python -m anyflash: an answer
+        from ._remedies import REMEDIES as _REMEDIES
+
+        sys.exit(f"{_text}\nWhat to do: {_REMEDIES['install_torch'].text()[0]}")
+    raise ImportError(_text, name=_error.name) from _error
+
+from . import _loader  # noqa: E402  (after torch is known to be here)
 
 if _loader.load() == "none":
     raise ImportError(f"anyflash has no operators: {'; '.join(_loader.reasons)}")
@@ -17,7 +29,12 @@ from .explain import explain  # noqa: E402
 from .fused_mlp import bias_activation, fused_mlp  # noqa: E402
 from .kvcache import attention_kvcache  # noqa: E402
 
+if TYPE_CHECKING:
+    from ._doctor import Report
+
 _ops.register()
+if backends.is_set("ANYFLASH_VERBOSE"):
+    _loader.show_info()
 
 __all__ = [
     "__version__",
@@ -27,9 +44,25 @@ __all__ = [
     "backends",
     "bias_activation",
     "decide",
+    "doctor",
     "explain",
     "fused_mlp",
 ]
+
+
+def doctor(probe: bool = True) -> Report:
+    """What is installed, what will run, and what to do about each problem.
+
+    Args:
+        probe: also try to import other flash_attn copies (a second or two each).
+
+    Returns:
+        The report, whose ``repr`` is the text of ``python -m anyflash doctor``; ``as_dict()`` and
+        ``healthy`` are for programs.
+    """
+    from ._doctor import diagnose
+
+    return diagnose(probe)
 
 
 def decide(problem: dict[str, Any]) -> dict[str, Any]:

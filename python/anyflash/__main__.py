@@ -1,4 +1,4 @@
-"""`python -m anyflash doctor | info | explain | demo`."""
+"""`python -m anyflash [doctor] | info | explain | demo`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from . import _machine, doctor
+from . import __version__, _doctor, _machine
 from .explain import add_arguments as add_explain_arguments
 from .explain import main as explain_main
 
@@ -55,7 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m anyflash", description="flash_attn that always imports and always runs"
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser.add_argument("--version", action="version", version=f"anyflash {__version__}")
+    commands = parser.add_subparsers(dest="command")
 
     command = commands.add_parser(
         "doctor", help="what is installed, what will run, what to do about problems"
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--no-probe", action="store_true", help="do not try to import other flash_attn copies"
     )
-    command.set_defaults(run=doctor.main)
+    command.set_defaults(run=_doctor.main)
 
     command = commands.add_parser("info", help="what was built: version, architectures, kernels")
     command.add_argument("--json", action="store_true", help="machine-readable output")
@@ -86,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(arguments or ["doctor"])
     return options.run(options)
 
 

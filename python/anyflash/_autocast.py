@@ -1,4 +1,6 @@
-"""Autocast as PyTorch's own attention and linear do it: fp32 inputs become the autocast dtype."""
+"""Autocast as PyTorch's own attention and linear do it: the floating inputs of a call get one
+dtype. It is the autocast dtype, or that of the call's key/value cache, which lies in memory of its
+user and stays as it is."""
 
 from __future__ import annotations
 
@@ -22,12 +24,17 @@ def _dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_gpu_dtype() if x.is_cuda else torch.get_autocast_cpu_dtype()
 
 
-def cast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Floating tensors in the autocast dtype of the first one's device; fp64, bool and None
-    stay."""
+def cast(*tensors: Tensor | None, cache: Tensor | None = None) -> list[Tensor | None]:
+    """Floating tensors in the dtype that autocast gives a call on the first one's device; fp64,
+    bool and None stay.
+
+    Args:
+        tensors: the call's inputs without its cache.
+        cache: what the call reads its keys from, where that is a cache.
+    """
     first = tensors[0]
     assert first is not None
-    dtype = _dtype(first)
+    dtype = _dtype(first) if cache is None else cache.dtype
 
     def cast_one(x: Tensor | None) -> Tensor | None:
         if x is None or not x.is_floating_point() or x.dtype == torch.float64:

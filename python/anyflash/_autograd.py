@@ -214,6 +214,34 @@ class AttentionFunction(Function):
         return (dq, dk, dv, *unused, *by_bias, *(None,) * 10)
 
 
+class ForwardOnlyFunction(Function):
+    """An operator that has no derivative: (its name, what to tell who asks for one, *arguments).
+
+    The results are bound to the arguments, so that a backward raises instead of leaving gradients
+    out.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(name: str, why: str, *arguments: Any) -> Any:
+        return getattr(_ops, name).default(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.why = inputs[1]
+        ctx.sizes = tuple(x.shape if isinstance(x, Tensor) else None for x in inputs)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        gradient = next(x for x in gradients if x is not None)
+        return tuple(
+            _ops.refuse_gradient.default(gradient, size, ctx.why) if needed else None
+            for size, needed in zip(ctx.sizes, ctx.needs_input_grad)
+        )
+
+
 class BiasActivationFunction(Function):
     """bias_activation and its backward: (x, bias, activation, backend)."""
 
@@ -289,5 +317,6 @@ class FusedMLPFunction(Function):
 
 
 apply_attention = applier(AttentionFunction)
+apply_forward_only = applier(ForwardOnlyFunction)
 apply_bias_activation = applier(BiasActivationFunction)
 apply_fused_mlp = applier(FusedMLPFunction)

@@ -1,4 +1,8 @@
-"""Reads the lists that C++ and Python share: the .def files of csrc/ and kernels/."""
+"""Reads the lists that C++ and Python share: the .def files of csrc/ and kernels/.
+
+An installed package has their text in the module ``_lists``, which setup.py writes: applications
+that are frozen or zipped take modules along, and no other files.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import pathlib
 import re
 from typing import NamedTuple
 
-_PACKAGE = pathlib.Path(__file__).resolve().parent
+_SOURCE = pathlib.Path(__file__).resolve().parents[2]
 _ENTRY = re.compile(r"^(\w+)\((.*)\)\s*(?://.*)?$")
 _FIELD = re.compile(r'\s*("(?:[^"\\]|\\.)*"|[^,"]*)\s*(?:,|$)')
 
@@ -19,22 +23,19 @@ class Entry(NamedTuple):
     fields: tuple[str, ...]
 
 
-def path_of(name: str) -> pathlib.Path:
-    """Where the list lies: inside an installed package, or in the source tree beside it.
+def _text_of(name: str) -> str:
+    """The list as it is written: in the source tree around this package, or as installed.
 
     Raises:
-        FileNotFoundError: neither place has it.
+        ImportError: neither place has it.
     """
-    source = _PACKAGE.parents[1]
-    candidates = (
-        _PACKAGE / "defs" / f"{name}.def",
-        source / "csrc" / f"{name}.def",
-        source / "kernels" / f"{name}.def",
-    )
-    for path in candidates:
+    for folder in ("csrc", "kernels"):
+        path = _SOURCE / folder / f"{name}.def"
         if path.is_file():
-            return path
-    raise FileNotFoundError(f"{name}.def is not in the package: expected {candidates[0]}")
+            return path.read_text(encoding="utf-8")
+    from ._lists import LISTS
+
+    return LISTS[name]
 
 
 def _fields(text: str) -> tuple[str, ...]:
@@ -54,7 +55,7 @@ def _fields(text: str) -> tuple[str, ...]:
 def entries(name: str) -> tuple[Entry, ...]:
     """The entries of ``schemas``, ``routes``, ``features``, ..., in the order of the file."""
     found = []
-    for line in path_of(name).read_text(encoding="utf-8").splitlines():
+    for line in _text_of(name).splitlines():
         match = _ENTRY.match(line)
         if match is not None:
             found.append(Entry(match.group(1), _fields(match.group(2))))

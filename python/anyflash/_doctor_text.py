@@ -5,14 +5,19 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from .doctor import ENVIRONMENT, Report
+from ._doctor import ENVIRONMENT, Report
 from .explain import ROUTE_TITLES
 
 
 def render(report: Report) -> str:
     """The whole report."""
     facts = report.facts
-    blocks = [heading(facts), _decision_table(facts["decisions"]), _variables(facts["environment"])]
+    blocks = [
+        heading(facts),
+        _decision_table(facts["decisions"]),
+        _clients(facts["clients"]),
+        _variables(facts["environment"]),
+    ]
     for title, findings in (("Notes", report.notes), ("Problems", report.problems)):
         if findings:
             blocks.append("\n".join([title, *(_finding(i, f) for i, f in enumerate(findings, 1))]))
@@ -47,12 +52,13 @@ def heading(facts: dict[str, Any]) -> str:
     for gpu in facts["gpus"] if isinstance(facts["gpus"], list) else ():
         lines.append(f"GPU         {gpu['name']}, sm_{gpu['sm']}, {gpu['memory_gib']:.0f} GiB")
     trial = facts["trial"]
-    if not _failed(trial):
+    if trial and not _failed(trial):
         results = ", ".join(f"{device} {result}" for device, result in trial.items())
         lines.append(f"trial run   {results} (attention, forward and backward)")
     found = facts["flash_attn"]
     if not _failed(found):
         owner = "anyflash" if found["ours"] else found["winner"] or "not found"
+        owner += ", by its flash-attn wheel" if found["companion"] else ""
         version = found["metadata_version"] or "none"
         lines.append(f"flash_attn  {owner} (version in the package metadata: {version})")
     return "\n".join(lines)
@@ -84,7 +90,7 @@ def _failed(section: Any) -> bool:
 
 
 def _decision_table(rows: Any) -> str:
-    if _failed(rows):
+    if not rows or _failed(rows):
         return ""
     lines = ["What runs for common shapes (python -m anyflash explain says why)"]
     device = ""
@@ -101,6 +107,15 @@ def _decision_table(rows: Any) -> str:
     if "none" in used:
         lines.append(f"  {'none':15s} nothing in the order of back ends can run it")
     return "\n".join(lines)
+
+
+def _clients(found: Any) -> str:
+    if not found or _failed(found):
+        return ""
+    names = [f"{client['name']} {client['version']}" for client in found]
+    width = max(map(len, names))
+    lines = [f"  {name:{width}s}  {client['uses']}" for name, client in zip(names, found)]
+    return "\n".join(["Clients of flash_attn that are installed here, and what they use", *lines])
 
 
 def _variables(found: dict[str, str]) -> str:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import importlib.metadata
+import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 DROPIN = Path(__file__).resolve().parent / "dropin"
+COMPANION = "_companion.py"  # what packaging/flash-attn puts into its copy
 
 _PROBE = """
 import sys
@@ -37,22 +40,55 @@ def survey(probe: bool = True) -> dict[str, Any]:
         probe: Also try to import the copies that are not ours (one interpreter start each).
 
     Returns:
-        winner: Folder that `import flash_attn` uses, or None; ours: whether that is the drop-in;
-        import_error: why importing ours fails, or None;
-        metadata_version: what `importlib.metadata` says; copies: list of {folder, ours, compiled,
-        distribution, works, error}; hook: state of the start-up hook.
+        winner: Folder that `import flash_attn` uses, or None; ours: whether that is the drop-in or
+        its copy in the flash-attn wheel; companion: whether it is that copy;
+        version: ``__version__`` of ours, None for others; import_error: why importing ours fails,
+        or None; metadata_version: what `importlib.metadata` says; copies: list of {folder, ours,
+        compiled, distribution, works, error}; hook: state of the start-up hook.
     """
     winner = _winner()
     copies = [_describe(folder, probe) for folder in _folders()]
-    ours = winner is not None and Path(winner).resolve().parent == DROPIN
+    ours = winner is not None and is_ours(Path(winner))
     return {
         "winner": winner,
         "ours": ours,
+        "companion": ours and (Path(winner or "") / COMPANION).is_file(),
+        "version": _version(Path(winner)) if ours and winner else None,
         "import_error": _import_error() if ours else None,
         "metadata_version": _metadata_version(),
         "copies": copies,
         "hook": hook_state(),
     }
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a package `flash_attn` is the drop-in, or its copy in the flash-attn wheel."""
+    return folder.resolve().parent == DROPIN or (folder / COMPANION).is_file()
+
+
+def _version(folder: Path) -> str | None:
+    found = re.search(r'^__version__ = "(.+)"$', (folder / "__init__.py").read_text(), re.MULTILINE)
+    return found[1] if found else None
+
+
+def _distribution(folder: Path) -> str | None:
+    """The installed package that a folder `flash_attn` belongs to: "flash_attn-2.7.4"."""
+    found = sorted(path.name for path in folder.parent.glob("flash_attn-*.dist-info"))
+    return found[0][: -len(".dist-info")] if found else None
+
+
+def say_passed_over(folders: list[str]) -> None:
+    """Says which other packages `flash_attn` an import of ours has passed over: one line each."""
+    for folder in map(Path, folders):
+        if is_ours(folder):
+            continue
+        name = _distribution(folder) or "a flash_attn that no installed package owns"
+        logging.getLogger("anyflash").warning(
+            "anyflash: %s, in %s, is not used: anyflash's flash_attn comes first on the path. To "
+            "use that one: ANYFLASH_DROPIN=append. What else to do: python -m anyflash doctor",
+            name,
+            folder.parent,
+        )
 
 
 def _winner() -> str | None:
@@ -81,15 +117,13 @@ def _folders() -> list[Path]:
 
 
 def _describe(folder: Path, probe: bool) -> dict[str, Any]:
-    parent = folder.parent
-    ours = parent.resolve() == DROPIN
+    parent, ours = folder.parent, is_ours(folder)
     compiled = sorted(
         p.name for p in parent.glob("flash_attn_2_cuda*") if p.suffix in (".so", ".pyd")
     )
-    distributions = sorted(p.name for p in parent.glob("flash_attn-*.dist-info"))
     copy: dict[str, Any] = {
         "folder": str(folder), "ours": ours, "compiled": compiled,
-        "distribution": distributions[0][: -len(".dist-info")] if distributions else None,
+        "distribution": _distribution(folder),
         "works": None, "error": None,
     }  # fmt: skip
     if probe and not ours:

@@ -68,8 +68,8 @@ def _why_not_built() -> str:
     try:
         noted = json.loads(LIBRARY.with_name("_build.json").read_text())["reasons"]
     except (OSError, ValueError, KeyError):
-        noted = []
-    return "; ".join(noted) or "the binary was not built when anyflash was installed"
+        return f"{LIBRARY.parent} holds only a part of the package, as frozen or zipped ones do"
+    return "; ".join(noted) or "the file was there when anyflash was installed"
 
 
 def _obstacle_to_binary() -> str | None:
@@ -106,13 +106,23 @@ def _open_binary() -> str | None:
     return None
 
 
+def show_info() -> None:
+    """ANYFLASH_VERBOSE=1: also what runs where all is well, on stderr unless the program has a log
+    of its own."""
+    logger = logging.getLogger("anyflash")
+    handler = logging.StreamHandler()
+    handler.addFilter(lambda record: not logging.getLogger().handlers)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
 def _install_notice_sink(library: ctypes.CDLL) -> None:
     """Sends the binary's notices to the logger `anyflash`."""
     logger = logging.getLogger("anyflash")
 
-    @ctypes.CFUNCTYPE(None, ctypes.c_char_p)
-    def sink(text: bytes) -> None:
-        logger.warning("%s", text.decode(errors="replace"))
+    @ctypes.CFUNCTYPE(None, ctypes.c_int32, ctypes.c_char_p)
+    def sink(level: int, text: bytes) -> None:
+        logger.log(level, "%s", text.decode(errors="replace"))
 
     set_sink = library.anyflash_set_notice_sink
     set_sink.argtypes = [ctypes.c_void_p]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import json
+import shlex
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +85,22 @@ def build_facts() -> dict[str, Any]:
         return json.loads((FOLDER / "_build.json").read_text())
     except (OSError, ValueError):
         return {}
+
+
+def source() -> str:
+    """Where to reinstall anyflash from: the checkout around it, or what pip noted; quoted for a
+    shell."""
+    checkout = FOLDER.parents[1]
+    if (checkout / "setup.py").is_file():
+        return shlex.quote(str(checkout))
+    try:
+        noted = importlib.metadata.distribution("anyflash").read_text("direct_url.json") or ""
+        url = json.loads(noted)["url"]
+    except (importlib.metadata.PackageNotFoundError, ValueError, KeyError):
+        return "ANYFLASH-WHEEL-OR-FOLDER"
+    return shlex.quote(
+        urllib.parse.unquote(url[len("file://") :]) if url.startswith("file://") else url
+    )
 
 
 def native_state() -> dict[str, Any]:

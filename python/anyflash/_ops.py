@@ -96,6 +96,10 @@ def _fused_mlp_backward(
     )
 
 
+def _refuse_gradient(gradient: Tensor, size: Sequence[int], why: str) -> Tensor:
+    return gradient.new_empty(size)
+
+
 def _like_q(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     return _out_like(q, v)
 
@@ -120,6 +124,7 @@ FAKES: dict[str, Callable[..., Any]] = {
     "bias_activation_backward": _bias_activation_backward,
     "fused_mlp_forward": _fused_mlp_forward,
     "fused_mlp_backward": _fused_mlp_backward,
+    "refuse_gradient": _refuse_gradient,
     "flash_attn_func": _like_q,
     "flash_attn_kvpacked_func": _like_q_of_kvpacked,
     "flash_attn_qkvpacked_func": _like_q_of_qkvpacked,
@@ -200,6 +205,18 @@ def _fused_mlp_autograd(*args: Any) -> Tensor:
     return fused_mlp(**dict(zip(names, args)))
 
 
+def _flash_attn_with_kvcache(*args: Any) -> Tensor:
+    from .kvcache import attention_kvcache
+
+    schema = torch.ops.anyflash.flash_attn_with_kvcache.default._schema
+    named = dict(zip((argument.name for argument in schema.arguments), args))
+    named.pop("num_splits", None)
+    out = attention_kvcache(**named)
+    assert isinstance(out, Tensor)
+    return out
+
+
+# The last one has no derivative, and says so where one is asked for.
 DIFFERENTIABLE: dict[str, Callable[..., Tensor]] = {
     "flash_attn_func": _flash_attn_func,
     "flash_attn_kvpacked_func": _flash_attn_kvpacked_func,
@@ -208,6 +225,7 @@ DIFFERENTIABLE: dict[str, Callable[..., Tensor]] = {
     "flash_attn_varlen_kvpacked_func": _flash_attn_varlen_kvpacked_func,
     "flash_attn_varlen_qkvpacked_func": _flash_attn_varlen_qkvpacked_func,
     "fused_mlp": _fused_mlp_autograd,
+    "flash_attn_with_kvcache": _flash_attn_with_kvcache,
 }
 
 

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from . import _autocast, backends
-from ._autograd import apply_attention, needs_autograd
+from ._autograd import apply_attention, apply_forward_only, needs_autograd
 
 _forward = torch.ops.anyflash.attention_forward.default
+_PAGED = (
+    "block_table: paged attention has no gradient, but a backward went through its result; "
+    "expected a call under torch.no_grad(), or keys and values without pages"
+)
 
 
 def _require_tensors(**tensors: Any) -> None:
@@ -70,12 +74,13 @@ def attention(
             (num_blocks, page_size, heads_k, head_dim). heads_k divides heads.
         v: k's shape; its last dimension may differ.
         cu_seqlens_q: (batch + 1,) int32, where each packed sequence begins, and the end.
-        cu_seqlens_k: the same for keys.
+        cu_seqlens_k: the same for keys; with seqused_k only where each sequence's keys begin.
         max_seqlen_q: the longest sequence; None: a bound that costs memory on some back ends.
         max_seqlen_k: the same for keys.
-        seqused_k: (batch,) int32, keys in use of each sequence.
+        seqused_k: (batch,) int32, how many keys each sequence has, whatever cu_seqlens_k says.
         leftpad_k: (batch,) int32, leading keys to skip.
-        block_table: (batch, max_blocks) int32, the pages of each sequence.
+        block_table: (batch, max_blocks) int32, the pages of each sequence. The call then has no
+            gradient: a backward through its result raises RuntimeError.
         alibi_slopes: (heads,) or (batch, heads) fp32.
         bias: additive, or boolean with true = visible; broadcasts to (batch, heads, seqlen_q,
             seqlen_k).
@@ -103,7 +108,10 @@ def attention(
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         _require_tensors(q=q, k=k, v=v)
     if _autocast.is_enabled(q):
-        q, k, v, bias = _autocast.cast(q, k, v, bias)
+        if block_table is None:
+            q, k, v, bias = _autocast.cast(q, k, v, bias)
+        else:
+            q, bias = _autocast.cast(q, bias, cache=k)
     single = q.dim() == 3 and cu_seqlens_q is None
     if single:
         q, k, v = _one_sequence(q, k, v)
@@ -121,22 +129,23 @@ def attention(
         raise RuntimeError(f"window_size: expected (left, right), got {len(window_size)} numbers")
     window_left, window_right = window_size
     code = backends.resolve(backend)
-    if needs_autograd(q, k, v, bias, sinks):
-        if block_table is not None:
-            raise RuntimeError(
-                "block_table: paged attention has no gradient, got q, k or v that requires one"
-            )
+    recorded = needs_autograd(q, k, v, bias, sinks)
+    if recorded and block_table is None:
         out, lse = apply_attention(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k,
             alibi_slopes, bias, sinks, rng_state, dropout_p, softmax_scale, causal, window_left,
             window_right, softcap, code, deterministic, return_lse,
         )  # fmt: skip
     else:
-        out, lse = _forward(
+        arguments = (
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k,
             block_table, alibi_slopes, bias, sinks, rng_state, dropout_p, softmax_scale, causal,
             window_left, window_right, softcap, code,
         )  # fmt: skip
+        if recorded:
+            out, lse = apply_forward_only("attention_forward", _PAGED, *arguments)
+        else:
+            out, lse = _forward(*arguments)
     if single:
         out, lse = out.squeeze(0), lse.squeeze(0)
     return (out, lse) if return_lse else out

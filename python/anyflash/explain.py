@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import _loader, backends
+from ._explain_words import DTYPES, FEATURE_WORDS, parse_words
 
 if TYPE_CHECKING:
     import argparse
@@ -29,46 +29,7 @@ ROUTE_TITLES = {
     "math": "plain PyTorch operations, a block of rows at a time",
 }
 
-_DTYPES = {
-    "fp16": ("fp16", "float16", "half", "f16"),
-    "bf16": ("bf16", "bfloat16"),
-    "fp32": ("fp32", "float32", "f32", "single"),
-    "fp64": ("fp64", "float64", "f64", "double"),
-}
-
-# GPU names people use, with the compute capability that decides (NVIDIA's list of CUDA GPUs).
-_GPUS = {
-    "p100": 60, "v100": 70, "t4": 75, "rtx2080": 75, "2080ti": 75, "a100": 80, "a30": 80, "a10": 86,
-    "a10g": 86, "a40": 86, "a6000": 86, "rtx3090": 86, "3090": 86, "l4": 89, "l40": 89, "l40s": 89,
-    "rtx4090": 89, "4090": 89, "h100": 90, "h200": 90, "gh200": 90, "b100": 100, "b200": 100,
-    "gb200": 100, "rtx5090": 120, "5090": 120, "gb10": 121,
-}  # fmt: skip
-
-_FEATURE_WORDS = {
-    "packed": ("packed", "varlen", "unpadded", "cu_seqlens"),
-    "paged": ("paged", "block_table"),
-    "seqused_k": ("seqused_k", "seqused", "kvcache", "decode", "decoding"),
-    "leftpad_k": ("leftpad_k", "leftpad"),
-    "causal": ("causal",),
-    "window": ("window", "sliding", "sliding_window", "local"),
-    "softcap": ("softcap",),
-    "alibi": ("alibi", "alibi_slopes"),
-    "bias": ("bias", "attn_bias", "attn_mask", "mask", "boolean_mask"),
-    "bias_grad": ("bias_grad", "bias_gradient"),
-    "sinks": ("sinks", "sink"),
-    "dropout": ("dropout",),
-    "gqa": ("gqa", "mqa", "grouped_query"),
-    "unequal_head_dims": (),
-    "lse_grad": ("lse_grad",),
-    "deterministic": ("deterministic",),
-}
-
 BACKWARD_ONLY = ("bias_grad", "lse_grad", "deterministic")
-
-_FILLER = frozenset(
-    ("a", "an", "and", "at", "attention", "cache", "for", "full", "in", "kv", "layout", "my", "of")
-    + ("on", "plus", "run", "the", "to", "use", "using", "with")
-)
 
 _KEYWORDS = frozenset(
     ("op", "device", "sm", "isa", "dtype", "head_dim", "head_dim_v", "features", "training")
@@ -76,9 +37,9 @@ _KEYWORDS = frozenset(
 )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Explanation:
-    """What runs for one shape.
+    """What runs for one shape; its ``repr`` is the text for people.
 
     Attributes:
         problems: One `Problem` dict per direction, as handed to `decide`.
@@ -103,7 +64,7 @@ class Explanation:
     def as_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "runs": self.runs}
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [describe_problem(self.problems[-1])]
         if self.assumed:
             lines.append(f"(not said, so assumed: {', '.join(self.assumed)})")
@@ -150,89 +111,6 @@ def describe_problem(problem: dict[str, Any]) -> str:
     )
 
 
-def parse_words(words: str) -> dict[str, Any]:
-    """Reads a shape in words.
-
-    Args:
-        words: Such as "bf16 causal head_dim 192/128 on sm_90 training" or "fp16 packed T4".
-
-    Returns:
-        Keywords for `explain`, only what the words say.
-
-    Raises:
-        ValueError: A word is not understood; the message lists the vocabulary.
-    """
-    text = re.sub(r"[=:,;]", " ", words.lower())
-    text = re.sub(r"head[ _-]?dim(?:ension)?s?", "head_dim", text)
-    text = re.sub(r"\b(non|not)[ -]causal\b|\bbidirectional\b", " ", text)
-    facts: dict[str, Any] = {}
-
-    def take(pattern: str) -> re.Match[str] | None:
-        nonlocal text
-        match = re.search(pattern, text)
-        if match:
-            text = f"{text[: match.start()]} {text[match.end() :]}"
-        return match
-
-    if match := take(
-        r"\bbackend ((?:kernel|sdpa|math|aten_\w+|auto)(?:[ ]+(?:kernel|sdpa|math|aten_\w+))*)"
-    ):
-        facts["backend"] = ",".join(match[1].split())
-    if match := take(r"\bhead_dim_v ?(\d+)"):
-        facts["head_dim_v"] = int(match[1])
-    if match := take(r"\b(?:head_dim|hd|dim|d) ?(\d+)(?: ?/ ?(\d+))?"):
-        facts["head_dim"] = int(match[1])
-        if match[2]:
-            facts["head_dim_v"] = int(match[2])
-    if match := take(r"\b(?:sm_?|cc |compute capability )(\d+)(?:\.(\d))?[af]?\b"):
-        facts.update(device="cuda", sm=int(match[1] + (match[2] or "")))
-    if match := take(r"\btorch ?(\d+)\.(\d+)\S*"):
-        facts["torch_version"] = int(match[1]) * 100 + int(match[2])
-    _read_single_words(text, facts)
-    return facts
-
-
-def _read_single_words(text: str, facts: dict[str, Any]) -> None:
-    """Adds what single words mean to facts; raises ValueError for one that means nothing."""
-    dtypes = {alias: name for name, aliases in _DTYPES.items() for alias in aliases}
-    features = {alias: name for name, aliases in _FEATURE_WORDS.items() for alias in aliases}
-    for word in re.findall(r"[\w+.]+", text):
-        if word in dtypes:
-            facts["dtype"] = dtypes[word]
-        elif word in features:
-            facts.setdefault("features", []).append(features[word])
-        elif word in _GPUS:
-            facts.update(device="cuda", sm=_GPUS[word])
-        elif word in backends.ISAS[1:]:
-            facts.update(device="cpu", isa=word)
-        elif word in ("cpu", "cuda", "gpu"):
-            facts["device"] = "cpu" if word == "cpu" else "cuda"
-        elif word in ("training", "train", "backward", "gradient", "gradients", "grad"):
-            facts["training"] = True
-        elif word in ("inference", "forward", "eval", "serving"):
-            facts["training"] = False
-        elif word in ("mlp", "bias_activation", "gelu", "relu", "silu", "swiglu"):
-            facts["op"] = "bias_activation"
-        elif word not in _FILLER and not word.isdigit():
-            raise ValueError(_not_understood(word))
-
-
-def _not_understood(word: str) -> str:
-    import difflib
-
-    dtypes = [alias for aliases in _DTYPES.values() for alias in aliases]
-    features = [alias for aliases in _FEATURE_WORDS.values() for alias in aliases]
-    rest = ["cpu", "cuda", "training", "inference", "mlp"]
-    close = difflib.get_close_matches(word, [*dtypes, *features, *_GPUS, *rest], n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return (
-        f'explain: "{word}" is not understood.{hint} It knows '
-        f"dtypes ({', '.join(_DTYPES)}), features ({', '.join(_FEATURE_WORDS)}), head_dim N, "
-        "head_dim N/M, devices (cpu, avx512, cuda, sm_NN, T4, A100, H100, ...), training, "
-        "inference, mlp, torch N.N, backend NAME"
-    )
-
-
 def explain(words: str | torch.Tensor = "", *tensors: torch.Tensor, **facts: Any) -> Explanation:
     """Tells which back end runs a shape, and why no other does.
 
@@ -246,7 +124,8 @@ def explain(words: str | torch.Tensor = "", *tensors: torch.Tensor, **facts: Any
             backend ("kernel,sdpa").
 
     Returns:
-        An `Explanation`; print it, or read `.route`, `.decisions`.
+        An `Explanation`; print it, or read `.route`, `.decisions`. Sizes that the choice does not
+        depend on (seqlen 2048, batch 2, heads 8) may be said, and change nothing.
 
     Raises:
         ValueError: Words, keywords, features or back ends that do not exist.
@@ -353,10 +232,10 @@ def _complete(said: dict[str, Any]) -> tuple[dict[str, Any], bool, list[str]]:
 
 def _dtype_name(dtype: Any) -> str:
     text = str(dtype).replace("torch.", "")
-    for name, aliases in _DTYPES.items():
+    for name, aliases in DTYPES.items():
         if text in aliases:
             return name
-    raise ValueError(f"explain: dtype must be one of {', '.join(_DTYPES)}, got {text}")
+    raise ValueError(f"explain: dtype must be one of {', '.join(DTYPES)}, got {text}")
 
 
 def _chain(backend: str | None) -> tuple[list[str], bool]:
@@ -367,11 +246,11 @@ def _chain(backend: str | None) -> tuple[list[str], bool]:
 
 def _feature_names(features: Iterable[str]) -> list[str]:
     names = [features] if isinstance(features, str) else list(dict.fromkeys(features))
-    if unknown := [name for name in names if name not in _FEATURE_WORDS]:
+    if unknown := [name for name in names if name not in FEATURE_WORDS]:
         raise ValueError(
-            f"explain: unknown feature {', '.join(unknown)}; expected {', '.join(_FEATURE_WORDS)}"
+            f"explain: unknown feature {', '.join(unknown)}; expected {', '.join(FEATURE_WORDS)}"
         )
-    return [name for name in _FEATURE_WORDS if name in names]
+    return [name for name in FEATURE_WORDS if name in names]
 
 
 def torch_version() -> int:

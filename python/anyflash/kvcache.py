@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 
 from . import _autocast, backends
+from ._autograd import apply_forward_only, needs_autograd
 from .attention import contiguous_last_dim
 
 _kvcache = torch.ops.anyflash.attention_kvcache_.default
+_NO_GRADIENT = (
+    "q, k, v: attention over a key/value cache has no gradient, but a backward went through its "
+    "result; expected a call under torch.no_grad(), or anyflash.attention without a cache"
+)
 
 
 def attention_kvcache(
@@ -47,6 +52,7 @@ def attention_kvcache(
         k: (batch, seqlen_new, heads_k, head_dim) to append, at rows cache_seqlens and following.
         v: like k.
         rotary_cos: (seqlen_rotary, rotary_dim / 2) in q's dtype; with it, q and k are rotated.
+            Under autocast q, k, v and these tables become the caches' dtype.
         rotary_sin: like rotary_cos.
         cache_seqlens: (batch,) int32, keys in the cache before the call; an int for all; None: the
             whole cache.
@@ -66,29 +72,29 @@ def attention_kvcache(
         seqlen_q).
 
     Raises:
-        RuntimeError: arguments that do not fit together, a cache that overflows, or inputs that
-            require a gradient while gradients are recorded: there is none.
+        RuntimeError: arguments that do not fit together, or a cache that overflows. A backward
+            through the result raises it too: there is no gradient.
         ValueError: an unknown back end.
         TypeError: q or a cache is not a tensor.
     """
-    tensors: dict[str, Any] = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
-    for name, tensor in tensors.items():
+    given: dict[str, Any] = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
+    for name, tensor in given.items():
         if not isinstance(tensor, Tensor) and (tensor is not None or name not in ("k", "v")):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{name}: attention over a cache has no gradient, got a tensor that requires one; "
-                f"expected torch.no_grad() or {name}.detach()"
-            )
     if _autocast.is_enabled(q):
-        q = q.to(k_cache.dtype) if q.is_floating_point() else q
+        new = (k, v, rotary_cos, rotary_sin)
+        q, k, v, rotary_cos, rotary_sin = _autocast.cast(q, *new, cache=k_cache)
     if isinstance(cache_seqlens, int):
         cache_seqlens = torch.full((q.size(0),), cache_seqlens, dtype=torch.int32, device=q.device)
     if softmax_scale is None:
         softmax_scale = q.size(-1) ** -0.5 if q.dim() and q.size(-1) else 1.0
-    out, lse = _kvcache(
+    arguments = (
         contiguous_last_dim(q), k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens,
         cache_batch_idx, cache_leftpad, block_table, alibi_slopes, sinks, softmax_scale, causal,
         window_size[0], window_size[1], softcap, rotary_interleaved, backends.resolve(backend),
     )  # fmt: skip
+    if needs_autograd(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, alibi_slopes, sinks):
+        out, lse = apply_forward_only("attention_kvcache_", _NO_GRADIENT, *arguments)
+    else:
+        out, lse = _kvcache(*arguments)
     return (out, lse) if return_lse else out

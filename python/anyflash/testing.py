@@ -127,7 +127,8 @@ def _make_options(case: Case, generator: torch.Generator) -> dict[str, Any]:
     options: dict[str, Any] = {"causal": case.causal, "window_size": case.window}
     if case.packed:
         options.update(cu_seqlens_q=_cumulative(case.seqlens_q), max_seqlen_q=max(case.seqlens_q))
-        options.update(cu_seqlens_k=_cumulative(case.seqlens_k), max_seqlen_k=max(case.seqlens_k))
+        longest = max(case.seqused_k or case.seqlens_k)
+        options.update(cu_seqlens_k=_cumulative(case.seqlens_k), max_seqlen_k=longest)
     used = case.seqlens_k if case.layout == "paged" else case.seqused_k
     for name, lengths in (("seqused_k", used), ("leftpad_k", case.leftpad_k)):
         if lengths is not None:

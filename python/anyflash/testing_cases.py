@@ -181,7 +181,7 @@ CORRECTNESS = [
         layout="packed",
         seqlens_q=_RAGGED_Q,
         seqlens_k=_RAGGED_K,
-        seqused_k=(10, 40, 20, 5),
+        seqused_k=(10, 33, 20, 5),
         causal=True,
     ),
     # Storage: lengths in the batch, left padding, pages.

@@ -176,8 +176,11 @@ def reference(
     outs, lses = [], []
     for b in range(batch):
         rows = q[b] if cu_q is None else q[int(cu_q[b]) : int(cu_q[b + 1])]
-        end = longest_k if cu_k is None else int(cu_k[b + 1] - cu_k[b])
-        end = end if used is None else int(used[b])
+        end = longest_k
+        if used is not None:
+            end = int(used[b])
+        elif cu_k is not None:
+            end = int(cu_k[b + 1] - cu_k[b])
         begin = 0 if leftpad is None else int(leftpad[b])
         key, value = (_keys(x, b, begin, max(begin, end), tensors).to(compute) for x in (k, v))
         out, lse = _attend(rows.to(compute), key, value, how, b)

@@ -96,12 +96,9 @@ struct Sequence {
     first_q = p.cu_seqlens_q ? p.cu_seqlens_q[b] : 0;
     first_k = p.cu_seqlens_k && !p.block_table ? p.cu_seqlens_k[b] : 0;
     seqlen_q = p.cu_seqlens_q ? p.cu_seqlens_q[b + 1] - first_q : p.seqlen_q;
-    seqlen_k = p.cu_seqlens_k ? p.cu_seqlens_k[b + 1] - p.cu_seqlens_k[b] : p.seqlen_k;
-    if (p.seqused_k && p.block_table && p.cu_seqlens_k) {
-      seqlen_k = std::min<int64_t>(seqlen_k, p.seqused_k[b]);
-    } else if (p.seqused_k) {
-      seqlen_k = p.seqused_k[b];
-    }
+    seqlen_k = p.seqused_k      ? p.seqused_k[b]
+               : p.cu_seqlens_k ? p.cu_seqlens_k[b + 1] - p.cu_seqlens_k[b]
+                                : p.seqlen_k;
     if (p.leftpad_k) {
       first_k += p.leftpad_k[b];
       seqlen_k = std::max<int64_t>(seqlen_k - p.leftpad_k[b], 0);

@@ -80,6 +80,7 @@ FILES = {
     "kernels/sm80/decode.cuh": ATTENTION,
     "kernels/common/tile_copy.cuh": ATTENTION,
     "kernels/common/sequence.cuh": ATTENTION,
+    "kernels/lengths.h": ATTENTION,
     "kernels/common/scores.cuh": ATTENTION,
     "kernels/common/online_softmax.cuh": ATTENTION,
     "kernels/elementwise/kvcache_append.cuh": KVCACHE_APPEND,

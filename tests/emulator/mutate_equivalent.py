@@ -27,8 +27,7 @@ _PARTS = (
 )
 _NO_WEIGHT = "if (weight == 0 || column >= p.head_dim_v) continue;"
 _PAGED = "copy.template load<false>(shared, paged, tile * kKeys, s_.seqlen_k, int32_t(columns));"
-_USED = "s.seqlen_k = p.block_table && p.cu_seqlens_k ? smaller(s.seqlen_k, used) : used;"
-_PADDED = "s.seqlen_k = larger(s.seqlen_k - p.leftpad_k[index], 0);"
+_PADDED = "return {span.first + skipped, larger<Index>(span.length - skipped, 0)};"
 _EXISTS = "const bool exists = kWhole || first_row + row_ + i * kRowStep < num_rows;"
 _ACROSS = "const int across = smaller(pieces, kThreads);"
 _TURN = "return p.rotary_cos ? Turn<T, kCount>(p, position, column) : Turn<T, kCount>();"
@@ -113,13 +112,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
         )
     }
     | {
-        ("sequence.cuh", _USED, _USED.replace("p.block_table &&", "true &&")): (
-            "no more keys are used than are stored"
-        ),
-        ("sequence.cuh", _USED, _USED.replace("&& p.cu_seqlens_k", "&& true")): (
-            "no more keys are used than the pages have room for"
-        ),
-        ("sequence.cuh", _PADDED, "s.seqlen_k = (s.seqlen_k - p.leftpad_k[index]);"): (
+        ("lengths.h", _PADDED, "return {span.first + skipped, (span.length - skipped)};"): (
             "with a negative length no key is visible either"
         ),
         ("tile_copy.cuh", _EXISTS, _EXISTS.replace("kWhole", "false")): (

@@ -184,12 +184,7 @@ class Problem {
       used_ = *shape_.held_k;
       p_.cu_seqlens_k = keep(cumulative(used_, static_cast<int32_t>(random_.integer(0, 99))));
     }
-    if (shape_.seqused_k) {
-      p_.seqused_k = keep(*shape_.seqused_k);
-      for (int64_t b = 0; b < p_.batch; ++b) {
-        used_[b] = std::min(used_[b], (*shape_.seqused_k)[b]);
-      }
-    }
+    if (shape_.seqused_k) p_.seqused_k = keep(used_ = *shape_.seqused_k);
     if (shape_.leftpad_k) p_.leftpad_k = keep(first_ = *shape_.leftpad_k);
     if (shape_.page_size > 0) set_pages();
   }

@@ -118,10 +118,10 @@ class ShapeDrawer {
     }
     if ((paged_ && !s.held_k) || random_.chance(0.25)) {
       s.seqused_k = lengths(s.seqlen_k);
-      for (int64_t b = 0; b < s.batch; ++b) {
-        if (!s.held_k) (*s.seqused_k)[b] = length(used[b]);
-        used[b] = std::min(used[b], (*s.seqused_k)[b]);
+      for (int64_t b = 0; s.packed_k && b < s.batch; ++b) {  // the rest of its rows is a gap
+        (*s.seqused_k)[b] = length((*s.packed_k)[b]);
       }
+      used = *s.seqused_k;
     }
     if (random_.chance(0.2)) {
       for (int32_t& keys : used) {

@@ -15,6 +15,8 @@ from anyflash import _loader
 from anyflash.testing import Case, Expected, Inputs, expect, make_inputs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.append(str(REPOSITORY / "tools"))
+from shared_lists import write_lists  # noqa: E402, F401  (for copies of the package)
 
 # What the tests ask for by name; None is the default chain.
 ROUTES = {

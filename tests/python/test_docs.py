@@ -50,7 +50,7 @@ def test_paths_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_environment_variables_are_known(page):
-    from anyflash.doctor import ENVIRONMENT
+    from anyflash._doctor import ENVIRONMENT
 
     for name in re.findall(r"ANYFLASH_[A-Z_]+", read(page)):
         assert name in ENVIRONMENT, name

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import REPOSITORY, torch_version
+from support import torch_version, write_lists
 
 import anyflash
-from anyflash import _doctor_text, _installs, _loader, _machine, doctor
+from anyflash import _doctor as doctor
+from anyflash import _doctor_text, _installs, _loader, _machine
 from anyflash.__main__ import main
 
 
@@ -39,10 +40,7 @@ def installation(tmp_path_factory) -> Path:
     package = root / "anyflash"
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "_build.json", "include", "cmake")
     shutil.copytree(Path(anyflash.__file__).parent, package, ignore=ignore)
-    (package / "defs").mkdir(exist_ok=True)
-    for source in ("csrc", "kernels"):
-        for path in (REPOSITORY / source).glob("*.def"):
-            shutil.copy(path, package / "defs")
+    write_lists(package)
     return root
 
 
@@ -202,7 +200,7 @@ def test_a_broken_upstream_behind_ours(installation, upstream):
     assert report["flash_attn"]["ours"] is True
     notes = findings(report, "notes")
     assert "undefined symbol" in notes
-    assert "pip uninstall flash-attn" in notes
+    assert "ANYFLASH_DROPIN=0 python -m pip uninstall flash-attn" in notes
 
 
 def test_a_broken_upstream_before_ours(installation, upstream):

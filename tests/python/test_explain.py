@@ -10,7 +10,8 @@ import torch
 import anyflash
 from anyflash import _defs, _loader
 from anyflash.__main__ import main
-from anyflash.explain import _FEATURE_WORDS, ROUTE_TITLES, parse_words
+from anyflash._explain_words import FEATURE_WORDS, parse_words
+from anyflash.explain import ROUTE_TITLES
 
 ROUTES = [entry.fields[0] for entry in _defs.entries("routes") if entry.macro == "ROUTE"]
 FEATURES = list(_defs.feature_phrases())
@@ -149,7 +150,7 @@ def test_questions_not_understood(arguments, facts, message):
 
 def test_every_route_has_a_title_and_every_feature_a_name():
     assert set(ROUTE_TITLES) == {"kernel", *ROUTES}
-    assert list(_FEATURE_WORDS) == FEATURES
+    assert list(FEATURE_WORDS) == FEATURES
 
 
 def test_command_line(capsys):

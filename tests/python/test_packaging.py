@@ -16,13 +16,15 @@ import sysconfig
 import zipfile
 from pathlib import Path
 
+import cuda_pins
 import pytest
+from support import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SITE_PACKAGES = Path(sysconfig.get_paths()["purelib"])
 NOT_SOURCE = shutil.ignore_patterns(
-    ".*", "build", "out", "*.so", "__pycache__", "*.egg-info", "_build.json"
+    ".*", "build", "out", "*.so", "__pycache__", "*.egg-info", "_build.json", "_lists.py"
 )
+CUDA = "1" if cuda_pins.has_nvcc() or cuda_pins.package_root() else "0"
 LINUX = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="the binary is built on Linux"
 )
@@ -153,8 +155,9 @@ def build(folder: Path, out: Path, *options: str, **environment: str) -> Path:
 def wheel(source, tmp_path_factory) -> Path:
     """The wheel with the binary, from the sdist beside it; with code for one GPU architecture."""
     return build(
-        source, tmp_path_factory.mktemp("wheel"), ANYFLASH_BUILD="1", ANYFLASH_CUDA_ARCHS="75"
-    )
+        source, tmp_path_factory.mktemp("wheel"), ANYFLASH_BUILD="1", ANYFLASH_CUDA=CUDA,
+        ANYFLASH_CUDA_ARCHS="75",
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -202,8 +205,7 @@ def test_the_wheel_holds_what_it_should_and_no_more(wheel):
         "anyflash/libanyflash_ops.so",
         "anyflash/_native" + sysconfig.get_config_var("EXT_SUFFIX"),
     }
-    for name in ("schemas", "routes", "measured", "features", "instances"):
-        assert f"anyflash/defs/{name}.def" in names
+    assert "anyflash/_lists.py" in names
     for name in ("anyflash.pth", "anyflash.start"):
         assert any(re.fullmatch(rf"anyflash-[\d.]+\.data/purelib/{name}", n) for n in names)
     assert {
@@ -229,15 +231,20 @@ def test_every_python_file_of_the_tree_is_in_the_wheel(wheel, source):
 
 
 @LINUX
-def test_the_record_of_the_drop_in_lists_its_files_and_is_only_in_the_wheel(wheel, source):
+def test_the_drop_in_has_no_record(wheel, source):
+    """So that `pip uninstall flash-attn` never takes anyflash's files."""
     names = content(wheel)
-    record = next(n for n in names if n.startswith("anyflash/dropin/") and n.endswith("/RECORD"))
-    with zipfile.ZipFile(wheel) as archive:
-        listed = {line.split(",")[0] for line in archive.read(record).decode().splitlines()}
-    assert listed == {
-        n[len("anyflash/dropin/") :] for n in names if n.startswith("anyflash/dropin/")
-    }
+    assert not [n for n in names if n.startswith("anyflash/dropin/") and n.endswith("/RECORD")]
     assert not list(source.rglob("RECORD"))
+
+
+def test_every_module_of_the_drop_in_belongs_to_the_name():
+    dropin = REPOSITORY / "python/anyflash/dropin"
+    listed = (dropin / "flash_attn-2.8.3.dist-info/top_level.txt").read_text().split()
+    modules = {p.stem for p in dropin.glob("*.py")} | {
+        p.parent.name for p in dropin.glob("*/__init__.py")
+    }
+    assert modules <= set(listed)
 
 
 @LINUX
@@ -271,31 +278,32 @@ def test_a_requirement_on_flash_attn_is_satisfied(environment, wheel, tmp_path):
 
 
 @LINUX
-@pytest.mark.parametrize("order", ["upstream first", "upstream second"])
-def test_a_broken_flash_attn(environment, wheel, broken_upstream, order):
-    """Installed before us it loses; installed after us, on purpose, it replaces the drop-in."""
-    environment.install(*([broken_upstream] if order == "upstream first" else [wheel]))
-    environment.install(*([wheel] if order == "upstream first" else [broken_upstream]))
-    if order == "upstream first":
-        assert environment.smoke()["version"] == "2.8.3"
-        for mode in ("0", "off", "append"):
-            failed = environment.run(SMOKE, check=False, ANYFLASH_DROPIN=mode)
-            assert "undefined symbol" in failed.stderr
-            version = "import importlib.metadata as m; print(m.version('flash-attn'))"
-            assert environment.run(version, ANYFLASH_DROPIN=mode).stdout.strip() == "2.7.4"
-    else:
-        assert "undefined symbol" in environment.run("import flash_attn", check=False).stderr
-        environment.run("import anyflash")
-        environment.install("--force-reinstall", wheel)
-        assert environment.smoke()["version"] == "2.8.3"
+def test_a_broken_flash_attn_installed_before(environment, wheel, broken_upstream):
+    environment.install(broken_upstream)
+    environment.install(wheel)
+    assert environment.smoke()["version"] == "2.8.3"
+    said = environment.run("import flash_attn").stderr
+    assert f"flash_attn-2.7.4, in {environment.site}, is not used" in said
+    for mode in ("0", "off", "append"):
+        failed = environment.run(SMOKE, check=False, ANYFLASH_DROPIN=mode)
+        assert "undefined symbol" in failed.stderr
+        version = "import importlib.metadata as m; print(m.version('flash-attn'))"
+        assert environment.run(version, ANYFLASH_DROPIN=mode).stdout.strip() == "2.7.4"
 
 
 @LINUX
-def test_uninstalling_flash_attn_takes_the_drop_in_alone(environment, wheel):
+def test_nothing_replaces_the_drop_in_by_accident(environment, wheel, broken_upstream):
+    """pip refuses to replace or remove what has no RECORD, and changes nothing."""
     environment.install(wheel)
-    environment.pip("uninstall", "-y", "flash-attn")
-    assert not [f for f in environment.files() if f.startswith("anyflash/dropin/")]
-    environment.run("import anyflash")
+    before = environment.files()
+    for command in (("uninstall", "-y", "flash-attn"), ("install", "--no-deps", broken_upstream)):
+        refused = environment.pip(*command, check=False)
+        assert refused.returncode and "RECORD" in refused.stderr, refused.stderr
+        assert environment.files() == before
+    assert environment.smoke()["version"] == "2.8.3"
+    if sys.version_info >= (3, 10):
+        owners = "import importlib.metadata as m; print(m.packages_distributions()['flash_attn'])"
+        assert environment.run(owners).stdout.strip() == "['flash-attn']"
     environment.pip("uninstall", "-y", "anyflash")
     assert environment.files() == environment.empty
 
@@ -354,8 +362,7 @@ def test_editable_install(environment, source, tmp_path):
     assert environment.smoke()["file"] == str(
         tree / "python/anyflash/dropin/flash_attn/__init__.py"
     )
-    assert not list(tree.rglob("dropin/**/RECORD"))
-    environment.pip("uninstall", "-y", "flash-attn", check=False)
+    assert environment.pip("uninstall", "-y", "flash-attn", check=False).returncode
     environment.pip("uninstall", "-y", "anyflash")
     assert (tree / "python/anyflash/dropin/flash_attn/__init__.py").is_file()
     assert environment.files() == environment.empty
@@ -369,23 +376,116 @@ def test_uv(environment, pure_wheel):
     assert environment.files() == environment.empty
 
 
-def test_the_second_wheel_serves_folders_without_start_up_files(
-    source, environment, pure_wheel, tmp_path
-):
-    """`pip install --target` and uv's resolver need a distribution that is called flash-attn."""
-    second = build(source / "packaging/flash-attn", tmp_path / "dist", "--wheel")
-    assert second.name == "flash_attn-2.8.3-py3-none-any.whl"
+@pytest.fixture(scope="session")
+def companion(source, tmp_path_factory):
+    """Builds the wheel called flash-attn in a version of one's choice, as README.md says."""
+
+    def build_version(version: str = "") -> Path:
+        out = tmp_path_factory.mktemp("companion")
+        options = ("--no-deps", "--no-build-isolation", "--no-index", "-w", out)
+        command = (sys.executable, "-m", "pip", "wheel", *options, source / "packaging/flash-attn")
+        call(*command, ANYFLASH_COMPANION_VERSION=version)
+        return next(out.glob("*.whl"))
+
+    return build_version
+
+
+def test_the_companion_holds_the_drop_in(companion, source, pure_wheel):
+    wheel = companion()
+    assert wheel.name == "flash_attn-2.8.3-py3-none-any.whl"
     assert not list((source / "python/anyflash/dropin").glob("*.egg-info"))
-    folder = tmp_path / "target"
-    environment.install("--target", folder, pure_wheel, second)
-    found = environment.smoke(PYTHONPATH=str(folder))
-    assert found["file"] == str(folder / "flash_attn/__init__.py")
     dropin = {
         n.split("dropin/")[1]
         for n in content(pure_wheel)
-        if "dropin/flash_attn" in n and n.endswith(".py")
+        if n.startswith("anyflash/dropin/") and n.endswith(".py")
     }
-    assert dropin == {n for n in content(second) if n.endswith(".py")}
+    added = {n for n in content(wheel) if n.endswith(".py")} - dropin
+    assert added == {"flash_attn/_companion.py"}
+    assert dropin <= content(wheel)
+
+
+def test_the_companion_serves_a_target_folder(companion, environment, pure_wheel, tmp_path):
+    """`pip install --target` needs a distribution that is called flash-attn."""
+    folder = tmp_path / "target"
+    environment.install("--target", folder, pure_wheel, companion())
+    found = environment.smoke(PYTHONPATH=str(folder))
+    assert found["file"] == str(folder / "flash_attn/__init__.py")
+    report = doctor_of(environment, PYTHONPATH=str(folder))
+    assert report["flash_attn"]["companion"] and report["flash_attn"]["ours"]
+    assert not [p for p in report["problems"] if "flash_attn" in p["what"]]
+
+
+@pytest.mark.parametrize("installer", ["pip", "uv"])
+def test_a_pinned_requirement(companion, environment, pure_wheel, installer):
+    """A companion of the pinned version satisfies pip and uv, and clients that compare versions."""
+    environment.install(pure_wheel)
+    pinned = ("install", "--no-index", "--dry-run", "flash-attn==2.6.3")
+    assert environment.pip(*pinned, check=False).returncode
+    wheel = companion("2.6.3")
+    uv = (sys.executable, "-m", "uv", "--offline", "pip")
+    if installer == "pip":
+        environment.install(wheel, ANYFLASH_DROPIN="0")
+    else:
+        call(*uv, "install", "--python", environment.python, "--no-deps", wheel)
+    assert environment.pip(*pinned).returncode == 0
+    flags = ("--python", environment.python, "--no-index", "--dry-run")
+    call(*uv, "install", *flags, "flash-attn==2.6.3")
+    found = environment.smoke()
+    assert found["version"] == "2.6.3"
+    assert found["file"] == str(environment.site / "flash_attn/__init__.py")
+    assert environment.run("import flash_attn; print(flash_attn.__version__)").stdout == "2.6.3\n"
+    assert not environment.run("import flash_attn").stderr
+    report = doctor_of(environment)
+    assert report["flash_attn"]["companion"]
+    assert not [f for f in report["problems"] + report["notes"] if "flash-attn" in f["what"]]
+    environment.pip("uninstall", "-y", "flash-attn")
+    assert environment.smoke()["version"] == "2.8.3"  # the drop-in is back
+
+
+def doctor_of(environment: Environment, **variables: str) -> dict:
+    command = (environment.python, "-m", "anyflash", "doctor", "--json")
+    return json.loads(call(*command, check=False, cwd=environment.site.parent, **variables).stdout)
+
+
+def test_an_application_of_modules_alone(pure_wheel, libraries, tmp_path):
+    """zipapp and the like take the modules along and no other files."""
+    application = tmp_path / "app.zip"
+    with zipfile.ZipFile(pure_wheel) as wheel, zipfile.ZipFile(application, "w") as out:
+        for name in wheel.namelist():
+            if name.endswith(".py"):
+                out.writestr(name.removeprefix("anyflash/dropin/"), wheel.read(name))
+    code = SMOKE.replace("metadata.version", "str").replace("flash_attn.__file__", "''")
+    path = os.pathsep.join(map(str, (application, libraries)))
+    done = call(sys.executable, "-S", "-c", code, cwd=tmp_path, PYTHONPATH=path)
+    assert json.loads(done.stdout.splitlines()[-1])["provider"] == "python"
+    code = "from anyflash import _loader; print(_loader.reasons)"
+    done = call(sys.executable, "-S", "-c", code, cwd=tmp_path, PYTHONPATH=path)
+    assert "only a part of the package" in done.stdout and "compiler" not in done.stdout
+
+
+def test_pyinstaller_is_told_what_to_take(environment, pure_wheel):
+    """Its hooks, with what they collect from a stand-in for PyInstaller."""
+    environment.install(pure_wheel)
+    code = """
+import importlib.metadata as metadata, pathlib, runpy, sys, types
+points = metadata.entry_points()
+points = points.select(group="pyinstaller40") if hasattr(points, "select") else points["pyinstaller40"]
+(folder,) = next(p for p in points if p.value.startswith("anyflash")).load()()
+hooks = types.ModuleType("PyInstaller.utils.hooks")
+hooks.copy_metadata = lambda name: [(metadata.distribution(name).metadata["Version"], name)]
+hooks.collect_dynamic_libs = lambda name: ["libraries of " + name]
+hooks.collect_data_files = lambda name, includes: [(i, name) for i in includes]
+for name in ("PyInstaller", "PyInstaller.utils"):
+    sys.modules[name] = types.ModuleType(name)
+sys.modules["PyInstaller.utils.hooks"] = hooks
+for path in sorted(pathlib.Path(folder).glob("hook-*.py")):
+    found = runpy.run_path(str(path))
+    print(path.stem, found.get("binaries"), found["datas"], found["hiddenimports"])
+"""
+    lines = environment.run(code).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["hook-anyflash", "hook-flash_attn"]
+    assert "libraries of anyflash" in lines[0] and "_build.json" in lines[0]
+    assert "('2.8.3', 'flash-attn')" in lines[1] and "flash_attn_2_cuda" in lines[1]
 
 
 def test_the_start_up_hook_costs_less_than_a_millisecond(environment, pure_wheel):

@@ -23,6 +23,7 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
         mlp.bias_activation_backward,
         mlp.fused_mlp_forward,
         mlp.fused_mlp_backward,
+        attention.refuse_gradient,
         flash_attn_api.flash_attn_func,
         flash_attn_api.flash_attn_kvpacked_func,
         flash_attn_api.flash_attn_qkvpacked_func,

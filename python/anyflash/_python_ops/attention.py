@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import aten_cpu, aten_cudnn, aten_efficient, aten_flash, dispatch, math
-from .notice import note_fallback
+from .notice import note_choice
 from .problem import AttentionArgs, BackwardArgs, describe
 from .validate import validate_backward, validate_forward
 
@@ -28,7 +28,7 @@ def _route(problem: dispatch.Problem) -> str:
     decision = dispatch.choose(problem)
     if decision.route == "none":
         raise RuntimeError(dispatch.refusal(problem, decision))
-    note_fallback(problem, decision)
+    note_choice(problem, decision)
     return decision.route
 
 
@@ -126,6 +126,11 @@ def attention_backward(
     dbias = q.new_empty(0) if result.dbias is None else result.dbias
     dsinks = q.new_empty(0) if result.dsinks is None else result.dsinks
     return result.dq, result.dk, result.dv, dbias, dsinks
+
+
+def refuse_gradient(gradient: Tensor, size: list[int], why: str) -> Tensor:
+    """schemas.def."""
+    raise RuntimeError(why)
 
 
 def random_state(q: Tensor, dropout_p: float) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from . import dispatch
 from .checks import check, check_same_device, dtype_text, shape_text
-from .notice import note_fallback
+from .notice import note_choice
 from .problem import DTYPE_NAMES, describe_bias_activation
 
 #: Names in the order of their numbers in the schemas.
@@ -79,7 +79,7 @@ def _decide(x: Tensor, direction: str, backend: int) -> None:
     decision = dispatch.choose(problem)
     if decision.route == "none":
         raise RuntimeError(dispatch.refusal(problem, decision))
-    note_fallback(problem, decision)
+    note_choice(problem, decision)
 
 
 def _widened(x: Tensor) -> Tensor:

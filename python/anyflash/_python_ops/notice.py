@@ -1,10 +1,11 @@
 """Nothing is silent: the first time a call does not run on the first back end of its chain, one
-line says so (csrc/notice.cpp)."""
+line says so, and at a lower level what runs where all is well (csrc/notice.cpp)."""
 
 from __future__ import annotations
 
 import logging
 
+from .._defs import feature_phrases
 from .dispatch import Decision, Problem, routes
 
 _LOGGER = logging.getLogger("anyflash")
@@ -45,18 +46,29 @@ def notice_text(problem: Problem, decision: Decision) -> str:
     )
 
 
-def note_fallback(problem: Problem, decision: Decision) -> None:
-    """Tells what runs, unless it is the first choice or has been told."""
+def choice_text(problem: Problem, route: str) -> str:
+    """``anyflash: attention forward, bf16, head_dim 128, causal: runs on ...``."""
+    dims = f", head_dim {problem.head_dim}" if problem.head_dim > 0 else ""
+    if problem.head_dim_v != problem.head_dim:
+        dims += f"/{problem.head_dim_v}"
+    features = "".join(f", {name}" for name in feature_phrases() if name in problem.features)
+    what = f"{problem.op} {problem.direction}, {problem.dtype}{dims}{features}"
+    return f"anyflash: {what}: runs on {_PHRASES[route]}"
+
+
+def note_choice(problem: Problem, decision: Decision) -> None:
+    """Tells once what runs: a warning unless it is the first choice."""
     key = (problem, decision.route)
     if key in _told_problems:
         return
     _told_problems.add(key)
-    first = problem.chain[0]
+    first, attention = problem.chain[0], problem.op == "attention"
     if first in (decision.route, _back_end_of(problem, decision.route)):
+        level, text = logging.INFO, choice_text(problem, decision.route) if attention else ""
+    elif attention or first == "kernel":
+        level, text = logging.WARNING, notice_text(problem, decision)
+    else:
         return
-    if problem.op != "attention" and first != "kernel":
-        return
-    text = notice_text(problem, decision)
-    if text not in _told:
+    if text and text not in _told:
         _told.add(text)
-        _LOGGER.warning("%s", text)
+        _LOGGER.log(level, "%s", text)

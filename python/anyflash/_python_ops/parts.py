@@ -143,8 +143,11 @@ def _sequences(args: AttentionArgs) -> Iterator[ViewPart]:
     for b in range(args.batch):
         rows = None if cu_q is None else range(cu_q[b], cu_q[b + 1])
         first = 0 if cu_k is None or table is not None else cu_k[b]
-        length = args.max_seqlen_k if cu_k is None else cu_k[b + 1] - cu_k[b]
-        end = length if used is None else used[b]
+        end = args.max_seqlen_k
+        if used is not None:  # by the rule of kernels/lengths.h, as _key_storage
+            end = used[b]
+        elif cu_k is not None:
+            end = cu_k[b + 1] - cu_k[b]
         begin = 0 if leftpad is None else min(leftpad[b], end)
         part = ViewPart(
             q=args.q[b : b + 1] if rows is None else args.q[rows.start : rows.stop].unsqueeze(0),
@@ -171,7 +174,7 @@ class Storage:
     """Where the sequences of a padded batch lie in a flat storage of ``total`` rows."""
 
     total: int
-    bounds: Tensor  # (batch + 1,) int64: which rows belong to which sequence
+    bounds: Tensor  # (batch + 1,) int64: which rows belong to which sequence; the end is not read
     start: Tensor  # (batch,) int64: the row that becomes row 0
     length: Tensor  # (batch,) int64: rows of each sequence that exist
     seqlen: int  # rows of each sequence in the padded batch
@@ -193,8 +196,7 @@ class Storage:
         if self.seqlen == 0 or padded.shape[0] == 0:
             return padded.new_full(shape, fill)
         row = torch.arange(self.total, device=padded.device)
-        sequence = torch.searchsorted(self.bounds[1:].contiguous(), row, right=True)
-        sequence.clamp_(max=padded.shape[0] - 1)
+        sequence = torch.searchsorted(self.bounds[1:-1].contiguous(), row, right=True)
         position = row - self.start[sequence]
         valid = (position >= 0) & (position < self.length[sequence]) & (position < self.seqlen)
         rows = padded[sequence, position.clamp_(0, self.seqlen - 1)]
@@ -239,14 +241,14 @@ def _key_storage(args: AttentionArgs, total: int) -> Storage | None:
         bounds = args.cu_seqlens_k.long()
     else:
         bounds = torch.arange(batch + 1, device=device) * args.max_seqlen_k
-    if args.cu_seqlens_k is not None:
-        length = args.cu_seqlens_k.long().diff()
-    elif args.seqused_k is None and args.leftpad_k is None:
-        return None
-    else:
-        length = torch.full((batch,), args.max_seqlen_k, dtype=torch.int64, device=device)
     if args.seqused_k is not None:
         length = args.seqused_k.long()
+    elif args.cu_seqlens_k is not None:
+        length = args.cu_seqlens_k.long().diff()
+    elif args.leftpad_k is not None:
+        length = torch.full((batch,), args.max_seqlen_k, dtype=torch.int64, device=device)
+    else:
+        return None
     start = bounds[:-1]
     if args.leftpad_k is not None:
         start, length = start + args.leftpad_k, length - args.leftpad_k

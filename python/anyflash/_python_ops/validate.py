@@ -203,18 +203,48 @@ def _check_cumulative(
         check(cu[-1] <= rows[0], f"{name}: ends at {cu[-1]}, but {rows[1]} has {rows[0]} rows")
 
 
-def _check_values(args: AttentionArgs) -> None:
-    if args.cu_seqlens_q is not None:
-        _check_cumulative(
-            args.cu_seqlens_q.tolist(),
-            "cu_seqlens_q",
-            (args.q.shape[0], "q"),
-            args.max_seqlen_q,
-            "max_seqlen_q",
+def _check_used_rows(begin: list[int], used: list[int], args: AttentionArgs, share: bool) -> None:
+    """Keys at rows begin[b] to begin[b] + used[b], with gaps between sequences; what the last
+    entry of ``begin`` says does not count."""
+    total = args.k.shape[0]
+    for b, (first, length) in enumerate(zip(begin, used)):
+        check(
+            0 <= first <= total,
+            f"cu_seqlens_k: expected 0 to {total}, the rows of k, got {first} for sequence {b}",
         )
-    cu_k = None
-    if args.cu_seqlens_k is not None:
-        cu_k = args.cu_seqlens_k.tolist()
+        check(
+            0 <= length <= total - first,
+            f"seqused_k: expected 0 to {total - first}, the rows of k from {first} on, ",
+            f"got {length} for sequence {b}",
+        )
+        check(
+            length <= args.max_seqlen_k,
+            f"max_seqlen_k: expected at least {length}, the keys of sequence {b} in seqused_k, ",
+            f"got {args.max_seqlen_k}",
+        )
+        check(
+            share or b + 1 == len(used) or first + length <= begin[b + 1],
+            "cu_seqlens_k: the backward needs sequences in the order of their rows, each with ",
+            f"rows of its own, got sequence {b} at rows {first} to {first + length} ",
+            f"and sequence {b + 1} from {begin[b + 1]} on",
+        )
+
+
+def _check_values(args: AttentionArgs, direction: str) -> None:
+    def numbers(tensor: Tensor | None) -> list | None:
+        return None if tensor is None else tensor.tolist()
+
+    cu_q, cu_k, used = map(numbers, (args.cu_seqlens_q, args.cu_seqlens_k, args.seqused_k))
+    leftpad, table = numbers(args.leftpad_k), numbers(args.block_table)
+    if args.paged and used is not None:
+        cu_k = None
+    if cu_q is not None:
+        _check_cumulative(
+            cu_q, "cu_seqlens_q", (args.q.shape[0], "q"), args.max_seqlen_q, "max_seqlen_q"
+        )
+    if cu_k is not None and used is not None:
+        _check_used_rows(cu_k, used, args, direction == "forward")
+    elif cu_k is not None:
         _check_cumulative(
             cu_k,
             "cu_seqlens_k",
@@ -222,19 +252,14 @@ def _check_values(args: AttentionArgs) -> None:
             args.max_seqlen_k,
             "block_table: capacity" if args.paged else "max_seqlen_k",
         )
-    used = args.seqused_k.tolist() if args.seqused_k is not None else None
-    leftpad = args.leftpad_k.tolist() if args.leftpad_k is not None else None
-    table = args.block_table.tolist() if args.block_table is not None else None
-    if used is None and leftpad is None and table is None:
-        return
     for b in range(args.batch):
         length = args.max_seqlen_k if cu_k is None else cu_k[b + 1] - cu_k[b]
-        stored = args.max_seqlen_k if args.paged else length
         if used is not None:
             length = used[b]
             check(
-                0 <= length <= stored,
-                f"seqused_k: expected 0 to {stored}, the keys of sequence {b}, got {length}",
+                cu_k is not None or 0 <= length <= args.max_seqlen_k,
+                f"seqused_k: expected 0 to {args.max_seqlen_k}, the keys of sequence {b}, ",
+                f"got {length}",
             )
         if leftpad is not None:
             check(
@@ -260,7 +285,7 @@ def validate_forward(args: AttentionArgs, direction: str = "forward") -> None:
         check_sinks(args.sinks, args.q, args.heads)
     has_values = args.packed or args.paged or args.seqused_k is not None
     if (has_values or args.leftpad_k is not None) and values_are_checked(args.q):
-        _check_values(args)
+        _check_values(args, direction)
 
 
 def validate_backward(args: AttentionArgs, grad: BackwardArgs) -> None:

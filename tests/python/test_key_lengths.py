@@ -1,0 +1,119 @@
+"""How many keys a sequence has and where they begin: seqused_k alone where it is given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import ROUTES, has_attention_kernels
+
+import anyflash
+from anyflash.testing import reference
+
+pytestmark = pytest.mark.providers
+
+STARTS, USED = (1, 9, 20, -7), (4, 0, 7)  # rows 1-4, none, 20-26; the last start is not read
+CU_Q = (0, 2, 5, 8)
+
+
+def _ints(values, device):
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def _gappy(device, dtype=torch.float64):
+    """q, and k and v with NaN in the gaps between sequences."""
+    torch.manual_seed(0)
+    q = torch.randn(8, 4, 16, dtype=dtype, device=device)
+    k, v = (torch.full((28, 2, 16), float("nan"), dtype=dtype, device=device) for _ in "kv")
+    for start, used in zip(STARTS, USED):
+        k[start : start + used] = torch.randn(used, 2, 16, dtype=dtype, device=device)
+        v[start : start + used] = torch.randn(used, 2, 16, dtype=dtype, device=device)
+    lengths = {
+        "cu_seqlens_q": _ints(CU_Q, device), "cu_seqlens_k": _ints(STARTS, device),
+        "seqused_k": _ints(USED, device), "max_seqlen_q": 3, "max_seqlen_k": 7,
+    }  # fmt: skip
+    return (q, k, v), lengths
+
+
+def _one_by_one(q, k, v, **options):
+    """Each sequence for itself, without anything that needs a length."""
+    results = []
+    for b, (start, used) in enumerate(zip(STARTS, USED)):
+        rows = q[CU_Q[b] : CU_Q[b + 1]].unsqueeze(0)
+        keys = (x[start : start + used].unsqueeze(0) for x in (k, v))
+        results.append(reference(rows, *keys, **options)[0][0])
+    return torch.cat(results)
+
+
+def _routes(device):
+    return [r for r in ROUTES[device] if r != "kernel" or has_attention_kernels(device)]
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (2, 0)}], ids=str)
+def test_gaps_between_keys(device, options):
+    for route in _routes(device):
+        dtype = torch.float32 if route == "kernel" else torch.float64
+        (q, k, v), lengths = _gappy(device, dtype)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = anyflash.attention(*leaves, **lengths, **options, backend=route)
+        found = torch.autograd.grad(out, leaves, torch.ones_like(out))
+        exact = [x.detach().double().requires_grad_() for x in leaves]
+        expected = _one_by_one(*exact, **options)
+        wanted = torch.autograd.grad(expected, exact, torch.ones_like(expected))
+        torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+        for mine, theirs in zip(found, wanted):
+            torch.testing.assert_close(mine.double(), theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_sequences_may_share_keys_forward(device):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(n, 2, 16, device=device) for n in (6, 9, 9))
+    lengths = {"cu_seqlens_q": _ints((0, 2, 6), device), "seqused_k": _ints((6, 7), device)}
+    for route in _routes(device):
+        out = anyflash.attention(
+            q, k, v, **lengths, cu_seqlens_k=_ints((2, 0, 0), device), max_seqlen_q=4,
+            max_seqlen_k=7, backend=route,
+        )  # fmt: skip
+        for rows, keys in ((slice(0, 2), slice(2, 8)), (slice(2, 6), slice(0, 7))):
+            alone = reference(*(x[None] for x in (q[rows], k[keys], v[keys])))[0][0]
+            torch.testing.assert_close(out[rows].double(), alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("held", [(0, 3, 4), (0, 8, 16), (5, 2, 0)], ids=str)
+def test_pages_hold_what_seqused_says(device, held):
+    """cu_seqlens_k says nothing about a paged sequence whose length is given."""
+    torch.manual_seed(0)
+    q = torch.randn(3, 4, 16, device=device)
+    k, v = (torch.randn(5, 4, 2, 16, device=device) for _ in "kv")
+    table = _ints([[3, 1], [0, 4]], device)
+    used = (5, 7)
+    for route in _routes(device):
+        out = anyflash.attention(
+            q, k, v, cu_seqlens_q=_ints((0, 2, 3), device), cu_seqlens_k=_ints(held, device),
+            seqused_k=_ints(used, device), block_table=table, max_seqlen_q=2, max_seqlen_k=8,
+            backend=route,
+        )  # fmt: skip
+        for b, rows in enumerate((slice(0, 2), slice(2, 3))):
+            keys = (x[table[b].long()].flatten(0, 1)[: used[b]][None] for x in (k, v))
+            alone = reference(q[rows][None], *keys)[0][0]
+            torch.testing.assert_close(out[rows].double(), alone, atol=1e-5, rtol=1e-5)
+
+
+def test_padded_storage_of_gappy_keys():
+    """What a GPU computes, whose lengths are not read: the gathering of the Python operators."""
+    from anyflash._python_ops import parts
+    from anyflash._python_ops.problem import AttentionArgs
+
+    (q, k, v), lengths = _gappy("cpu")
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_k")
+    args = AttentionArgs(
+        q, k, v, *(lengths[n] for n in names), None, None, None, None, None, None, 0.0, 1.0, -1,
+        -1, 0.0,
+    )  # fmt: skip
+    part = parts._padded(args)
+    assert part.len_k.tolist() == list(USED)
+    for b, (start, used) in enumerate(zip(STARTS, USED)):
+        assert torch.equal(part.k[b, :used], k[start : start + used])
+        assert not part.k[b, used:].any()
+    back = torch.zeros_like(k)
+    part.put_keys(back, part.k)
+    assert torch.equal(back, k.nan_to_num(0.0))
