@@ -31,8 +31,8 @@ def train(model, folder, **more):
     rows = [{"input_ids": models.tokens(1, n)[0].tolist()} for n in (12, 5, 9, 7)]
     settings = SFTConfig(
         output_dir=str(folder), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2,
-        logging_steps=1, report_to=[], use_cpu=True, save_strategy="no", bf16=False, seed=0,
-        disable_tqdm=True, **more,
+        logging_steps=1, max_length=None, report_to=[], use_cpu=True, save_strategy="no",
+        bf16=False, seed=0, disable_tqdm=True, **more,
     )  # fmt: skip
     trainer = SFTTrainer(
         model=model, args=settings, train_dataset=Dataset.from_list(rows),
