@@ -65,4 +65,12 @@ CLIENTS = (
     Client("peft", "installed", "trl", "programs/peft_lora.py"),
     Client("trl", "installed", "trl", "programs/trl_sft.py"),
     Client("x-transformers", "installed", "x-transformers", "programs/x_transformers_packed.py"),
+    # Not on the package index, or not without a GPU: programs of ours that make their calls.
+    Client("calls of SEDD, MDLM, BD3-LM", "0605786, c112c52, 1c3e8f4", "venv", "programs/sedd.py"),
+    Client("calls of nanotron", "2411b02", "venv", "programs/nanotron.py"),
+    Client("calls of OpenRLHF, verl, axolotl", "0.11.2, 0.9.1, 0.19.0", "venv",
+           "programs/trainers.py"),
+    Client("calls of InternVideo 2", "3965eef", "venv", "programs/internvideo.py"),
+    Client("calls of mamba's MHA, Megatron-LM", "e9594ce, d98e8a64", "venv",
+           "programs/decoders.py"),
 )  # fmt: skip
