@@ -11,7 +11,7 @@ MUST_BUILD := $(if $(shell command -v c++ g++ clang++),ANYFLASH_BUILD=1 ANYFLASH
 CPP_BUILD := cmake -G Ninja -DANYFLASH_TORCH=OFF -DANYFLASH_PYTHON=OFF -DANYFLASH_TESTS=ON
 SOURCES := $(shell find csrc kernels cmake tools -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: help setup demo test test-cpp test-python emulate mutate fuzz sanitize build-address build-thread bench test-matrix wheels lint format clean
+.PHONY: help setup demo test test-cpp test-python emulate mutate fuzz sanitize build-address build-thread bench test-matrix test-consumers wheels lint format clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -78,6 +78,9 @@ bench: setup    ## the figures of the README, each beside its reference; writes 
 
 test-matrix: setup   ## old and new torch and Python versions; writes docs/test_matrix.md
 	$(BIN)/python scripts/test_matrix.py
+
+test-consumers: setup   ## packages that use flash_attn, unmodified, in several versions; writes docs/clients.md
+	$(BIN)/python scripts/clients.py
 
 wheels: $(VENV)/.packages   ## out/dist: the wheel of anyflash, and the one that carries the name flash-attn
 	$(MUST_BUILD) $(BIN)/python -m build --no-isolation --wheel --outdir out/dist .

@@ -30,6 +30,25 @@ FOLDER = REPOSITORY / "out" / "clients"
 TABLE = REPOSITORY / "docs" / "clients.md"
 COLUMNS = ("found", "imported", "forward", "backward", "compiled")
 
+HEADING = """# Clients of flash_attn
+
+Written by `make test-consumers`, on a CPU. Where the version is that of a package, the published
+package itself computes through `flash_attn`, unmodified (what it asks of the device is answered as
+if there were a GPU), and is compared with its own eager or SDPA path; "calls of" are programs of
+ours that make the calls of a repository. A number says how many checks passed; `no`: skipped or
+refused, with the reason below; an empty cell: not applicable, or not checked.
+
+transformers asks for a GPU before it calls `flash_attn`. Without one:
+
+    from anyflash.integrations import transformers as integration
+
+    integration.enable()                        # attn_implementation=integration.NAME
+    integration.enable(flash_attention_2=True)  # that name as well; before models are imported
+
+xformers prefers an installed `flash_attn` to PyTorch's own copy: with anyflash beside it, its
+attention on a GPU runs on anyflash.
+"""
+
 sys.path.insert(0, str(CONSUMERS))
 from manifest import CLIENTS, ENVIRONMENTS, Client, Environment  # noqa: E402
 
@@ -144,7 +163,8 @@ def row(client: Client, python: Path) -> Row:
                 kind.append(test["name"])
     remarks = remarks_on(tests)
     if said or not tests:
-        reason = said.splitlines()[-1] if said else "no test ran"
+        errors = [line[1:].strip() for line in said.splitlines() if line.startswith("E  ")]
+        reason = [*said.splitlines()[-1:], *errors][-1] if said else "no test ran"
         cells["imported"].failed.append("process")
         remarks.append(f"the process ended: {reason}")
         print(said, file=sys.stderr)
@@ -171,19 +191,8 @@ def table(found: list[Row]) -> str:
     import torch
 
     head = ("client", "version", *COLUMNS)
-    lines = [
-        "# Clients of flash_attn",
-        "",
-        "Written by `make test-consumers` on a CPU: each client's own published package,",
-        "unmodified, computes through flash_attn and is compared with its own eager or SDPA path;",
-        "where the version is that of a repository, a program of ours makes the calls that its",
-        "documentation and API show. A number is how many checks passed; `no`: it was skipped or",
-        "refused, with the reason below; an empty cell: not applicable, or not checked.",
-        f"Python {platform.python_version()}, torch {torch.__version__}.",
-        "",
-        "| " + " | ".join(head) + " |",
-        "|" + "---|" * len(head),
-    ]
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}."
+    lines = [HEADING, versions, "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for r in found:
         cells = (str(r.cells[column]) for column in COLUMNS)
         lines.append(f"| {r.client.name} | {r.version} | " + " | ".join(cells) + " |")

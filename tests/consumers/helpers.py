@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,3 +72,32 @@ def pretend_cuda(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (8, 0))
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True), raising=False)
+
+
+def plain_rotary(x, cos, sin, interleaved=False):
+    """(batch, seqlen, heads, head_dim) turned by (seqlen, rotary_dim / 2) tables, in torch
+    operations."""
+    dim = 2 * cos.shape[-1]
+    cos, sin = (t[: x.shape[1], None].to(x.dtype) for t in (cos, sin))
+    if interleaved:
+        a, b = x[..., 0:dim:2], x[..., 1:dim:2]
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+    else:
+        a, b = x[..., :dim].chunk(2, -1)
+        turned = torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+    return torch.cat([turned, x[..., dim:]], -1)
+
+
+def rotary_tables(seqlen: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin (seqlen, dim / 2)."""
+    angle = torch.arange(seqlen)[:, None] / 10000 ** (torch.arange(0, dim, 2) / dim)
+    return angle.cos(), angle.sin()
+
+
+def join_gloo(rank: int, folder: str, size: int = 2) -> None:
+    """Makes this process one of a group that meets in a folder."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size
+    )

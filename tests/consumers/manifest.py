@@ -24,13 +24,16 @@ ENVIRONMENTS = {
     "xformers": Environment(alone=("xformers==0.0.35",)),
     "trl": Environment(("accelerate==1.15.0", "datasets"), alone=("peft==0.21.2", "trl==1.16.0")),
     "esm": Environment(
-        ("attrs", "biopython", "biotite==1.2.0", "brotli", "cloudpathlib", "msgpack-numpy",
+        ("attrs", "biopython", "biotite==1.2.0", "brotli", "cloudpathlib", "httpx",
+         "msgpack-numpy",
          "pandas", "scipy", "tenacity", "zstd"),
         alone=("esm==3.2.1.post1", "transformers==4.57.6", "huggingface-hub==0.36.0",
                "tokenizers==0.22.1"),
     ),
     "evo": Environment(alone=("stripedhyena==0.2.2", "vtx==1.1.0")),
-    "x-transformers": Environment(("einx", "loguru"), alone=("x-transformers==2.31.10",)),
+    "x-transformers": Environment(
+        ("einx", "loguru", "torch-einops-utils"), alone=("x-transformers==2.31.10",)
+    ),
 }  # fmt: skip
 
 
@@ -59,5 +62,15 @@ CLIENTS = (
     Client("esm", "installed", "esm", "programs/esm_c.py"),
     Client("stripedhyena", "installed", "evo", "programs/stripedhyena_evo.py"),
     Client("vtx", "installed", "evo", "programs/vtx_evo2.py"),
+    Client("peft", "installed", "trl", "programs/peft_lora.py"),
+    Client("trl", "installed", "trl", "programs/trl_sft.py"),
     Client("x-transformers", "installed", "x-transformers", "programs/x_transformers_packed.py"),
+    # Not on the package index, or not without a GPU: programs of ours that make their calls.
+    Client("calls of SEDD, MDLM, BD3-LM", "0605786, c112c52, 1c3e8f4", "venv", "programs/sedd.py"),
+    Client("calls of nanotron", "2411b02", "venv", "programs/nanotron.py"),
+    Client("calls of OpenRLHF, verl, axolotl", "0.11.2, 0.9.1, 0.19.0", "venv",
+           "programs/trainers.py"),
+    Client("calls of InternVideo 2", "3965eef", "venv", "programs/internvideo.py"),
+    Client("calls of mamba's MHA, Megatron-LM", "e9594ce, d98e8a64", "venv",
+           "programs/decoders.py"),
 )  # fmt: skip

@@ -60,8 +60,10 @@ def make_pair(model: tuple[str, str, dict], implementation: str, dtype=torch.flo
     prefix, model_class, config = model
     if not hasattr(transformers, model_class):
         pytest.skip(f"transformers {transformers.__version__} has no {model_class}")
-    if prefix == "GptOss" and implementation == FLASH and VERSION < (5, 0):
+    if VERSION < (5, 0) and implementation == FLASH and prefix == "GptOss":
         pytest.skip("transformers 4 leaves out the sinks of GptOss with flash_attention_2")
+    if VERSION < (5, 0) and implementation == NAME and prefix in ("Bert", "ModernBert"):
+        pytest.skip(f"{prefix} takes no registered attention before transformers 5")
     pair = []
     for name in ("eager", implementation):
         torch.manual_seed(0)
@@ -70,10 +72,9 @@ def make_pair(model: tuple[str, str, dict], implementation: str, dtype=torch.flo
             made = getattr(transformers, model_class)._from_config(
                 settings, attn_implementation=name
             )
-        except (ValueError, ImportError, KeyError) as error:
+        except (ValueError, ImportError) as error:
             said = str(error)
-            theirs = ("does not support Flash Attention", "`kernels`", f"'{NAME}'")
-            if any(text in said for text in theirs):
+            if "does not support Flash Attention" in said or "`kernels`" in said:
                 pytest.skip(f"transformers itself, {model_class} with {name}: {said[:120]}")
             raise
         pair.append(made.to(dtype).eval())

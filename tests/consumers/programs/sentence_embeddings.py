@@ -15,22 +15,8 @@ import transformers  # noqa: E402
 from sentence_transformers.models import Pooling, Transformer  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
 
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "attention",
-    "is",
-    "all",
-    "you",
-    "need",
-    "and",
-    "nothing",
-    "else",
-    "here",
-]
-SENTENCES = ["attention is all you need", "nothing", "you need attention and nothing else here"]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "attention", "is", "all", "you", "need", "nothing"]
+SENTENCES = ["attention is all you need", "nothing", "you need all attention is nothing"]
 
 
 @pytest.fixture(scope="module")

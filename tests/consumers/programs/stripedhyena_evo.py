@@ -14,7 +14,8 @@ CONFIG = {
     "mlp_dtype": torch.float32, "hyena_block_dtype": torch.float32, "model_parallel_size": 1,
     "attn_layer_idxs": [1], "hyena_layer_idxs": [0], "state_size": 2, "short_filter_length": 3,
     "short_filter_bias": True, "use_flash_attn": True, "inference_mode": False,
-    "final_norm": True, "proj_groups": 1, "hyena_filter_groups": 1, "max_seqlen": 64,
+    "use_flashfft": False, "tie_embeddings": True, "final_norm": True, "proj_groups": 1,
+    "hyena_filter_groups": 1, "max_seqlen": 64,
 }  # fmt: skip
 
 

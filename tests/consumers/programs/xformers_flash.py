@@ -39,8 +39,8 @@ _GAPPY = {"q_seqlen": [2, 3], "kv_seqstarts": [1, 8, 20], "kv_seqlen": [4, 7]}
 KEYS = {
     "padded": biases.BlockDiagonalPaddedKeysMask.from_seqlens(**_PADDED),
     "padded, causal": biases.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(**_PADDED),
-    "padded, local": biases.BlockDiagonalLocalAttentionPaddedKeysMask.from_seqlens_local(
-        **_PADDED, window_left=3, window_right=0
+    "padded, local": biases.BlockDiagonalCausalLocalAttentionPaddedKeysMask.from_seqlens_local(
+        **_PADDED, window_size=4
     ),
     "gappy": biases.BlockDiagonalGappyKeysMask.from_seqlens(**_GAPPY),
     "gappy, causal": biases.BlockDiagonalCausalWithOffsetGappyKeysMask.from_seqlens(**_GAPPY),
@@ -83,7 +83,7 @@ def test_it_calls_the_raw_module():
 def test_dense(name):
     bias, seqlen_q, seqlen_k = DENSE[name]
     k_shape = (2, seqlen_k, HEADS, DIM)
-    check(*leaves((2, seqlen_q, HEADS, DIM), k_shape, k_shape, dtype=torch.bfloat16), bias)
+    check(*leaves((2, seqlen_q, HEADS, DIM), k_shape, k_shape, dtype=torch.float16), bias)
 
 
 @pytest.mark.shows("forward", "backward")
@@ -92,7 +92,7 @@ def test_packed(name):
     bias = PACKED[name]
     q, k = bias.q_seqinfo.seqstart_py[-1], bias.k_seqinfo.seqstart_py[-1]
     shapes = [(1, n, HEADS, DIM) for n in (q, k, k)]
-    check(*leaves(*shapes, dtype=torch.bfloat16), bias)
+    check(*leaves(*shapes, dtype=torch.float16), bias)
 
 
 @pytest.mark.shows("forward")
@@ -102,7 +102,7 @@ def test_padded_and_gappy_keys(name):
     q, k = bias.q_seqinfo.seqstart_py[-1], bias.k_seqinfo.seqstart_py[-1]
     shapes = [(1, n, HEADS, DIM) for n in (q, k, k)]
     with torch.no_grad():
-        check(*leaves(*shapes, dtype=torch.bfloat16), bias, backward=False)
+        check(*leaves(*shapes, dtype=torch.float16), bias, backward=False)
 
 
 @pytest.mark.shows("forward")
@@ -110,20 +110,23 @@ def test_padded_and_gappy_keys(name):
 @pytest.mark.parametrize("gappy", [False, True])
 def test_paged_keys(gappy, causal):
     tables = torch.tensor([[2, 0], [1, 3]], dtype=torch.int32)
-    name = (
-        f"PagedBlockDiagonal{'CausalWithOffset' * causal}{'Gappy' if gappy else 'Padded'}KeysMask"
-    )
-    given = {"q_seqlen": [2, 3], "kv_seqlen": [260, 40], "block_tables": tables, "page_size": PAGE}
-    if gappy:
-        given["kv_seqstarts"] = [0, 0]
-    bias = getattr(biases, name).from_seqlens(**given)
-    if not flash._is_paged_attention_supported(type(bias)):
-        pytest.skip(f"xformers itself: {name} is not for its flash operators")
+    kind = "CausalWithOffset" * causal + ("Gappy" if gappy else "Padded") + "KeysMask"
+    row = {"q_seqlen": [2, 3], "kv_seqlen": [260, 40]}
+    paged = getattr(biases, f"PagedBlockDiagonal{kind}")
+    if gappy:  # from_seqlens of the paged kind wants as many starts as lengths, and one more
+        unpaged = getattr(biases, f"BlockDiagonal{kind}")
+        bias = unpaged.from_seqlens(**row, kv_seqstarts=[0, 2 * PAGE, 4 * PAGE]).make_paged(
+            tables, PAGE, 2 * PAGE, paged
+        )
+    else:
+        bias = paged.from_seqlens(**row, block_tables=tables, page_size=PAGE)
+    if paged not in flash.FwOp.SUPPORTED_ATTN_BIAS_TYPES:
+        pytest.skip(f"xformers itself: {kind} is not for its flash operators")
     shapes = [(1, 5, HEADS, DIM), *[(1, 4 * PAGE, HEADS, DIM)] * 2]
-    q, k, v = leaves(*shapes, dtype=torch.bfloat16)
+    q, k, v = leaves(*shapes, dtype=torch.float16)
     with torch.no_grad():
         out = fmha.memory_efficient_attention_forward(q, k, v, bias, op=flash.FwOp)
-        mask = bias.materialize((1, HEADS, 5, 2 * 2 * PAGE if gappy else 4 * PAGE))
+        mask = bias.materialize((1, HEADS, 5, 4 * PAGE))
         wanted = torch.nn.functional.scaled_dot_product_attention(
             *(x.float().transpose(1, 2) for x in (q, k, v)), mask
         )
@@ -133,7 +136,7 @@ def test_paged_keys(gappy, causal):
 @pytest.mark.shows("forward", "backward")
 def test_grouped_heads_and_one_buffer():
     """Slices of one qkv tensor, whose gradients go into one buffer."""
-    (qkv,) = leaves((2, 9, 3, HEADS, DIM), dtype=torch.bfloat16)
+    (qkv,) = leaves((2, 9, 3, HEADS, DIM), dtype=torch.float16)
     out = fmha.memory_efficient_attention(*qkv.unbind(2), op=OPERATORS)
     wanted = dense(*qkv.unbind(2), None)
     compare(out.float(), wanted, 0.03)
@@ -145,7 +148,7 @@ def test_grouped_heads_and_one_buffer():
 @pytest.mark.shows("compiled")
 def test_compile(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    tensors = leaves(*[(1, 9, HEADS, DIM)] * 3, dtype=torch.bfloat16)
+    tensors = leaves(*[(1, 9, HEADS, DIM)] * 3, dtype=torch.float16)
 
     def step(q, k, v):
         return fmha.memory_efficient_attention(q * 1, k, v, op=OPERATORS)
