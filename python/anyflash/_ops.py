@@ -258,13 +258,17 @@ FAMILIES: tuple[Any, ...] = (rotary, norm, cross_entropy)
 
 
 def _version_counting_kernel(name: str) -> Callable[..., None]:
-    """An operator that writes into its first argument, and then tells autograd so: what was saved
+    """An operator that writes into arguments, and then tells autograd so: what was saved of them
     before the write is no longer valid."""
+    operator = getattr(torch.ops.anyflash, name).default
+    aliases = (argument.alias_info for argument in operator._schema.arguments)
+    written = [i for i, alias in enumerate(aliases) if alias is not None and alias.is_write]
 
     def kernel(*args: Any) -> None:
         with BelowWriteCounts():
-            getattr(torch.ops.anyflash, name).default(*args)
-        torch.autograd.graph.increment_version(args[0])
+            operator(*args)
+        for i in written:
+            torch.autograd.graph.increment_version(args[i])
 
     return kernel
 

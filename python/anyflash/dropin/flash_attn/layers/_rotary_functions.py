@@ -45,8 +45,9 @@ def _as_one(qkv: Tensor, q: Tensor, k: Tensor) -> Optional[Tensor]:
     """q and k as one tensor with the heads of both, where its strides allow."""
     if qkv.dim() == 4:
         return qkv[:, :, : q.shape[2] + k.shape[2]]
-    evenly_spaced = qkv.stride(2) == qkv.shape[3] * qkv.stride(3)
-    return qkv[:, :, :2].flatten(2, 3) if evenly_spaced else None
+    batch, seqlen, _, heads, head_dim = qkv.shape
+    evenly_spaced = qkv.stride(2) == heads * qkv.stride(3)
+    return qkv[:, :, :2].view(batch, seqlen, 2 * heads, head_dim) if evenly_spaced else None
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
