@@ -145,6 +145,22 @@ void check_shared(const Shared& args, const Tensor& x, bool has_x1) {
            "dropout_p: expected a number in [0, 1), got ", args.dropout_p);
 }
 
+void check_gradients(const Tensor& dy, const OptionalTensor& dy1,
+                     const OptionalTensor& dresidual_out, const Tensor& z, bool has_weight1) {
+  check_like("dy", dy, z);
+  check_like("dy1", dy1, z);
+  check_same_dtype("dy1", dy1, dy.scalar_type(), "dy");
+  check_like("dresidual_out", dresidual_out, z);
+  check_same_dtype("dresidual_out", dresidual_out, z.scalar_type(), "z");
+  AF_CHECK(!dy1 || has_weight1, "dy1: expected weight1 with it, got dy1 alone");
+}
+
+void check_statistics(const char* name, const Tensor& statistics, const Tensor& z) {
+  check_per_row(name, statistics, z);
+  check_same_dtype(name, statistics, is_fp64(z) ? ScalarType::Double : ScalarType::Float,
+                   "the statistics");
+}
+
 // ---- Tensors as the kernel takes them. Copies that this needs live as long as the object.
 
 class Arguments {
@@ -270,18 +286,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_
   const Shared shared{weight,       bias,          weight1,   bias1,       rowscale,
                       dropout_mask, dropout_mask1, dropout_p, is_rms_norm, zero_centered_weight};
   check_shared(shared, z, has_x1);
-  check_like("dy", dy, z);
-  check_like("dy1", dy1, z);
-  check_same_dtype("dy1", dy1, dy.scalar_type(), "dy");
-  check_like("dresidual_out", dresidual_out, z);
-  check_same_dtype("dresidual_out", dresidual_out, z.scalar_type(), "z");
-  AF_CHECK(!dy1 || weight1, "dy1: expected weight1 with it, got dy1 alone");
-  check_per_row("rstd", rstd, z);
-  check_same_dtype("rstd", rstd, ScalarType::Float, "the statistics");
-  if (!is_rms_norm) {
-    check_per_row("mean", mean, z);
-    check_same_dtype("mean", mean, ScalarType::Float, "the statistics");
-  }
+  check_gradients(dy, dy1, dresidual_out, z, weight1.has_value());
+  check_statistics("rstd", rstd, z);
+  if (!is_rms_norm) check_statistics("mean", mean, z);
   const ScalarType dtype = dtype_of_code("x_dtype", x_dtype);
   check_dtype("x_dtype", dtype, z);
   const OptionalTensor scaled = rowscale ? x : std::nullopt;

@@ -85,6 +85,14 @@ ANYFLASH_INLINE Float maximum(Float a, Float b) {
 #endif
 }
 
+// Lanes of the first `count` bytes that are not 0.
+ANYFLASH_INLINE Int nonzero_bytes(const uint8_t* p, int count) {
+  using Bytes __attribute__((vector_size(kLanes))) = uint8_t;
+  Bytes bytes{};
+  memcpy(&bytes, p, static_cast<size_t>(count));
+  return __builtin_convertvector(bytes, Int) != 0;
+}
+
 // ---- Storage types: kLanes numbers of fp32, bf16 or fp16.
 
 ANYFLASH_INLINE Float load(const float* p) { return *reinterpret_cast<const FloatInMemory*>(p); }
@@ -149,14 +157,6 @@ ANYFLASH_INLINE void store_some(T* p, Float x, int count) {
   alignas(64) T row[kLanes];
   store(row, x);
   memcpy(p, row, static_cast<size_t>(count) * sizeof(T));
-}
-
-// Lanes of the first `count` bytes that are not 0.
-ANYFLASH_INLINE Int nonzero_bytes(const uint8_t* p, int count) {
-  using Bytes __attribute__((vector_size(kLanes))) = uint8_t;
-  Bytes bytes{};
-  memcpy(&bytes, p, static_cast<size_t>(count));
-  return __builtin_convertvector(bytes, Int) != 0;
 }
 
 // body(column, count) for every kLanes columns, and for the rest of them.

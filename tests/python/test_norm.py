@@ -232,6 +232,14 @@ def test_large_means_cost_no_digits(device):
     assert float((y - expected).abs().max()) < 1e-3
 
 
+def test_large_results(device):
+    """Those that ask the system for huge pages: their last rows too."""
+    x, weight = torch.randn(1100, 2048, device=device), torch.rand(2048, device=device)
+    y, z = anyflash.rms_norm(x, weight, None, x, prenorm=True)
+    assert torch.equal(z, x + x)
+    torch.testing.assert_close(y, F.rms_norm(z, (2048,), weight, 1e-5))
+
+
 def test_what_is_not_finite_stays_in_its_row(device):
     x = torch.randn(3, 33, device=device)
     x[1, 4], weight = float("inf"), torch.ones(33, device=device)
