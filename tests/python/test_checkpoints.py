@@ -21,7 +21,7 @@ from flash_attn.models import (
     opt,
 )
 from flash_attn.utils.pretrained import state_dict_from_pretrained
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 transformers = pytest.importorskip("transformers")
@@ -91,6 +91,7 @@ def assert_same(actual, expected):
 def test_shards_round_trip(world_size, heads, activation):
     """World sizes that don't divide the heads included."""
     n_head, n_head_kv = heads
+    assume(world_size <= (n_head_kv or n_head))
     config = config_of(num_attention_heads=n_head, n_head_kv=n_head_kv)
     config.activation_function = activation
     whole = gpt_state_dict(config)
@@ -140,6 +141,7 @@ def test_refused_shards():
         ({"vocab_size": 61}, "padded vocabulary: expected a multiple of world_size 2, got 61"),
         ({"hidden_size": 27, "num_attention_heads": 3}, "hidden_size: .* got 27"),
         ({"n_inner": 61}, "n_inner: .* got 61"),
+        ({"n_head_kv": 1}, "key heads: expected one or more per rank of world_size 2, got 1"),
     ):
         with pytest.raises(ValueError, match=words):
             gpt.shard_state_dict_tp({}, config_of(**changes), 2, 0)

@@ -84,6 +84,11 @@ def _check(config: Any, world_size: int) -> None:
     ):
         if size % world_size:
             raise ValueError(f"{name}: expected a multiple of world_size {world_size}, got {size}")
+    heads_kv = _remap.heads_kv(config)
+    if heads_kv < world_size:
+        raise ValueError(
+            f"key heads: expected one or more per rank of world_size {world_size}, got {heads_kv}"
+        )
 
 
 def _numbered(state_dict: dict[str, Tensor]) -> Iterator[tuple[str, str]]:
@@ -102,8 +107,8 @@ def shard_state_dict_tp(
     state_dict itself is changed, and returned.
 
     Raises:
-        ValueError: a vocabulary, hidden size or n_inner that world_size doesn't divide, or a rank
-            outside 0 .. world_size - 1.
+        ValueError: a vocabulary, hidden size or n_inner that world_size doesn't divide, fewer key
+            heads than ranks, or a rank outside 0 .. world_size - 1.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: expected one of 0 .. {world_size - 1}, got {rank}")
