@@ -74,7 +74,7 @@ def _cpu(facts: dict[str, Any]) -> str:
     """avx512bf16, attention kernels bf16 avx512bf16, fp16 avx512, fp32 avx512"""
     kernels = [name.split("_") for name in facts["kernels"]]
     forwards = [f"{dtype} {arch}" for _, way, dtype, _, arch in kernels if way == "forward"]
-    isa = "no instruction set of a kernel" if facts["isa"] == "none" else facts["isa"]
+    isa = "no kernel of anyflash's runs here" if facts["isa"] == "none" else facts["isa"]
     return f"{isa}, attention kernels {', '.join(forwards)}" if forwards else isa
 
 
