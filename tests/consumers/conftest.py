@@ -22,7 +22,7 @@ def pytest_configure(config):
 def pytest_runtest_makereport(item, call):
     """One line per test: its name, columns, outcome (passed, failed, skipped, refused), reason."""
     report = (yield).get_result()
-    path = item.config.getoption("--reports")
+    path = item.config.getoption("--reports", None)
     ended = report.when == "call" or (report.when == "setup" and not report.passed)
     if path is None or not ended:
         return

@@ -44,7 +44,7 @@ class Client(NamedTuple):
     version: str  # "installed" is that of .venv; own programs name what their calls are from
     environment: str
     program: str  # a file of pytest tests, under tests/consumers
-    seconds: int = 300  # a limit
+    seconds: int = 600  # a limit
 
 
 _TRANSFORMERS = ("venv", "transformers-5.24", "transformers-4.57", "transformers-4.48")

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import compare
 
 pytest.importorskip("diffusers", minversion="0.36", reason="diffusers is not installed")
 from diffusers.models import attention_dispatch  # noqa: E402
@@ -18,11 +19,13 @@ def _qkv(requires_grad=True):
     ]
 
 
+@pytest.mark.shows("found", "imported")
 def test_it_takes_flash_attn():
     assert attention_dispatch._CAN_USE_FLASH_ATTN
     assert attention_dispatch.flash_attn_func.__module__.startswith("flash_attn")
 
 
+@pytest.mark.shows("forward", "backward")
 @pytest.mark.parametrize("backend", ["flash", "flash_varlen"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_dispatch(monkeypatch, backend, causal):
@@ -33,9 +36,10 @@ def test_dispatch(monkeypatch, backend, causal):
         out = attention_dispatch.dispatch_attention_fn(q, k, v, is_causal=causal, backend=name)
         results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
     for mine, expected in zip(*results):
-        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
+        compare(mine, expected)
 
 
+@pytest.mark.shows("forward", "backward")
 @pytest.mark.parametrize("dropout_p", [0.0, 1e-30])
 def test_operators_of_context_parallelism(dropout_p):
     """They call _wrapped_flash_attn_{forward, backward} with positions alone."""
@@ -48,9 +52,25 @@ def test_operators_of_context_parallelism(dropout_p):
         )
     assert lse.shape == (2, 24, 4)
     expected = attention_dispatch.dispatch_attention_fn(q, k, v, backend="native")
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    compare(out, expected)
     dout = torch.randn_like(out)
     with torch.no_grad():
         gradients = attention_dispatch._flash_attention_backward_op(ctx, dout)
     for mine, theirs in zip(gradients, torch.autograd.grad(expected, (q, k, v), dout)):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+        compare(mine, theirs)
+
+
+@pytest.mark.shows("compiled")
+@pytest.mark.parametrize("backend", ["flash", "flash_varlen"])
+def test_compile(backend):
+    """Forward and backward as graphs. Without Inductor, whose C++ takes most of a minute here."""
+    q, k, v = _qkv()
+    results = []
+    for function in (torch.compile(_dispatch, backend="aot_eager"), _dispatch):
+        out = function(q, k, v, backend)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    compare(*results)
+
+
+def _dispatch(q, k, v, backend):
+    return attention_dispatch.dispatch_attention_fn(q * 1.0, k, v, backend=backend)

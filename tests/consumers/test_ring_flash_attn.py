@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 import types
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
+from helpers import join_gloo
 
 if importlib.util.find_spec("ring_flash_attn") is None:
     pytest.skip("ring_flash_attn is not installed", allow_module_level=True)
@@ -50,11 +50,7 @@ def _expected(tensors, dout):
 
 
 def _worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
-    )
+    join_gloo(rank, folder, RANKS)
     ring = _import_ring()
     generator = torch.Generator().manual_seed(0)
     # bf16, as the package sums gradients in copies that fp32 tensors would not be.
@@ -73,5 +69,6 @@ def _worker(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.shows("found", "imported", "forward", "backward")
 def test_ring_attention(tmp_path: Path):
     torch.multiprocessing.spawn(_worker, args=(str(tmp_path),), nprocs=RANKS)
