@@ -203,6 +203,21 @@ def test_module_position_dtype(device):
     assert rope._cos_cached[257, 0] == torch.tensor(256.0).bfloat16().cos().float()
 
 
+def test_module_on_views_of_one_tensor(device):
+    """Upstream's attention with grouped heads: q and kv are parts of what one layer computed."""
+    leaf = torch.randn(2, 5, 8, 16, device=device, requires_grad=True)
+    rope = layers.RotaryEmbedding(16, device=device)
+    qkv = leaf * 1
+    q, kv = rope(qkv[:, :, :4], qkv[:, :, 4:].unflatten(2, (2, 2)))
+    (found,) = torch.autograd.grad(weighted(q) + weighted(kv), leaf)
+    tables = (rope._cos_cached, rope._sin_cached)
+    q = FORMULA(leaf[:, :, :4], *tables)
+    k, v = leaf[:, :, 4:].unflatten(2, (2, 2)).unbind(2)
+    kv = torch.stack([FORMULA(k, *tables), v], 2)
+    (expected,) = torch.autograd.grad(weighted(q) + weighted(kv), leaf)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("separate", [False, True])
 def test_module_xpos(device, separate):
     """q is scaled, k divided by the scale, so that their product depends on the distance alone."""

@@ -121,6 +121,12 @@ def _saved(ctx: Any) -> tuple[tuple[Optional[Tensor], ...], dict[str, Any]]:
     return tuple(tables), dict(ctx.options, seqlen_offsets=seqlen_offsets, conjugate=True)
 
 
+def _written(ctx: Any, x: Tensor) -> Tensor:
+    """x as the result. A recorded input that is returned as it is would count as a view of itself,
+    which a write through another view of its memory (k after q) makes unusable."""
+    return x.detach() if ctx.needs_input_grad[0] else x
+
+
 class ApplyRotaryEmb(Function):
     """apply_rotary_emb as autograd records it in place."""
 
@@ -138,10 +144,11 @@ class ApplyRotaryEmb(Function):
     ) -> Tensor:
         _save(ctx, (cos, sin, cu_seqlens), seqlen_offsets, interleaved=interleaved,
               max_seqlen=max_seqlen)  # fmt: skip
-        return rotary(
+        out = rotary(
             x, cos, sin, interleaved=interleaved, inplace=inplace, seqlen_offsets=seqlen_offsets,
             cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
         )  # fmt: skip
+        return _written(ctx, x) if inplace else out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Optional[Tensor], ...]:
@@ -166,9 +173,10 @@ class ApplyRotaryEmbQKV_(Function):  # noqa: N801 (upstream's name)
     ) -> Tensor:
         _save(ctx, (cos, sin, cos_k, sin_k), seqlen_offsets, interleaved=interleaved,
               num_heads_q=num_heads_q)  # fmt: skip
-        return apply_to_qkv(
+        apply_to_qkv(
             qkv, cos, sin, cos_k, sin_k, interleaved, True, False, seqlen_offsets, num_heads_q
         )
+        return _written(ctx, qkv)
 
     @staticmethod
     def backward(ctx: Any, dqkv: Tensor) -> tuple[Optional[Tensor], ...]:
@@ -197,7 +205,7 @@ class ApplyRotaryEmbKV_(Function):  # noqa: N801 (upstream's name)
             kv[:, :, 0], cos, sin, interleaved=interleaved, inplace=True,
             seqlen_offsets=seqlen_offsets,
         )  # fmt: skip
-        return kv
+        return _written(ctx, kv)
 
     @staticmethod
     def backward(ctx: Any, dkv: Tensor) -> tuple[Optional[Tensor], ...]:

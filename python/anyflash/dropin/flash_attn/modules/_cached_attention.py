@@ -250,8 +250,6 @@ class _Attention(nn.Module):
             return self._run(self.inner_attn, qkv, **options)
         # Slices, not split(): the rotary embedding turns them in place.
         q, kv = qkv[..., : heads * self.head_dim], qkv[..., heads * self.head_dim :]
-        if self.rotary_emb_dim > 0 and qkv.requires_grad:
-            q = q.clone()  # Autograd follows one of two such views.
         return self._attend(self._in_heads(q), self._in_heads(kv, 2), inference_params, **options)
 
     def _in_heads(self, x: Tensor, parts: int = 1) -> Tensor:

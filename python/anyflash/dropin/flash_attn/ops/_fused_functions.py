@@ -110,7 +110,9 @@ class FusedDenseFunc(torch.autograd.Function):
         ctx.sequence_parallel = sequence_parallel
         x, weight, bias = _cast(x, weight, bias)
         ctx.save_for_backward(x, weight)
-        out = F.linear(_wait(_gathered(ctx, x)), weight, bias)
+        # Detached: a product of three dimensions is a view, and what a Function returns as a view
+        # cannot be written in place through its parts (rotary embedding of q, then of k).
+        out = F.linear(_wait(_gathered(ctx, x)), weight, bias).detach()
         return (out, x) if return_residual else out
 
     @staticmethod
