@@ -46,13 +46,12 @@ TILES = {
 # the loop and around them.
 SPILL_BUDGET = {
     "forward bf16 64 plain": 68,
-    "forward bf16 64 plain paged": 136,
+    "forward bf16 64 plain paged": 132,
     "forward bf16 64 everything paged": 24,
     "forward bf16 96 score_mod": 196,
-    "forward bf16 96 everything": 8,
     "forward bf16 128 plain": 276,
-    "forward bf16 128 plain paged": 384,
-    "forward bf16 128 score_mod": 156,
+    "forward bf16 128 plain paged": 380,
+    "forward bf16 128 score_mod": 168,
     "forward bf16 256 score_mod": 12,
     "forward bf16 256 everything": 28,
     "forward bf16 256 everything paged": 12,
