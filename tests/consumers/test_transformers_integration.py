@@ -82,6 +82,15 @@ def test_padding(decoder, implementation, side):
     compare_training(a, b, ours, eager)
 
 
+@pytest.mark.shows("forward")
+@pytest.mark.parametrize("name", models.UNUSUAL)
+@pytest.mark.skipif(models.VERSION < (5, 0), reason="configurations of transformers 5")
+def test_unusual_attention(name):
+    eager, ours = make_pair(models.UNUSUAL[name], NAME)
+    ids, mask = models.tokens(2, 12), models.padding((12, 7), 12, "left")
+    compare(*(m(ids, attention_mask=mask).logits * mask[..., None] for m in (ours, eager)))
+
+
 @pytest.mark.shows("forward", "backward")
 @both
 @decoders
@@ -122,7 +131,7 @@ def test_generate(decoder, implementation):
 
 
 @pytest.mark.shows("forward")
-@pytest.mark.skipif(models.VERSION < (5, 0), reason="transformers 4 moves static caches itself")
+@pytest.mark.skipif(not models.HAS_INTERFACE, reason="no attention of others in this version")
 def test_generate_with_a_static_cache():
     """Its keys are longer than the mask. transformers refuses this cache with flash_attention_2."""
     eager, ours = make_pair(DECODERS["Llama"], NAME)
@@ -226,6 +235,12 @@ def test_disable_takes_everything_back():
         "        print('refused', error)\n"
     )
     assert said.count("refused") == 2, said
+
+
+def test_without_any_flash_attn_it_refuses():
+    code = "from anyflash.integrations import transformers as t; t.enable(flash_attention_2=True)"
+    said = _fresh(f"import anyflash, sys; sys.modules['flash_attn'] = None\n{code}")
+    assert "import flash_attn finds nothing" in said, said
 
 
 def test_modules_that_have_asked_are_named():

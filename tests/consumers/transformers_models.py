@@ -48,6 +48,23 @@ DECODERS = {
         {**_DECODER, **_GPT_OSS, "sliding_window": _WINDOW},
     ),
 }
+# A mask that no argument of flash attention says, and values of another head dim than keys.
+UNUSUAL = {
+    "chunked Llama4": (
+        "Llama4Text",
+        "Llama4ForCausalLM",
+        {**_DECODER, "head_dim": 8, "attention_chunk_size": 4, "num_local_experts": 2,
+         "intermediate_size_mlp": 48, "layer_types": ["chunked_attention", "full_attention"]},
+    ),
+    "DeepseekV3": (
+        "DeepseekV3",
+        "DeepseekV3ForCausalLM",
+        {**_SMALL, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+         "num_experts_per_tok": 1, "moe_intermediate_size": 16, "q_lora_rank": 16,
+         "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
+         "first_k_dense_replace": 1},
+    ),
+}  # fmt: skip
 ENCODERS = {
     "BERT": ("Bert", "BertModel", _SMALL),
     "ModernBERT": ("ModernBert", "ModernBertModel", _MODERN_BERT),

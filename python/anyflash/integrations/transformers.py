@@ -12,6 +12,7 @@ After ``enable()`` its models take ``attn_implementation=NAME`` on any device; a
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 import sys
 import warnings
@@ -39,13 +40,14 @@ def enable(flash_attention_2: bool = False) -> None:
 
     Args:
         flash_attention_2: Also let ``attn_implementation="flash_attention_2"`` through where there
-            is no GPU; continuous batching and sentence-transformers need that name. Changes the
-            answer of transformers' ``is_flash_attn_2_available``, nothing else; call it before
-            models are imported.
+            is no GPU; continuous batching and sentence-transformers need that name. Changes what
+            transformers' ``is_flash_attn_2_available`` answers and leaves out its look at the
+            weights' devices, nothing else. Call it before models are imported.
 
     Raises:
         ImportError: transformers is not installed, has no interface for attention yet (4.53 has),
-            or has already loaded modules that asked whether flash_attn is available.
+            or has already loaded modules that asked whether flash_attn is available; there is no
+            flash_attn (ANYFLASH_DROPIN=0).
     """
     try:
         import transformers
@@ -85,6 +87,11 @@ def _let_flash_attention_2_through() -> None:
     available = import_utils.is_flash_attn_2_available
     if available():
         return
+    if importlib.util.find_spec("flash_attn") is None:
+        raise ImportError(
+            "enable(flash_attention_2=True): import flash_attn finds nothing; python -m anyflash "
+            "doctor says why"
+        )
     stale = [name for name, module in list(sys.modules.items()) if _has_asked(name, module)]
     if stale:
         raise ImportError(
@@ -155,7 +162,7 @@ _PACKED = "packed_sequence_mask_function.<locals>.inner_mask"
 
 def _is_plain(function: Callable[..., Any], batch_size: int) -> bool:
     """Whether is_causal, sliding_window and position_ids say the same as this mask function."""
-    name = function.__qualname__
+    name = getattr(function, "__qualname__", "")
     if name in _PLAIN or (name == _PACKED and batch_size == 1):
         return True
     if name not in _COMPOSED:
