@@ -65,7 +65,7 @@ class Cell(NamedTuple):
             total = self.passed + len(self.failed)
             return f"**{len(self.failed)} of {total} failed**"
         if self.passed:
-            return f"ok ({self.passed})"
+            return f"ok ({self.passed})" + (f", no ({len(self.others)})" if self.others else "")
         return "no" if self.others else ""
 
 

@@ -50,9 +50,10 @@ class Client(NamedTuple):
 _TRANSFORMERS = ("venv", "transformers-5.24", "transformers-4.57", "transformers-4.48")
 
 CLIENTS = (
-    *(Client("transformers", "installed", e, "test_transformers_integration.py")
+    *(Client("transformers, models", "installed", e, "test_transformers_integration.py")
       for e in _TRANSFORMERS),
-    *(Client("transformers, more", "installed", e, "programs/transformers_more.py")
+    *(Client("transformers, checkpointing, compile, vision, batching", "installed", e,
+             "programs/transformers_more.py")
       for e in _TRANSFORMERS),
     Client("sentence-transformers", "installed", "sentence-transformers",
            "programs/sentence_embeddings.py"),

@@ -92,7 +92,9 @@ def make_pair(model: tuple[str, str, dict], implementation: str, dtype=torch.flo
         except (ValueError, ImportError) as error:
             said = str(error)
             if "does not support Flash Attention" in said or "`kernels`" in said:
-                pytest.skip(f"transformers itself, {model_class} with {name}: {said[:120]}")
+                pytest.skip(
+                    f"transformers itself, {model_class} with {name}: {said.split('. ')[0]}"
+                )
             raise
         pair.append(made.to(dtype).eval())
     eager, ours = pair

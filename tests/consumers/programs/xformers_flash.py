@@ -121,7 +121,7 @@ def test_paged_keys(gappy, causal):
     else:
         bias = paged.from_seqlens(**row, block_tables=tables, page_size=PAGE)
     if paged not in flash.FwOp.SUPPORTED_ATTN_BIAS_TYPES:
-        pytest.skip(f"xformers itself: {kind} is not for its flash operators")
+        pytest.skip(f"xformers itself: {paged.__name__} is not for its flash operators")
     shapes = [(1, 5, HEADS, DIM), *[(1, 4 * PAGE, HEADS, DIM)] * 2]
     q, k, v = leaves(*shapes, dtype=torch.float16)
     with torch.no_grad():
