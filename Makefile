@@ -72,6 +72,7 @@ build-address build-thread: build-%: $(VENV)/.packages
 test-python: setup   ## the tests of the operators, the drop-in and the packaging
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest -m providers --provider=python
+	$(BIN)/python -m pytest tests/consumers
 
 bench: setup    ## the figures of the README, each beside its reference; writes out/bench.json
 	$(BIN)/python -m benchmarks.run

@@ -109,7 +109,7 @@ def _cumulative(lengths: tuple[int, ...]) -> Tensor:
 
 def _make_bias(case: Case, generator: torch.Generator) -> Tensor:
     shape = _BIAS_SHAPES[case.bias](
-        len(case.seqlens_q), case.heads, max(case.seqlens_q), max(case.seqlens_k)
+        len(case.seqlens_q), case.heads, max(case.seqlens_q), case.longest_k
     )
     bias = torch.randn(shape, generator=generator, dtype=torch.float64)
     if case.bias in ("bool", "inf"):
@@ -127,8 +127,7 @@ def _make_options(case: Case, generator: torch.Generator) -> dict[str, Any]:
     options: dict[str, Any] = {"causal": case.causal, "window_size": case.window}
     if case.packed:
         options.update(cu_seqlens_q=_cumulative(case.seqlens_q), max_seqlen_q=max(case.seqlens_q))
-        longest = max(case.seqused_k or case.seqlens_k)
-        options.update(cu_seqlens_k=_cumulative(case.seqlens_k), max_seqlen_k=longest)
+        options.update(cu_seqlens_k=_cumulative(case.seqlens_k), max_seqlen_k=case.longest_k)
     used = case.seqlens_k if case.layout == "paged" else case.seqused_k
     for name, lengths in (("seqused_k", used), ("leftpad_k", case.leftpad_k)):
         if lengths is not None:

@@ -55,6 +55,11 @@ class Case:
         return self.layout.startswith("packed")
 
     @property
+    def longest_k(self) -> int:
+        """seqlen_k of dense keys, max_seqlen_k of packed ones: there the keys in use count."""
+        return max(self.seqused_k if self.packed and self.seqused_k else self.seqlens_k)
+
+    @property
     def paged(self) -> bool:
         return self.layout.endswith("paged")
 

@@ -134,6 +134,12 @@ def _keys(tensor: Tensor, sequence: int, begin: int, end: int, where: dict[str, 
     return tensor[sequence, begin:end]
 
 
+def _longest(x: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> int:
+    if cu_seqlens is None:
+        return x.size(1)
+    return x.size(0) if max_seqlen is None else int(max_seqlen)
+
+
 def reference(
     q: Tensor,
     k: Tensor,
@@ -164,12 +170,12 @@ def reference(
     if table is not None:
         longest_k = table.size(1) * k.size(1)
     else:
-        longest_k = k.size(1) if cu_k is None else int(max_seqlen_k or k.size(0))
+        longest_k = _longest(k, cu_k, max_seqlen_k)
     left, right = (-1 if int(w) >= longest_k else int(w) for w in window_size)
     scale = q.size(-1) ** -0.5 if softmax_scale is None else softmax_scale
     extra = {n: tensors.get(n) for n in ("alibi_slopes", "bias", "sinks", "rng_state")}
     if extra["bias"] is not None:
-        longest_q = q.size(1) if cu_q is None else int(max_seqlen_q or q.size(0))
+        longest_q = _longest(q, cu_q, max_seqlen_q)
         extra["bias"] = extra["bias"].expand(batch, heads, longest_q, longest_k)
     how = _Masking(scale, (left, 0 if causal else right), softcap, dropout_p, extra)
 

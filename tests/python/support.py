@@ -33,9 +33,9 @@ def torch_version() -> int:
 
 def features_of(case: Case, *gradients: str) -> list[str]:
     """The features that a case needs, told from the case and not from the tensors."""
-    longest_k = max(case.seqlens_k)
+    longest_k = case.longest_k
     if case.paged:
-        longest_k = (-(-longest_k // case.page_size) + 1) * case.page_size
+        longest_k = (-(-max(case.seqlens_k) // case.page_size) + 1) * case.page_size
     left, right = (-1 if w >= longest_k else w for w in case.window)
     right = 0 if case.causal else right
     have = {

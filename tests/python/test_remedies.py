@@ -23,7 +23,7 @@ NOT_HERE = {
     "ask_torch": "needs an NVIDIA driver",
     "torch_for_gpu": "needs a GPU",
     "report": "is about faults that nobody knows yet",
-    "transformers": "tests/consumers/test_transformers.py calls it",
+    "transformers": "tests/consumers/test_transformers_integration.py calls it",
 }
 
 
