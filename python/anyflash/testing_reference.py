@@ -167,10 +167,7 @@ def reference(
     cu_q, cu_k = tensors.get("cu_seqlens_q"), tensors.get("cu_seqlens_k")
     table, used, leftpad = (tensors.get(n) for n in ("block_table", "seqused_k", "leftpad_k"))
     batch, heads = q.size(0) if cu_q is None else cu_q.numel() - 1, q.size(-2)
-    if table is not None:
-        longest_k = table.size(1) * k.size(1)
-    else:
-        longest_k = _longest(k, cu_k, max_seqlen_k)
+    longest_k = table.size(1) * k.size(1) if table is not None else _longest(k, cu_k, max_seqlen_k)
     left, right = (-1 if int(w) >= longest_k else int(w) for w in window_size)
     scale = q.size(-1) ** -0.5 if softmax_scale is None else softmax_scale
     extra = {n: tensors.get(n) for n in ("alibi_slopes", "bias", "sinks", "rng_state")}
