@@ -40,11 +40,12 @@ void validate(const Tensor& logits, const Tensor& labels, const Options& o) {
   check_per_row(labels, "labels", dtypes().int64, "int64", logits);
   AF_CHECK(o.smoothing >= 0 && o.smoothing < 1, "label_smoothing: expected 0 <= it < 1, got ",
            o.smoothing);
-  AF_CHECK(o.logit_scale > 0 && std::isfinite(o.logit_scale),
-           "logit_scale: expected a positive number, got ", o.logit_scale);
+  const auto scale = static_cast<float>(o.logit_scale);  // as the kernel takes it
+  AF_CHECK(scale > 0 && std::isfinite(scale), "logit_scale: expected a positive number, got ",
+           o.logit_scale);
   AF_CHECK(std::isfinite(o.lse_square_scale), "lse_square_scale: expected a finite number, got ",
            o.lse_square_scale);
-  AF_CHECK(o.class_start >= 0 && o.class_start + logits.size(1) <= o.total_classes,
+  AF_CHECK(o.class_start >= 0 && o.class_start <= o.total_classes - logits.size(1),
            "total_classes: expected at least class_start_idx ", o.class_start, " + vocab ",
            logits.size(1), ", got ", o.total_classes);
 }

@@ -142,6 +142,14 @@ class Rotation {
   RotaryParams params_{};
 };
 
+// Room for the result: x's strides where its columns lie side by side. empty_like may put another
+// dimension innermost where elements of x overlap.
+Tensor layout_like(const Tensor& x) {
+  const Tensor y = empty_like(x);
+  const int64_t last = y.dim() - 1;
+  return y.size(last) > 1 && y.stride(last) != 1 ? empty(x.sizes(), x, x.scalar_type()) : y;
+}
+
 }  // namespace
 
 Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
@@ -151,7 +159,7 @@ Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
   Rotation rotation(x, cos, sin, seqlen_offsets, seqlen_offset, cu_seqlens, max_seqlen, interleaved,
                     conjugate);
   const Tensor readable = contiguous_last_dim(x);
-  const Tensor y = empty_like(readable);
+  const Tensor y = layout_like(readable);
   rotation.run(readable, y);
   return y;
 }

@@ -255,7 +255,9 @@ class ForwardOnlyFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        gradient = next(x for x in gradients if x is not None)
+        gradient = next((x for x in gradients if x is not None), None)
+        if gradient is None:  # nothing went through the results
+            return (None,) * len(ctx.sizes)
         return tuple(
             _ops.refuse_gradient.default(gradient, size, ctx.why) if needed else None
             for size, needed in zip(ctx.sizes, ctx.needs_input_grad)

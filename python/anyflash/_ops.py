@@ -3,6 +3,7 @@ public ones."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from . import _loader
 from ._autograd import inside_kernel, needs_autograd
-from ._guards import BelowAutograd, BelowWriteCounts, isolated
+from ._guards import BelowAutograd, BelowWriteCounts, count_write, isolated
 from ._operators import cross_entropy, norm, rotary
 
 _keep_alive: list[torch.library.Library] = []
@@ -244,7 +245,24 @@ def _autograd_kernel(name: str, differentiable: Callable[..., Tensor]) -> Callab
     return kernel
 
 
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The fake, but for a meta tensor beside others: that would choose it, and what it allocates
+    would pass for a result."""
+
+    @functools.wraps(fake)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        devices = {x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor)}
+        if "meta" in devices and len(devices) > 1:
+            raise RuntimeError(
+                f"anyflash::{name}: expected tensors of one device, got {', '.join(sorted(devices))}"
+            )
+        return fake(*args, **kwargs)
+
+    return checked
+
+
 def _register_fake(library: torch.library.Library, name: str, fake: Callable[..., Any]) -> None:
+    fake = _on_one_device(name, fake)
     if hasattr(torch.library, "register_fake"):  # torch 2.4
         torch.library.register_fake(f"anyflash::{name}", fake, lib=library)
     elif hasattr(torch.library, "impl_abstract"):  # torch 2.1
@@ -268,7 +286,7 @@ def _version_counting_kernel(name: str) -> Callable[..., None]:
         with BelowWriteCounts():
             operator(*args)
         for i in written:
-            torch.autograd.graph.increment_version(args[i])
+            count_write(args[i])
 
     return kernel
 
@@ -278,7 +296,7 @@ def _register_family(library: torch.library.Library, family: Any) -> None:
     its math."""
     for name, math in family.MATH.items():
         library.impl(name, isolated(math), "CompositeExplicitAutograd")
-        if name.endswith("_") and hasattr(torch.autograd.graph, "increment_version"):  # torch 2.1
+        if name.endswith("_"):
             library.impl(name, _version_counting_kernel(name), "ADInplaceOrView")
     for name, fake in family.FAKES.items():
         _register_fake(library, name, fake)

@@ -209,6 +209,8 @@ def _backward(
 
 def has_own_rows(logits: Tensor) -> bool:
     """Whether the gradient can be written over the logits."""
+    if logits.dim() != 2:
+        return False
     rows, vocab = logits.shape
     neighbours = logits.stride(1) == 1 or vocab == 1
     return neighbours and (logits.stride(0) >= vocab or rows <= 1)
@@ -248,9 +250,6 @@ def write_gradient(
     if not inplace:
         return implementation("cross_entropy_backward", on_kernel)(dlosses, logits, *rest)
     implementation("cross_entropy_backward_", on_kernel)(dlosses, logits, *rest)
-    # Operators of a library leave the version as it is, and whoever saved the logits must see.
-    with torch.no_grad():
-        logits.narrow(0, 0, 0).zero_()
     return logits
 
 
@@ -344,6 +343,12 @@ def _fake_backward_(*args: Any) -> None:
 
 
 def _recorded_forward(logits: Tensor, labels: Tensor, lse: Tensor | None, *options: Any) -> Any:
+    total_classes = options[-1]
+    if logits.shape[1] < total_classes:
+        raise RuntimeError(
+            f"total_classes: expected vocab {logits.shape[1]} where a gradient is asked for, got "
+            f"{total_classes}; anyflash.cross_entropy with process_group joins the parts"
+        )
     return apply_cross_entropy(logits, labels, lse, *options, False, None, True)
 
 

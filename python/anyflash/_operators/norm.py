@@ -275,7 +275,7 @@ class NormFunction(Function):
         weight, bias, weight1, bias1, rowscale, _, _, x = rest
         has_residual, has_x1 = ctx.options[3:5]
         if dy is None:
-            dy = torch.zeros_like(z)
+            dy = torch.zeros_like(z, dtype=None if dy1 is None else dy1.dtype)
         dx, dx1, dresidual, *gradients = torch.ops.anyflash.norm_backward.default(
             dy, dy1 if weight1 is not None else None, dz if ctx.stored else None, z, mean, rstd,
             *rest, *ctx.options,
@@ -295,8 +295,15 @@ apply_norm = applier(NormFunction)
 
 
 def _differentiable(*args: Any) -> tuple[Tensor, ...]:
-    rowscale = args[7]
-    return apply_norm(*args, rowscale is not None and rowscale.requires_grad)
+    x, residual, x1, rowscale, mask = (args[i] for i in (0, 1, 2, 7, 8))
+    rowscale_asks = rowscale is not None and rowscale.requires_grad
+    sum_is_x = all(a is None for a in (residual, x1, rowscale, mask))
+    if args[15] != 0 or sum_is_x:
+        return apply_norm(*args, rowscale_asks)
+    # The backward needs the sum, also where the caller doesn't.
+    sum_dtype = DTYPE_CODES[(x if residual is None else residual).dtype]
+    y, y1, _, mean, rstd = apply_norm(*args[:15], sum_dtype, rowscale_asks)
+    return y, y1, x.new_empty(0), mean, rstd
 
 
 DIFFERENTIABLE = {"norm_forward": _differentiable}

@@ -207,8 +207,9 @@ def rotate_(x: Tensor, *arguments: Any) -> None:
 
 
 def _layout_like(x: Tensor) -> Tensor:
-    """Room for the result: x's strides where its columns lie side by side."""
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
+    """Room for the result: x's strides where its columns lie side by side, there and in what
+    empty_like makes of x (another order where elements of x overlap)."""
+    if x.shape[-1] > 1 and (x.stride(-1) != 1 or torch.empty_like(x).stride(-1) != 1):
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     return torch.empty_like(x)
 
