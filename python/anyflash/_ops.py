@@ -248,14 +248,16 @@ def _autograd_kernel(name: str, differentiable: Callable[..., Tensor]) -> Callab
 def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """The fake, but for a meta tensor beside others: that would choose it, and what it allocates
     would pass for a result."""
+    names = [a.name for a in getattr(torch.ops.anyflash, name).default._schema.arguments]
 
     @functools.wraps(fake)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        devices = {x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor)}
-        if "meta" in devices and len(devices) > 1:
-            raise RuntimeError(
-                f"anyflash::{name}: expected tensors of one device, got {', '.join(sorted(devices))}"
-            )
+        given = (*zip(names, args), *kwargs.items())
+        tensors = [(n, x.device) for n, x in given if isinstance(x, Tensor)]
+        first, device = tensors[0]
+        for other, its in tensors[1:]:
+            if its != device and "meta" in (its.type, device.type):
+                raise RuntimeError(f"{other}: expected {first}'s device {device}, got {its}")
         return fake(*args, **kwargs)
 
     return checked

@@ -278,3 +278,25 @@ def test_meta_tensors():
     losses, _ = anyflash.cross_entropy(logits, labels)
     assert losses.shape == (6,) and losses.device.type == "meta"
     assert torch.autograd.grad(losses.sum(), logits)[0].shape == (6, 50)
+
+
+def test_operator_on_parts_of_the_classes_has_no_derivative(device):
+    logits = torch.randn(2, 10, device=device, requires_grad=True)
+    arguments = (torch.tensor([3, 12], device=device), None, 0.0, 1.0, 0.0, -100, 0, 20)
+    with pytest.raises(RuntimeError, match="total_classes: expected vocab 10 .* got 20"):
+        torch.ops.anyflash.cross_entropy_forward(logits, *arguments)
+    losses, *_ = torch.ops.anyflash.cross_entropy_forward(logits.detach(), *arguments)
+    assert not losses.requires_grad
+
+
+def test_numbers_beyond_what_a_kernel_holds(device):
+    logits, labels = torch.randn(2, 7, device=device), torch.tensor([3, 4], device=device)
+    options = (None, 0.0, 1.0, 0.0, -100, 2**63 - 1, 100)
+    with pytest.raises(RuntimeError, match="total_classes"):
+        torch.ops.anyflash.cross_entropy_forward(logits, labels, *options)
+    for scale in (1e39, 1e-50):
+        if anyflash._operators.obstacle_to_kernel(logits) is None:
+            with pytest.raises(RuntimeError, match="logit_scale"):
+                anyflash.cross_entropy(logits, labels, logit_scale=scale)
+    with pytest.raises(RuntimeError, match="logits: expected"):
+        anyflash.cross_entropy(logits[None].requires_grad_(), labels, inplace_backward=True)

@@ -443,3 +443,37 @@ def test_back_ends(device):
     if not _runs_on_kernel(device):
         with anyflash.backend("kernel"), pytest.raises(RuntimeError, match="kernel"):
             anyflash.rms_norm(x, weight)
+
+
+@pytest.mark.parametrize("residual_dtype, out_dtype", [(FP32, None), (BF16, FP32)])
+def test_a_loss_of_the_second_norm_alone(device, residual_dtype, out_dtype):
+    torch.manual_seed(0)
+    x = torch.randn(4, 8, device=device).to(BF16).requires_grad_()
+    residual = torch.randn(4, 8, device=device).to(residual_dtype).requires_grad_()
+    weights = [torch.randn(8, device=device, requires_grad=True) for _ in "01"]
+    found = dropout_add_norm(
+        x, weights[0], residual=residual, weight1=weights[1], out_dtype=out_dtype
+    ).y1
+    leaves = (x, residual, weights[1])
+    gradients = torch.autograd.grad(found.float().sin().sum(), leaves)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = F.layer_norm(wide[0] + wide[1], (8,), wide[2])
+    for a, b in zip(gradients, torch.autograd.grad(expected.sin().sum(), wide)):
+        torch.testing.assert_close(a.double(), b, atol=0.1, rtol=0.1)
+
+
+def test_operator_that_keeps_no_sum_has_the_derivative(device):
+    torch.manual_seed(0)
+    x, residual = (torch.randn(4, 8, device=device, requires_grad=True) for _ in "xr")
+    weight = torch.randn(8, device=device, requires_grad=True)
+    y, _, z, *_ = torch.ops.anyflash.norm_forward(
+        x, residual, None, weight, None, None, None, None, None, None, 0.0, 1e-5, False, False, 4, 0
+    )
+    assert z.numel() == 0
+    leaves = (x, residual, weight)
+    expected = F.layer_norm(x + residual, (8,), weight)
+    for a, b in zip(
+        torch.autograd.grad(y.sin().sum(), leaves),
+        torch.autograd.grad(expected.sin().sum(), leaves),
+    ):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

@@ -316,6 +316,8 @@ def test_opcheck(name, device):
 @pytest.mark.parametrize("name", [*PUBLIC, *DIFFERENTIABLE])
 def test_opcheck_with_gradients(name, device):
     for what, arguments in samples_of(name, device).items():
+        if (name, what) == ("cross_entropy_forward", "part"):
+            continue  # refuses one
         if name == "rotary":  # refuses a gradient of its tables
             arguments = (*_differentiable(arguments[:1]), *arguments[1:])
         elif not name.endswith(
@@ -495,3 +497,18 @@ def test_meta_tensors():
     out, lse = anyflash.attention(q, k, v, return_lse=True)
     assert out.shape == (2, 7, 4, 16) and out.is_meta
     assert lse.shape == (2, 4, 7) and lse.dtype == torch.float32
+
+
+def test_a_meta_tensor_beside_others_is_refused():
+    """It would choose the fake, which allocates and computes nothing."""
+    x, w = torch.ones(2, 8), torch.ones(8)
+    q = torch.ones(1, 2, 1, 8)
+    for call in (
+        lambda: anyflash.layer_norm(x, w.to("meta")),
+        lambda: anyflash.attention(q, q.to("meta"), q),
+        lambda: anyflash.fused_mlp(
+            x, torch.ones(4, 8, device="meta"), None, torch.ones(2, 4), None
+        ),
+    ):
+        with pytest.raises(RuntimeError, match="meta"):
+            call()

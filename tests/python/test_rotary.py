@@ -278,3 +278,12 @@ def test_in_place_on_a_strided_view_whose_result_is_ignored(device):
     torch.testing.assert_close(qkv, expected)
     gradients = [torch.autograd.grad(weighted(y), x)[0] for y in (qkv, expected)]
     torch.testing.assert_close(*gradients)
+
+
+def test_rows_that_share_elements(device):
+    """A sliding window: no angle, no change, and the fake's strides are the result's."""
+    x = torch.randn(2, 3, 10, device=device).unfold(-1, 8, 1)
+    cos, sin = torch.ones(3, 4, device=device), torch.zeros(3, 4, device=device)
+    y = anyflash.rotary(x, cos, sin)
+    assert torch.equal(y, x)
+    assert anyflash.rotary(x.to("meta"), cos.to("meta"), sin.to("meta")).stride() == y.stride()
