@@ -74,7 +74,7 @@ test-python: setup   ## the tests of the operators, the drop-in and the packagin
 	$(BIN)/python -m pytest -m providers --provider=python
 	$(BIN)/python -m pytest tests/consumers
 
-bench: setup    ## the figures of the README, each beside its reference; writes out/bench.json
+bench: setup    ## the figures of docs/benchmarks.md, each beside its reference; writes out/bench.json
 	$(BIN)/python -m benchmarks.run
 
 test-matrix: setup   ## old and new torch and Python versions; writes docs/test_matrix.md

@@ -33,8 +33,8 @@ COLUMNS = ("found", "imported", "forward", "backward", "compiled")
 HEADING = """# Clients of flash_attn
 
 Written by `make test-consumers`, on a CPU. Where the version is that of a package, the published
-package itself computes through `flash_attn`, unmodified (what it asks of the device is answered as
-if there were a GPU), and is compared with its own eager or SDPA path; "calls of" are programs of
+package itself computes through `flash_attn`, unmodified (its device checks are told
+that there is a GPU), and is compared with its own eager or SDPA path; "calls of" are programs of
 ours that make the calls of a repository. A number says how many checks passed; `no`: skipped or
 refused, with the reason below; an empty cell: not applicable, or not checked.
 

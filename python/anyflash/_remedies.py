@@ -54,6 +54,6 @@ REMEDIES = {
     ),
     "transformers": Remedy(
         "call anyflash.integrations.transformers.enable(flash_attention_2=True) before models are "
-        "made"
+        "imported"
     ),
 }

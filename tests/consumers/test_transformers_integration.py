@@ -131,7 +131,7 @@ def test_generate(decoder, implementation):
 
 
 @pytest.mark.shows("forward")
-@pytest.mark.skipif(not models.HAS_INTERFACE, reason="no attention of others in this version")
+@pytest.mark.skipif(not models.HAS_INTERFACE, reason="this version has no AttentionInterface")
 def test_generate_with_a_static_cache():
     """Its keys are longer than the mask. transformers refuses this cache with flash_attention_2."""
     eager, ours = make_pair(DECODERS["Llama"], NAME)
@@ -188,7 +188,7 @@ def test_dropout_acts_in_training_alone(implementation):
     assert all(p.grad.isfinite().all() for p in ours.parameters())
 
 
-@pytest.mark.skipif(not models.HAS_INTERFACE, reason="no attention of others in this version")
+@pytest.mark.skipif(not models.HAS_INTERFACE, reason="this version has no AttentionInterface")
 def test_masks_of_other_forms_are_not_lost():
     """Tokens of one block see each other both ways: no argument of flash attention says that."""
     from transformers import masking_utils

@@ -48,7 +48,7 @@ def test_compile_flash_attention_2():
 
 @pytest.mark.shows("compiled")
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.skipif(not models.HAS_INTERFACE, reason="no attention of others in this version")
+@pytest.mark.skipif(not models.HAS_INTERFACE, reason="this version has no AttentionInterface")
 def test_compile_registered_attention():
     """The same in fp32, padded and packed: in one graph a mask's values decide nothing."""
     eager, ours = make_pair(DECODERS["Mistral"], NAME)
