@@ -107,7 +107,7 @@ def unpad_input_for_concatenated_sequences(
     Args:
         hidden_states: (batch, seqlen, ...).
         attention_mask_in_length: (batch, seqlen) int: the lengths of a row's sequences, then zeros.
-            [2, 3, 0, 0, 0, 0] is a row of two sequences and one place of padding.
+            [4, 1, 2, 0, 0, 0, 0, 0, 0]: a row of three sequences and two places of padding.
 
     Returns:
         hidden_states (total, ...); indices (total,) int64; cu_seqlens (sequences + 1,) int32; the

@@ -204,6 +204,13 @@ def create_block(
     return block
 
 
+def _init_residual_outputs(module: nn.Module, std: float) -> None:
+    """Draws anew the last projection of the attention or MLP that module is, if it is one."""
+    last = {"out_proj.weight", "fc2.weight"}
+    for weight in [weight for name, weight in module.named_parameters() if name in last]:
+        nn.init.normal_(weight, std=std)
+
+
 def _init_weights(
     module: nn.Module,
     n_layer: int,
@@ -212,20 +219,19 @@ def _init_weights(
     rescale_prenorm_residual: bool = True,
 ) -> None:
     """GPT-2's initialisation: what adds to the residual is scaled by 1 / sqrt(2 n_layer)."""
-    std = initializer_range * math.sqrt(mup_width_scale)
-    if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=std)
+    linear_std = initializer_range * math.sqrt(mup_width_scale)
+    if not isinstance(module, (nn.Linear, nn.Embedding)):
+        if rescale_prenorm_residual:
+            _init_residual_outputs(module, linear_std / math.sqrt(2 * n_layer))
+        return
+    is_linear = isinstance(module, nn.Linear)
+    nn.init.normal_(module.weight, std=linear_std if is_linear else initializer_range)
+    if is_linear:
         # Optimisers for muP read the factor of the learning rate here.
         options = getattr(module.weight, "_optim", {})
         module.weight._optim = {**options, "lr_multiplier": mup_width_scale}
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=initializer_range)
-    if rescale_prenorm_residual:
-        for name, parameter in module.named_parameters():
-            if name in ("out_proj.weight", "fc2.weight"):
-                nn.init.normal_(parameter, std=std / math.sqrt(2 * n_layer))
 
 
 def initialize(model: nn.Module, config: Any) -> None:

@@ -94,9 +94,16 @@ _REMAPS = {
 class GPTPreTrainedModel(nn.Module):
     """A model that keeps its configuration and loads published checkpoints."""
 
+    process_group: Any = None
+
     def __init__(self, config: Any, *inputs: Any, **kwargs: Any) -> None:
         super().__init__()
         self.config = config
+
+    def tie_weights(self) -> None:
+        """Makes the processes of the group agree on the weights that each of them has whole."""
+        if self.process_group is not None:
+            sync_shared_params(self, self.process_group)
 
     @classmethod
     def from_pretrained(
@@ -198,18 +205,12 @@ class GPTModel(GPTPreTrainedModel):
         initialize(self, config)
         self.tie_weights()
 
-    def tie_weights(self) -> None:
-        if self.process_group is not None:
-            sync_shared_params(self, self.process_group)
-
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> dict[int, Any]:
         """The key and value caches by the numbers of the layers."""
-        return {
-            i: layer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
-            for i, layer in enumerate(self.layers)
-        }
+        size = (batch_size, max_seqlen, dtype)
+        return dict(enumerate(x.allocate_inference_cache(*size, **kwargs) for x in self.layers))
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor | None = None, inference_params: Any = None
@@ -294,18 +295,17 @@ class GPTLMHeadModel(GPTPreTrainedModel, GenerationMixin):
         self.tie_weights()
 
     def tie_weights(self) -> None:
+        """Also makes the head's weights the word embeddings', if the configuration asks for it."""
+        words = self.transformer.embeddings.word_embeddings
         if self.tie_word_embeddings:
-            self.lm_head.weight = self.transformer.embeddings.word_embeddings.weight
-        if self.process_group is not None:
-            sync_shared_params(self, self.process_group)
+            self.lm_head.weight = words.weight
+        super().tie_weights()
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> dict[int, Any]:
-        """The key and value caches by the numbers of the layers."""
-        return self.transformer.allocate_inference_cache(
-            batch_size, max_seqlen, dtype=dtype, **kwargs
-        )
+        """As GPTModel."""
+        return self.transformer.allocate_inference_cache(batch_size, max_seqlen, dtype, **kwargs)
 
     def forward(
         self,
@@ -333,26 +333,27 @@ class GPTLMHeadModel(GPTPreTrainedModel, GenerationMixin):
             raise ValueError(
                 "inference_params, num_last_tokens: expected None and 0 with sequence_parallel"
             )
-        if num_last_tokens > 0:
-            hidden_states = hidden_states[:, -num_last_tokens:]
-        if self.project_out is not None:
-            hidden_states = self.project_out(hidden_states)
-        if self.output_scale != 1.0:
-            hidden_states = hidden_states * self.output_scale
-        logits = self._head(hidden_states)
+        logits = self._head(hidden_states, num_last_tokens)
         if inference_params is not None and self.process_group is not None:
             logits, _ = all_gather_raw(logits, self.process_group)
             logits = rearrange(logits, "(n b) ... d -> b ... (n d)", b=input_ids.shape[0])
         return CausalLMOutput(logits=logits)
 
-    def _head(self, hidden_states: Tensor) -> Tensor:
-        if not self.norm_head:
-            return self.lm_head(hidden_states)
+    def _head(self, hidden_states: Tensor, num_last_tokens: int) -> Tensor:
+        """This rank's logits of the last tokens; 0: of all."""
+        features = hidden_states[:, -max(0, num_last_tokens) :]  # -0: from the first on
+        if self.project_out is not None:
+            features = self.project_out(features)
+        scaled = features if self.output_scale == 1.0 else features * self.output_scale
+        return self._norm_head(scaled) if self.norm_head else self.lm_head(scaled)
+
+    def _norm_head(self, features: Tensor) -> Tensor:
+        """lm_head with rows of length 1."""
         weight = F.normalize(self.lm_head.weight)
         if self.process_group is None:
-            return F.linear(hidden_states, weight, self.lm_head.bias)
+            return F.linear(features, weight, self.lm_head.bias)
         return fused_dense_func(
-            hidden_states,
+            features,
             weight,
             self.lm_head.bias,
             process_group=self.process_group,

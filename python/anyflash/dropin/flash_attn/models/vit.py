@@ -287,12 +287,14 @@ class VisionTransformer(nn.Module):
 
 def init_weights_vit_timm(module: nn.Module, name: str = "") -> None:
     """timm's initialisation of a module: small weights and no bias for nn.Linear."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif hasattr(module, "init_weights"):
-        module.init_weights()
+    if not isinstance(module, nn.Linear):
+        own_initialisation = getattr(module, "init_weights", None)
+        if own_initialisation is not None:
+            own_initialisation()
+        return
+    trunc_normal_(module.weight, std=0.02)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 def vit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:

@@ -238,7 +238,7 @@ class Block(_ResidualBlock):
 
 
 class ParallelBlock(_ResidualBlock):
-    """Mixer and MLP side by side, as in GPT-J, GPT-NeoX and PaLM.
+    """Mixer and MLP read the same residual, each through its norm, and both add to it.
 
     It begins with the sum that the block before it left open: dropout, add, norm, then mixer and
     MLP. It returns both outputs and the residual apart.

@@ -27,6 +27,15 @@ def _positions_of(input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
     return position_ids
 
 
+def _with_positions(
+    module: nn.Module, embeddings: Tensor, input_ids: Tensor, position_ids: Tensor | None
+) -> Tensor:
+    """The embeddings plus those of their positions, if the module has such."""
+    if module.max_position_embeddings <= 0:
+        return embeddings
+    return embeddings + module.position_embeddings(_positions_of(input_ids, position_ids))
+
+
 class GPT2Embeddings(nn.Module):
     """Tokens plus learnt positions.
 
@@ -63,13 +72,9 @@ class GPT2Embeddings(nn.Module):
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """(batch, seqlen, embed_dim) of input_ids (batch, seqlen) and position_ids (batch, seqlen)
         or (seqlen,); None: counted from 0."""
-        embeddings = self.word_embeddings(input_ids)
-        if self.project_in is not None:
-            embeddings = self.project_in(embeddings)
-        if self.max_position_embeddings > 0:
-            positions = _positions_of(input_ids, position_ids)
-            embeddings = embeddings + self.position_embeddings(positions)
-        return embeddings
+        words = self.word_embeddings(input_ids)
+        projected = words if self.project_in is None else self.project_in(words)
+        return _with_positions(self, projected, input_ids, position_ids)
 
 
 class BertEmbeddings(nn.Module):
@@ -108,15 +113,13 @@ class BertEmbeddings(nn.Module):
     ) -> Tensor:
         """(batch, seqlen, embed_dim) of ids (batch, seqlen); position_ids None: counted from 0,
         token_type_ids None: type 0."""
-        embeddings = self.word_embeddings(input_ids)
-        if self.max_position_embeddings > 0:
-            positions = _positions_of(input_ids, position_ids)
-            embeddings = embeddings + self.position_embeddings(positions)
-        if self.type_vocab_size > 0:
-            if token_type_ids is None:
-                token_type_ids = input_ids.new_zeros(input_ids.shape[1:])
-            embeddings = embeddings + self.token_type_embeddings(token_type_ids)
-        return embeddings
+        words = self.word_embeddings(input_ids)
+        placed = _with_positions(self, words, input_ids, position_ids)
+        if self.type_vocab_size <= 0:
+            return placed
+        if token_type_ids is None:
+            token_type_ids = input_ids.new_zeros(input_ids.shape[1:])
+        return placed + self.token_type_embeddings(token_type_ids)
 
 
 class VocabParallelEmbedding(nn.Embedding):

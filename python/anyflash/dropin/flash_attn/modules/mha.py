@@ -33,7 +33,7 @@ def _causal_convolution(convolution: nn.Conv1d, x: Tensor) -> Tensor:
 
 
 class MHA(_Attention):
-    """Multi-head self-attention and cross-attention.
+    """Attention of a layer: projections, rotary embedding, cache and output.
 
     Differs from upstream where that computes something else than asked: decoding keeps to
     window_size and batch_size_offset, dwconv works with cross_attn and num_heads_kv, xPos can
@@ -204,7 +204,7 @@ class MHA(_Attention):
 
 
 class ParallelMHA(_Attention):
-    """Multi-head self-attention whose heads are spread over the processes of a group.
+    """MHA among the tokens of a sequence, each process of a group with its share of the heads.
 
     Args:
         process_group: of torch.distributed; None: the default one. Heads may be split unevenly,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import gc
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Callable
 
@@ -123,24 +124,22 @@ def update_graph_cache(
     device, dtype = weight.device, weight.dtype if dtype is None else dtype
     too_small = batch_size > cache.max_batch_size or max_seqlen > cache.max_seqlen
     if too_small or (device, dtype) != (cache.device, cache.dtype):
-        # The old graphs and caches go before the new ones come.
-        cache.callables, cache.mempool, cache.inference_params = {}, None, None
-        gc.collect()
-        cache.device, cache.dtype = device, dtype
-        cache.max_batch_size, cache.max_seqlen = batch_size, max_seqlen
-        cache.inference_params = InferenceParams(
-            max_seqlen,
+        vars(cache).update(vars(DecodingCGCache()))
+        gc.collect()  # The old graphs and caches go before the new ones come.
+        layers = _allocate(model, batch_size, max_seqlen, tensor_parallel, dtype, device)
+        lengths = torch.tensor([seqlen_og] * batch_size, dtype=torch.int32, device=device)
+        fresh = DecodingCGCache(
             batch_size,
-            seqlen_offset=seqlen_og,
-            key_value_memory_dict=_allocate(
-                model, batch_size, max_seqlen, tensor_parallel, dtype, device
+            max_seqlen,
+            device,
+            dtype,
+            mempool=torch.cuda.graph_pool_handle() if device.type == "cuda" else None,
+            inference_params=InferenceParams(
+                max_seqlen, batch_size, seqlen_og,
+                key_value_memory_dict=layers, lengths_per_sample=lengths,
             ),
-            lengths_per_sample=torch.full(
-                (batch_size,), seqlen_og, dtype=torch.int32, device=device
-            ),
-        )
-        if device.type == "cuda":
-            cache.mempool = torch.cuda.graphs.graph_pool_handle()
+        )  # fmt: skip
+        vars(cache).update(vars(fresh))
     for seqlen in decoding_seqlens:
         if (batch_size, seqlen) not in cache.callables:
             cache.callables[batch_size, seqlen] = capture_graph(
@@ -163,6 +162,56 @@ def _say_without_graphs(device_type: str) -> None:
         "To choose it yourself: cg=False. This is said once.",
         device_type,
     )
+
+
+@contextmanager
+def _cached_tokens(inference_params: InferenceParams, seqlen: int) -> Iterator[None]:
+    """Says that each sequence has seqlen tokens in the cache; seqlen_offset is restored."""
+    before = inference_params.seqlen_offset
+    inference_params.seqlen_offset = seqlen
+    inference_params.lengths_per_sample.fill_(seqlen)
+    try:
+        yield
+    finally:
+        inference_params.seqlen_offset = before
+
+
+class _Recorded:
+    """forward(input_ids, position_ids) as a CUDA graph, which has its own inputs and output."""
+
+    def __init__(
+        self,
+        forward: Callable[[Tensor, Tensor], Tensor],
+        shape: tuple[int, int],
+        device: torch.device,
+        mempool: Any,
+        n_warmups: int,
+    ) -> None:
+        self.inputs = torch.zeros((2, *shape), dtype=torch.long, device=device)
+        _warm_up(lambda: forward(*self.inputs), n_warmups)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=mempool):
+            self.output = forward(*self.inputs)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        for own, given in zip(self.inputs, inputs):
+            own.copy_(given)
+        self.graph.replay()
+        return self.output.clone()
+
+
+def _warm_up(call: Callable[[], Any], times: int) -> None:
+    """Calls on a stream apart, as CUDA graphs ask for, and waits for the end."""
+    apart = torch.cuda.Stream()
+    apart.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(apart):
+        for _ in range(times):
+            call()
+    apart.synchronize()
+    # NCCL may not mix captured and other launches that overlap on different processes.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.cuda.synchronize()
 
 
 def capture_graph(
@@ -192,51 +241,17 @@ def capture_graph(
         ).logits
 
     device = next(iter(model.parameters())).device
+    step = forward
     if device.type != "cuda":
         _say_without_graphs(device.type)
-        return _direct_step(forward, inference_params)
+    else:
+        # A graph keeps what Python numbers were: the longest length they can be.
+        with _cached_tokens(inference_params, max_seqlen - decoding_seqlen):
+            shape = (batch_size, decoding_seqlen)
+            step = _Recorded(forward, shape, device, mempool, n_warmups)
 
-    input_ids = torch.zeros((batch_size, decoding_seqlen), dtype=torch.long, device=device)
-    position_ids = torch.zeros_like(input_ids)
-    offset_before = inference_params.seqlen_offset
-    # A graph keeps what Python numbers were: the longest length they can be.
-    inference_params.seqlen_offset = max_seqlen - decoding_seqlen
-    inference_params.lengths_per_sample.fill_(inference_params.seqlen_offset)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(n_warmups):
-            forward(input_ids, position_ids)
-        side.synchronize()
-        # NCCL may not mix captured and other launches that overlap on different processes.
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=mempool):
-        logits = forward(input_ids, position_ids)
-    inference_params.seqlen_offset = offset_before
-
-    def run(new_input_ids: Tensor, new_position_ids: Tensor, seqlen: int) -> Tensor:
-        inference_params.lengths_per_sample.fill_(seqlen)
-        input_ids.copy_(new_input_ids)
-        position_ids.copy_(new_position_ids)
-        graph.replay()
-        return logits.clone()
-
-    return run
-
-
-def _direct_step(
-    forward: Callable[[Tensor, Tensor], Tensor], inference_params: InferenceParams
-) -> Callable[[Tensor, Tensor, int], Tensor]:
     def run(input_ids: Tensor, position_ids: Tensor, seqlen: int) -> Tensor:
-        offset_before = inference_params.seqlen_offset
-        inference_params.seqlen_offset = seqlen
-        inference_params.lengths_per_sample.fill_(seqlen)
-        try:
-            return forward(input_ids, position_ids)
-        finally:
-            inference_params.seqlen_offset = offset_before
+        with _cached_tokens(inference_params, seqlen):
+            return step(input_ids, position_ids)
 
     return run

@@ -184,7 +184,7 @@ def decode(
             break
     if enable_timing:
         elapsed = _now(input_ids.device, tensor_parallel) - begin
-        print(f"Prompt processing + decoding time: {elapsed * 1000:.0f}ms")
+        print(f"Generated in {1000 * elapsed:.0f} ms, prompt included")
     return _output(ids, tuple(scores), top_k)
 
 
@@ -273,9 +273,8 @@ def decode_speculative(
             decoder.forget(ids.shape[1] - 1)
     if enable_timing:
         elapsed = _now(input_ids.device, tensor_parallel) - begin
-        print(f"Prompt processing + decoding time: {elapsed * 1000:.0f}ms")
-        print(f"Number of calls to main model: {checks}")
-        print(f"Acceptance rate: {100 * kept / max(1, drafted):.2f}%")
+        print(f"Generated in {1000 * elapsed:.0f} ms, prompt included")
+        print(f"The model was called {checks} times and kept {kept} of {drafted} drafted tokens")
     return _output(ids, torch.cat(scores, dim=1), top_k)
 
 

@@ -26,8 +26,9 @@ def generate_random_padding_mask(
     Raises:
         ValueError: another mode.
     """
+    place = torch.arange(max_seqlen, device=device)
     if mode == "full":
-        lengths = torch.full((batch_size, 1), max_seqlen, device=device, dtype=torch.int32)
+        lengths = place.new_full((batch_size, 1), max_seqlen)
     elif mode in ("random", "third"):
         shortest = max_seqlen // 3 if mode == "third" else max(1 - zero_lengths, max_seqlen - 20)
         lengths = torch.randint(shortest, max_seqlen + 1, (batch_size, 1), device=device)
@@ -36,7 +37,7 @@ def generate_random_padding_mask(
     if zero_lengths:
         lengths[::5] = 0
         lengths[-1:] = 0
-    return torch.arange(max_seqlen, device=device) < lengths
+    return place < lengths
 
 
 class _Packing:
@@ -119,11 +120,10 @@ def generate_qkv(
         )
         if not one_mask or q.shape != k.shape:
             raise ValueError("qkvpacked: expected one shape and one padding mask for q and k")
-        qkv_unpad = torch.stack([q_unpad, k_unpad, v_unpad], dim=1)
-        qkv = torch.stack([q, k, v], dim=2)
+        unpadded, padded = (q_unpad, k_unpad, v_unpad), (q, k, v)
         return (
-            _leaf(qkv_unpad), queries.cu_seqlens, queries.max_seqlen, _leaf(qkv),
-            queries.pad, queries.pad,
+            _leaf(torch.stack(unpadded, dim=-3)), queries.cu_seqlens, queries.max_seqlen,
+            _leaf(torch.stack(padded, dim=-3)), queries.pad, queries.pad,
         )  # fmt: skip
     if kvpacked:
         return (
