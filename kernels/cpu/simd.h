@@ -69,6 +69,16 @@ ANYFLASH_INLINE Words load_words(const void* p) { return *static_cast<const Word
 ANYFLASH_INLINE void store_words(void* p, Words x) { *static_cast<WordsInMemory*>(p) = x; }
 ANYFLASH_INLINE Halves load_halves(const void* p) { return *static_cast<const HalvesInMemory*>(p); }
 
+// kLanes 16-bit numbers, one per lane. GCC 12 has no single instruction for the conversion of a
+// whole AVX-512 register.
+ANYFLASH_INLINE Words load_widened(const void* p) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+#else
+  return __builtin_convertvector(load_halves(p), Words);
+#endif
+}
+
 ANYFLASH_INLINE Float multiply_add(Float a, Float b, Float c) { return a * b + c; }  // contracted
 
 ANYFLASH_INLINE Float select(Int condition, Float yes, Float no) { return condition ? yes : no; }
@@ -98,9 +108,7 @@ ANYFLASH_INLINE Int nonzero_bytes(const uint8_t* p, int count) {
 ANYFLASH_INLINE Float load(const float* p) { return *reinterpret_cast<const FloatInMemory*>(p); }
 ANYFLASH_INLINE void store(float* p, Float x) { *reinterpret_cast<FloatInMemory*>(p) = x; }
 
-ANYFLASH_INLINE Float load(const Bf16* p) {
-  return (Float)(__builtin_convertvector(load_halves(p), Words) << 16);
-}
+ANYFLASH_INLINE Float load(const Bf16* p) { return (Float)(load_widened(p) << 16); }
 
 // To the nearest, ties to even, in the high half. A NaN made from a bf16 stays one.
 ANYFLASH_INLINE Words rounded_to_bf16(Float x) {
@@ -181,8 +189,7 @@ ANYFLASH_INLINE Words bf16_pairs(Float a, Float b) {
 
 // (a[i], b[i]) as they are.
 ANYFLASH_INLINE Words zipped(const Bf16* a, const Bf16* b) {
-  const Words low = __builtin_convertvector(load_halves(a), Words);
-  return low | (__builtin_convertvector(load_halves(b), Words) << 16);
+  return load_widened(a) | (load_widened(b) << 16);
 }
 
 #if defined(__AVX512BF16__)
