@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from .._autograd import applier, first_derivative_only, in_plain_eager
+from .._autograd import applier, first_derivative_only, has_readable_values, in_plain_eager
 
 _ops = torch.ops.anyflash
 
@@ -98,7 +98,7 @@ def _validate(logits: Tensor, labels: Tensor, o: Options) -> None:
 def _out_of_range(labels: Tensor, o: Options) -> Tensor:
     """Which labels no class has. On a CPU that is an error; elsewhere asking would wait."""
     wrong = ((labels < 0) | (labels >= o.total_classes)) & (labels != o.ignore_index)
-    if type(labels) is Tensor and labels.device.type == "cpu" and in_plain_eager() and wrong.any():
+    if has_readable_values(labels) and wrong.any():
         row = int(wrong.nonzero()[0])
         raise RuntimeError(
             f"labels: expected 0 <= label < {o.total_classes} or ignore_index {o.ignore_index}, "
