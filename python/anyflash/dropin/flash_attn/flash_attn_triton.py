@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import anyflash
+from flash_attn._missing import absent
 
 
 def init_to_zero(name: str) -> Callable[[dict[str, Any]], Tensor]:
@@ -109,3 +110,21 @@ class FlashAttnQKVPackedFunc:
     """flash_attn_qkvpacked_func under upstream's name of the autograd.Function."""
 
     apply = staticmethod(flash_attn_qkvpacked_func)
+
+
+__getattr__ = absent(
+    __name__,
+    dict.fromkeys(
+        (
+            "_fwd_kernel",
+            "_bwd_kernel",
+            "_bwd_kernel_one_col_block",
+            "_bwd_preprocess_do_o_dot",
+            "_bwd_store_dk_dv",
+            "_flash_attn_forward",
+            "_flash_attn_backward",
+        ),
+        "a Triton kernel, or the call of one; flash_attn_func of this module computes it on every "
+        "device, and autograd its gradient",
+    ),
+)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from anyflash import _autocast
 from anyflash.norm import dropout_add_norm
+from flash_attn._missing import absent
 
 
 def maybe_contiguous_lastdim(x: Tensor | None) -> Tensor | None:
@@ -358,3 +359,20 @@ def rms_norm_ref(
         normalise, x, (weight, bias, weight1, bias1), residual, x1, dropout_p, rowscale, prenorm,
         zero_centered_weight, (dropout_mask, dropout_mask1), upcast,
     )  # fmt: skip
+
+
+__getattr__ = absent(
+    __name__,
+    dict.fromkeys(
+        (
+            "_layer_norm_fwd_1pass_kernel",
+            "_layer_norm_bwd_kernel",
+            "_layer_norm_fwd",
+            "_layer_norm_fwd_impl",
+            "_layer_norm_bwd",
+            "_layer_norm_bwd_impl",
+        ),
+        "a Triton kernel, or the call of one; layer_norm_fn and rms_norm_fn compute it on every "
+        "device, and autograd their gradient",
+    ),
+)
