@@ -131,8 +131,19 @@ def test_raw_functions_of_a_part(device):
         torch.testing.assert_close(gradient, leaf.grad[:, begin : begin + 10], atol=1e-6, rtol=1e-5)
     expected = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
     torch.testing.assert_close(total + lse, expected)
-    with pytest.raises(RuntimeError, match=r"logits: expected \(rows, vocab\)"):
-        raw.forward(logits[:0], labels[:0], smoothing)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_raw_functions_of_no_rows(device, dtype):
+    import xentropy_cuda_lib as raw
+
+    logits = torch.empty(0, 30, dtype=dtype, device=device)
+    labels = torch.empty(0, dtype=torch.int64, device=device)
+    for results in (raw.forward(logits, labels, 0.1), raw.forward(logits, labels, 0.0, 60)):
+        assert [(x.shape, x.dtype) for x in results] == [((0,), dtype)] * 2
+    assert raw.backward(results[0], logits, results[1], labels, 0.1, False).shape == (0, 30)
+    with pytest.raises(RuntimeError, match=r"with at least one class, got \(3, 0\)"):
+        raw.forward(torch.empty(3, 0, device=device), labels, 0.1)
 
 
 MEMORY = """
