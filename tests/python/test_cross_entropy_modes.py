@@ -27,6 +27,7 @@ def _parallel_worker(rank: int, folder: str) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         _check_parallel(rank, torch.distributed.group.WORLD, dtype)
     _check_parallel_groups(rank)
+    _check_unequal_parts(rank)
     torch.distributed.destroy_process_group()
 
 
@@ -79,6 +80,16 @@ def _check_parallel_groups(rank):
     assert torch.equal(one, cross_entropy_loss(logits, labels)[0])
     with pytest.raises(ValueError, match="process_group: expected a group that this process"):
         anyflash.cross_entropy(logits, labels, process_group=alone[1 - rank])
+
+
+def _check_unequal_parts(rank):
+    """Both processes hear it, though one alone has a label beyond twice its own width."""
+    logits, labels = torch.zeros(3, (20, 10)[rank]), torch.tensor([0, 25, 29])
+    for leaf in (logits, logits.clone().requires_grad_()):
+        with pytest.raises(RuntimeError, match=r"logits: expected as many .* got \[20, 10\]"):
+            anyflash.cross_entropy(leaf, labels, process_group=torch.distributed.group.WORLD)
+    with pytest.raises(ValueError, match="process_group: expected a group .* got 'gloo'"):
+        anyflash.cross_entropy(logits, labels, process_group="gloo")
 
 
 def test_process_group(tmp_path):

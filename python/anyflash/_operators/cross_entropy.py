@@ -281,10 +281,12 @@ class CrossEntropyFunction(Function):
             smoothing, logit_scale, lse_square_scale, ignore_index, class_start_idx, total_classes
         )
         forward = implementation("cross_entropy_forward", on_kernel)
-        results = forward(logits, labels, precomputed_lse, *o)
         if process_group is None:
-            return results
-        return _combined(results, labels, o, process_group)
+            return forward(logits, labels, precomputed_lse, *o)
+        # First of all, since unequal parts may let some processes, not all, refuse a label.
+        are_unequal = _are_unequal(logits, process_group)
+        results = forward(logits, labels, precomputed_lse, *o)
+        return _combined(results, labels, o, process_group, are_unequal)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -307,8 +309,28 @@ class CrossEntropyFunction(Function):
         return (dlogits, *(None,) * 11)
 
 
+def _are_unequal(logits: Tensor, process_group: Any) -> Tensor:
+    """Whether the processes' parts of the classes differ in width: then nobody knows which classes
+    are whose. On a CPU that is an error; elsewhere asking would wait."""
+    own = torch.full((1,), logits.shape[-1:].numel(), device=logits.device)
+    parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(process_group))]
+    torch.distributed.all_gather(parts, own, group=process_group)
+    widths = torch.cat(parts)
+    are_unequal = (widths != own).any()
+    if has_readable_values(widths) and are_unequal:
+        raise RuntimeError(
+            "logits: expected as many classes on each process of process_group, got "
+            f"{widths.tolist()}"
+        )
+    return are_unequal
+
+
 def _combined(
-    results: tuple[Tensor, Tensor, Tensor], labels: Tensor, o: Options, process_group: Any
+    results: tuple[Tensor, Tensor, Tensor],
+    labels: Tensor,
+    o: Options,
+    process_group: Any,
+    are_unequal: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The results for all classes, from those for this process's part of them."""
     losses, z_losses, lse = results
@@ -316,7 +338,7 @@ def _combined(
     parts = [torch.empty_like(lse) for _ in range(world_size)]
     torch.distributed.all_gather(parts, lse, group=process_group)
     torch.distributed.all_reduce(losses, group=process_group)
-    lse = torch.logsumexp(torch.stack(parts), 0)
+    lse = torch.logsumexp(torch.stack(parts), 0).masked_fill(are_unequal, math.nan)
     ignored = labels == o.ignore_index
     z_losses = (o.lse_square_scale * lse.square()).masked_fill(ignored, 0.0)
     return (losses + lse).masked_fill(ignored, 0.0) + z_losses, z_losses, lse
