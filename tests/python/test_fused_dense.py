@@ -156,6 +156,9 @@ def test_gated_mlp_rounds_hidden_features_up(given, width):
     model = mlps.GatedMlp(128, given)
     assert model.fc1.out_features == 2 * width and model.fc2.in_features == width
     assert mlps.GatedMlp(128, 100, multiple_of=10).fc2.in_features == 100
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match=f"multiple_of: expected 1 or more, got {wrong}"):
+            mlps.GatedMlp(128, given, multiple_of=wrong)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -47,6 +47,11 @@ def flash_attn_func(
         RuntimeError: arguments that do not fit together.
     """
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    if bias is not None and bias.dim() != 4:
+        raise RuntimeError(
+            "bias: expected 4 dimensions, (1 or batch, 1 or heads, 1 or seqlen_q, seqlen_k), got "
+            f"{tuple(bias.shape)}"
+        )
     if bias is not None and bias.shape[2:] not in ((1, seqlen_k), (seqlen_q, seqlen_k)):
         raise RuntimeError(
             "Last 2 dimensions of bias must be (1, seqlen_k) or (seqlen_q, seqlen_k), here "

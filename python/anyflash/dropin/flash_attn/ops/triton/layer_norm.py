@@ -153,6 +153,20 @@ def rms_norm_fn(
     )  # fmt: skip
 
 
+def _check_linear(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    shape = linear_weight.shape
+    if len(shape) != 2 or shape[1] != x.shape[-1]:
+        raise RuntimeError(
+            f"linear_weight: expected (out_features, {x.shape[-1]}) for x {tuple(x.shape)}, got "
+            f"{tuple(shape)}"
+        )
+    if linear_bias is not None and linear_bias.shape != shape[:1]:
+        raise RuntimeError(
+            f"linear_bias: expected ({shape[0]},), the rows of linear_weight, got "
+            f"{tuple(linear_bias.shape)}"
+        )
+
+
 def layer_norm_linear_fn(
     x: Tensor,
     norm_weight: Tensor,
@@ -173,6 +187,9 @@ def layer_norm_linear_fn(
 
     Returns:
         (..., out_features); with prenorm the sum beside it.
+
+    Raises:
+        RuntimeError, ValueError: as layer_norm_fn; a linear layer that does not fit x.
     """
     normed = dropout_add_norm(
         x,
@@ -185,6 +202,7 @@ def layer_norm_linear_fn(
         residual_dtype=torch.float32 if residual_in_fp32 else None,
     )
     y = normed.y
+    _check_linear(y, linear_weight, linear_bias)
     if not _autocast.is_enabled(x):
         linear_weight = linear_weight.to(y.dtype)
         linear_bias = None if linear_bias is None else linear_bias.to(y.dtype)
