@@ -253,9 +253,8 @@ def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*args: Any, **kwargs: Any) -> Any:
         devices = {x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor)}
         if "meta" in devices and len(devices) > 1:
-            raise RuntimeError(
-                f"anyflash::{name}: expected tensors of one device, got {', '.join(sorted(devices))}"
-            )
+            found = ", ".join(sorted(devices))
+            raise RuntimeError(f"anyflash::{name}: expected tensors of one device, got {found}")
         return fake(*args, **kwargs)
 
     return checked

@@ -164,3 +164,15 @@ def test_no_graph_is_guarded_by_values():
     for taken in ([0, 1], [2, 0]):
         assert torch.equal(compiled(x, torch.tensor(taken)), padded_again(x, torch.tensor(taken)))
     assert len(graphs) == 1
+
+
+class _Unpadded(torch.nn.Module):
+    def forward(self, x, mask):
+        return bert_padding.unpad_input(x, mask)[0].sum()
+
+
+def test_export_reads_no_mask(mask):
+    x, mask = torch.randn(3, 5, 4), mask.cpu()
+    exported = torch.export.export(_Unpadded(), (x, mask)).module()
+    for other in (mask, 1 - mask):
+        torch.testing.assert_close(exported(x, other), x[other.bool()].sum())

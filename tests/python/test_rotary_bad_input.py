@@ -24,7 +24,10 @@ BAD = {
     "dtype": (dict(x=torch.zeros(1, 5, 2, 8, dtype=torch.int32)), "x: expected fp16.*got int32"),
     "tables' rank": (dict(cos=COS[None]), r"cos: expected \(seqlen_rotary, rotary_dim / 2\)"),
     "tables' dtype": (dict(sin=SIN.int()), "sin: expected a floating dtype, got int32"),
-    "tables' device": (dict(cos=COS.to("meta")), "cos: expected x's cpu, got meta"),
+    "tables' device": (
+        dict(cos=COS.to("meta")),
+        "cos: expected x's cpu, got meta|tensors of one device, got cpu, meta",
+    ),
     "unlike tables": (dict(sin=SIN[:, :3]), r"sin: expected cos' \(7, 4\), got \(7, 3\)"),
     "wide tables": (
         dict(x=torch.zeros(1, 5, 2, 7)),

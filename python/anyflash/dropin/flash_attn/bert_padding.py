@@ -84,7 +84,7 @@ def _cumulative(lengths: Tensor) -> Tensor:
 
 
 def _longest(lengths: Tensor) -> int:
-    return int(lengths.max()) if lengths.numel() else 0
+    return lengths.max().long().item() if lengths.numel() else 0  # int() would not export
 
 
 def _take(hidden_states: Tensor, indices: Tensor) -> Tensor:
