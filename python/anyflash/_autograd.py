@@ -34,6 +34,11 @@ def in_plain_eager() -> bool:
     return not is_compiling() and not active()
 
 
+def has_readable_values(tensor: Tensor) -> bool:
+    """Whether a check may read the tensor's values: it waits for no device and guards no graph."""
+    return type(tensor) is Tensor and tensor.device.type == "cpu" and in_plain_eager()
+
+
 def _distinct(args: tuple[Any, ...]) -> list[Any]:
     """Repeated tensors as views of themselves: torch.compile refuses the same tensor twice."""
     result: list[Any] = []

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._autograd import in_plain_eager, needs_autograd
+from ._groups import place_in
 from ._operators import runs_on_kernel
 from ._operators.cross_entropy import (
     Options,
@@ -19,12 +20,7 @@ from ._operators.cross_entropy import (
 
 def _place(process_group: Any) -> tuple[int, int]:
     """(rank, number of processes)."""
-    if process_group is None:
-        return 0, 1
-    rank = torch.distributed.get_rank(process_group)
-    if rank < 0:
-        raise ValueError("process_group: expected a group that this process belongs to")
-    return rank, torch.distributed.get_world_size(process_group)
+    return (0, 1) if process_group is None else place_in(process_group)
 
 
 def cross_entropy(
@@ -70,9 +66,10 @@ def cross_entropy(
 
     Raises:
         RuntimeError: shapes, dtypes, devices or options that do not fit; on a CPU, a label without
-            a class. On other devices, and in compiled PyTorch operations, where the check would
-            wait for the device, such a row's loss is NaN.
-        ValueError: this process is not in ``process_group``.
+            a class, and on every process where the parts are not equally wide. On other devices,
+            and in compiled PyTorch operations, where the check would wait for the device, such a
+            loss is NaN.
+        ValueError: ``process_group`` is no group of torch.distributed that this process is in.
         TypeError: logits or labels are not tensors.
     """
     for name, tensor in (("logits", logits), ("labels", labels)):

@@ -125,7 +125,7 @@ def dropout_add_norm(
         eps,
         is_rms_norm,
         zero_centered_weight,
-        _code("out_dtype", out_dtype or x.dtype),
+        _code("x", x.dtype) if out_dtype is None else _code("out_dtype", out_dtype),
         _code("residual_dtype", sum_dtype) if is_stored else 0,
     )
     if not on_kernel:

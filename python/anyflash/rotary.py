@@ -51,7 +51,7 @@ def rotary(
     Raises:
         RuntimeError: arguments that do not fit together, tables that are too short, offsets below
             0. Nothing has been written then.
-        TypeError: x, cos or sin is not a tensor.
+        TypeError: x, cos or sin is not a tensor; an offset is not an integer.
     """
     for name, tensor in (("x", x), ("cos", cos), ("sin", sin)):
         if not isinstance(tensor, Tensor):
@@ -63,6 +63,10 @@ def rotary(
         )
     offsets, offset = seqlen_offsets, 0
     if not isinstance(seqlen_offsets, Tensor):
+        if isinstance(seqlen_offsets, float):
+            raise TypeError(
+                f"seqlen_offsets: expected an integer or (batch,) integers, got {seqlen_offsets}"
+            )
         offsets, offset = None, operator.index(seqlen_offsets)
     longest = 0 if cu_seqlens is None else int(max_seqlen)
     arguments = (cos, sin, offsets, offset, cu_seqlens, longest, interleaved, conjugate)

@@ -111,6 +111,22 @@ def test_swiglu_of_halves_is_the_gated_operator():
     torch.testing.assert_close(activations.swiglu(gate, y), expected)
 
 
+def test_swiglu_refuses_integers_and_shapes_that_do_not_fit():
+    x, integers = torch.randn(3, 4), torch.ones(3, 4, dtype=torch.int32)
+    for arguments, message in (
+        ((integers, x), "x: expected a floating dtype, got torch.int32"),
+        ((x, integers), "y: expected a floating dtype, got torch.int32"),
+        ((x, x[:, :3]), r"y: expected a shape that broadcasts with x \(3, 4\), got \(3, 3\)"),
+    ):
+        for function in (activations.swiglu, activations.swiglu_fwd):
+            with pytest.raises(ValueError, match=message):
+                function(*arguments)
+        with pytest.raises(ValueError, match=message):
+            activations.swiglu_bwd(*arguments, x)
+    row = torch.randn(1, 4, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(activations.swiglu, (x.double().requires_grad_(), row))
+
+
 @pytest.mark.parametrize("name", ["swiglu", "fast_gelu_impl", "bias_gelu_impl"])
 def test_gradients_and_their_gradients(name):
     torch.manual_seed(3)

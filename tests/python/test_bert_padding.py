@@ -103,3 +103,76 @@ def test_a_padded_model_gets_the_gradients_of_a_loop(device, mask):
     (expected,) = torch.autograd.grad(total, qkv)
     torch.testing.assert_close(mine, expected)
     assert (mine[~mask.bool()] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "masks, message",
+    [
+        ([torch.ones(2, 4)], r"attention_mask: expected \(batch, seqlen\) .*\(2, 4\)"),
+        ([torch.ones(3, 5), torch.zeros(3, 4)], r"unused_mask: expected \(batch, seqlen\)"),
+        ([torch.full((3, 5), 2)], "attention_mask: expected 0 or 1 .* got 2"),
+        ([torch.full((3, 5), -1.0)], "attention_mask: expected 0 or 1 .* got -1.0"),
+        ([torch.ones(3, 5), torch.ones(3, 5)], "attention_mask . unused_mask: expected 0 or 1"),
+    ],
+)
+def test_masks_that_do_not_fit(masks, message):
+    with pytest.raises(ValueError, match=message):
+        bert_padding.unpad_input(torch.ones(3, 5, 4), *masks)
+
+
+@pytest.mark.parametrize(
+    "lengths, message",
+    [
+        ([[2, 2]], r"attention_mask_in_length: expected \(batch, seqlen\) .*\(1, 2\)"),
+        ([[2, 0, 0], [2, 2, 0]], r"sum of at most seqlen 3, got \[2, 2, 0\] in row 1"),
+        ([[-1, 2, 0], [1, 0, 0]], r"lengths of 0 or more .* got \[-1, 2, 0\] in row 0"),
+    ],
+)
+def test_lengths_that_do_not_fit(lengths, message):
+    with pytest.raises(ValueError, match=message):
+        bert_padding.unpad_input_for_concatenated_sequences(
+            torch.ones(2, 3, 4), torch.tensor(lengths)
+        )
+
+
+@pytest.mark.parametrize("index", [-1, 3])
+def test_indices_out_of_range(index):
+    indices = torch.tensor([0, index])
+    message = f"indices: expected 0 <= index < 3 rows, got {index}"
+    with pytest.raises(ValueError, match=message):
+        bert_padding.index_first_axis(torch.ones(3, 4), indices)
+    with pytest.raises(ValueError, match=message):
+        bert_padding.index_first_axis_residual(torch.ones(3, 4), indices)
+    with pytest.raises(ValueError, match=message):
+        bert_padding.pad_input(torch.ones(2, 4), indices, 1, 3)
+
+
+def test_no_graph_is_guarded_by_values():
+    """Indices of other values run on the same graph."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def padded_again(x, indices):
+        return bert_padding.pad_input(bert_padding.index_first_axis(x, indices), indices, 1, 3)
+
+    compiled = torch.compile(padded_again, backend=backend, fullgraph=True)
+    x = torch.ones(3, 4)
+    for taken in ([0, 1], [2, 0]):
+        assert torch.equal(compiled(x, torch.tensor(taken)), padded_again(x, torch.tensor(taken)))
+    assert len(graphs) == 1
+
+
+class _Unpadded(torch.nn.Module):
+    def forward(self, x, mask):
+        return bert_padding.unpad_input(x, mask)[0].sum()
+
+
+def test_export_reads_no_mask(mask):
+    x, mask = torch.randn(3, 5, 4), mask.cpu()
+    exported = torch.export.export(_Unpadded(), (x, mask)).module()
+    for other in (mask, 1 - mask):
+        torch.testing.assert_close(exported(x, other), x[other.bool()].sum())

@@ -294,4 +294,7 @@ def test_patches_are_a_convolution(options):
     torch.testing.assert_close(module(x), expected.unflatten(1, (4, 3)))
     with pytest.raises(AssertionError, match=r"Input image width \(8\) doesn't match model \(12\)"):
         module(x[..., :8])
+    for wrong in (x[:, :2], x[0]):
+        with pytest.raises(ValueError, match=r"x: expected \(batch, 3, height, width\), got"):
+            module(wrong)
     assert PatchEmbed(8, 2, norm_layer=nn.LayerNorm).norm.weight.shape == (768,)

@@ -27,6 +27,7 @@ def _parallel_worker(rank: int, folder: str) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         _check_parallel(rank, torch.distributed.group.WORLD, dtype)
     _check_parallel_groups(rank)
+    _check_unequal_parts(rank)
     torch.distributed.destroy_process_group()
 
 
@@ -81,6 +82,16 @@ def _check_parallel_groups(rank):
         anyflash.cross_entropy(logits, labels, process_group=alone[1 - rank])
 
 
+def _check_unequal_parts(rank):
+    """Both processes hear it, though one alone has a label beyond twice its own width."""
+    logits, labels = torch.zeros(3, (20, 10)[rank]), torch.tensor([0, 25, 29])
+    for leaf in (logits, logits.clone().requires_grad_()):
+        with pytest.raises(RuntimeError, match=r"logits: expected as many .* got \[20, 10\]"):
+            anyflash.cross_entropy(leaf, labels, process_group=torch.distributed.group.WORLD)
+    with pytest.raises(ValueError, match="process_group: expected a group .* got 'gloo'"):
+        anyflash.cross_entropy(logits, labels, process_group="gloo")
+
+
 def test_process_group(tmp_path):
     torch.multiprocessing.spawn(_parallel_worker, (str(tmp_path),), nprocs=2)
 
@@ -131,8 +142,19 @@ def test_raw_functions_of_a_part(device):
         torch.testing.assert_close(gradient, leaf.grad[:, begin : begin + 10], atol=1e-6, rtol=1e-5)
     expected = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
     torch.testing.assert_close(total + lse, expected)
-    with pytest.raises(RuntimeError, match=r"logits: expected \(rows, vocab\)"):
-        raw.forward(logits[:0], labels[:0], smoothing)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_raw_functions_of_no_rows(device, dtype):
+    import xentropy_cuda_lib as raw
+
+    logits = torch.empty(0, 30, dtype=dtype, device=device)
+    labels = torch.empty(0, dtype=torch.int64, device=device)
+    for results in (raw.forward(logits, labels, 0.1), raw.forward(logits, labels, 0.0, 60)):
+        assert [(x.shape, x.dtype) for x in results] == [((0,), dtype)] * 2
+    assert raw.backward(results[0], logits, results[1], labels, 0.1, False).shape == (0, 30)
+    with pytest.raises(RuntimeError, match=r"with at least one class, got \(3, 0\)"):
+        raw.forward(torch.empty(3, 0, device=device), labels, 0.1)
 
 
 MEMORY = """

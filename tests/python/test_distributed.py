@@ -446,5 +446,7 @@ def test_shares_make_the_whole(units, size, multiple_of):
 def test_without_torch_distributed_set_up():
     with pytest.raises(ValueError, match="process_group: expected a group .* got None"):
         mlps.ParallelFusedMLP(8)
-    with pytest.raises(ValueError, match="process group has not been initialized"):
-        fused_dense.ColumnParallelLinear(8, 8, None)
+    for layer in (fused_dense.ColumnParallelLinear, fused_dense.RowParallelLinear):
+        for group in (None, "gloo"):
+            with pytest.raises(ValueError, match=f"process_group: .* initialized .* got .?{group}"):
+                layer(8, 8, group)

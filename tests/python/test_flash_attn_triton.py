@@ -71,9 +71,17 @@ def test_packed_forms_are_the_same_call(dtype):
 
 def test_a_bias_of_another_shape_is_an_error():
     q, kv, _ = _inputs(6, 8, None, torch.float32)
-    for shape in ((2, 3, 6, 1), (2, 3, 8, 6), (6, 8)):
+    for shape in ((2, 3, 6, 1), (2, 3, 8, 6)):
         with pytest.raises(RuntimeError, match="Last 2 dimensions of bias must be"):
             triton_attention.flash_attn_kvpacked_func(q, kv, torch.zeros(shape))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_bias_has_four_dimensions(causal):
+    q, kv, _ = _inputs(6, 8, None, torch.float32)
+    for shape in ((6, 8), (3, 6, 8)):
+        with pytest.raises(RuntimeError, match="bias: expected 4 dimensions, .* got .*6, 8"):
+            triton_attention.flash_attn_kvpacked_func(q, kv, torch.zeros(shape), causal)
 
 
 def test_the_hook_clears_the_argument():

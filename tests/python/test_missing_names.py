@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import sys
 import types
 
 import pytest
 from flash_attn._missing import absent
+from test_surface import OFFERED, SURFACE
 
 NAMES = {"rotary_kernel": "a Triton kernel; apply_rotary computes the same on every device"}
 
@@ -40,3 +43,30 @@ def test_other_names_fail_as_ever(module):
         module.other  # noqa: B018
     with pytest.raises(ImportError, match="cannot import name 'other'"):
         from flash_attn_stand_in import other  # noqa: F401
+
+
+KERNELS = [(module, name) for module in OFFERED for name in SURFACE[module]["triton_kernels"]]
+PRIVATE = [
+    ("flash_attn.flash_attn_triton", "_flash_attn_forward"),
+    ("flash_attn.ops.layer_norm", "_dropout_add_layer_norm_subset_backward"),
+    ("flash_attn.ops.triton.layer_norm", "_layer_norm_fwd_impl"),
+    ("flash_attn.ops.triton.linear", "get_configs_io_bound"),
+    ("flash_attn", "cute"),
+]
+
+
+@pytest.mark.parametrize("module, name", KERNELS + PRIVATE)
+def test_upstream_names_that_anyflash_lacks(module, name):
+    """The activations of k_activations are functions here; every other kernel is absent."""
+    if module == "flash_attn.ops.triton.k_activations":
+        assert callable(getattr(importlib.import_module(module), name))
+        return
+    assert not hasattr(importlib.import_module(module), name)
+    with pytest.raises(ImportError, match=f"{name}: anyflash does not provide it: .*on every dev"):
+        exec(f"from {module} import {name}", {})
+
+
+def test_clients_probe_for_flash_attention_4():
+    assert importlib.util.find_spec("flash_attn.cute") is None
+    with pytest.raises(ModuleNotFoundError, match="flash_attn.cute"):
+        importlib.import_module("flash_attn.cute")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from flash_attn.ops.triton.layer_norm import layer_norm_linear_fn
 
 import anyflash
+from anyflash import _operators
 from anyflash.norm import dropout_add_norm
 
 pytestmark = pytest.mark.providers
@@ -59,10 +61,43 @@ def test_other_options():
         anyflash.layer_norm(X, W, eps=-1.0)
     with pytest.raises(TypeError, match="weight: expected a torch.Tensor, got NoneType"):
         anyflash.rms_norm(X, None)
-    with pytest.raises((RuntimeError, ValueError), match="fp16, bf16, fp32 or fp64, got"):
+    with pytest.raises(ValueError, match="^x: expected fp16, bf16, fp32 or fp64, got torch.int64"):
         anyflash.rms_norm(X.long(), W)
     with pytest.raises(RuntimeError, match="weight: expected meta like x, got cpu"):
         anyflash.rms_norm(X.to("meta"), W)
+
+
+@pytest.mark.parametrize(
+    "weight, bias, message",
+    [
+        ((5, 7), None, r"linear_weight: expected \(out_features, 8\) .* got \(5, 7\)"),
+        ((8,), None, r"linear_weight: expected \(out_features, 8\) .* got \(8,\)"),
+        ((5, 8), (4,), r"linear_bias: expected \(5,\), .* got \(4,\)"),
+        ((5, 8), (1, 5), r"linear_bias: expected \(5,\), .* got \(1, 5\)"),
+    ],
+)
+def test_a_linear_layer_that_does_not_fit(weight, bias, message):
+    bias = None if bias is None else torch.ones(bias)
+    with pytest.raises(RuntimeError, match=message):
+        layer_norm_linear_fn(X, W, None, torch.ones(weight), bias)
+
+
+def test_a_refusal_tells_of_no_fallback(monkeypatch):
+    told = []
+    monkeypatch.setattr(_operators, "_tell", lambda *what: told.append(what))
+    integers, labels = torch.ones(2, 8, dtype=torch.int64), torch.ones(2, dtype=torch.int64)
+    tables = torch.ones(4, 4)
+    with anyflash.backend("kernel, math"):
+        for refused in (
+            lambda: anyflash.layer_norm(integers, W),
+            lambda: anyflash.rotary(integers.view(1, 2, 1, 8), tables, tables),
+            lambda: anyflash.cross_entropy(integers, labels),
+        ):
+            with pytest.raises((RuntimeError, ValueError), match="expected fp16, bf16, fp32 or"):
+                refused()
+        assert told == []
+        anyflash.cross_entropy(integers.double(), labels)
+    assert [family for family, _ in told] == ["cross_entropy"]
 
 
 # ---- The operators themselves: the same words from both providers.

@@ -24,7 +24,10 @@ BAD = {
     "dtype": (dict(x=torch.zeros(1, 5, 2, 8, dtype=torch.int32)), "x: expected fp16.*got int32"),
     "tables' rank": (dict(cos=COS[None]), r"cos: expected \(seqlen_rotary, rotary_dim / 2\)"),
     "tables' dtype": (dict(sin=SIN.int()), "sin: expected a floating dtype, got int32"),
-    "tables' device": (dict(cos=COS.to("meta")), "cos: expected x's cpu, got meta"),
+    "tables' device": (
+        dict(cos=COS.to("meta")),
+        "cos: expected x's cpu, got meta|tensors of one device, got cpu, meta",
+    ),
     "unlike tables": (dict(sin=SIN[:, :3]), r"sin: expected cos' \(7, 4\), got \(7, 3\)"),
     "wide tables": (
         dict(x=torch.zeros(1, 5, 2, 7)),
@@ -102,14 +105,20 @@ def test_more_bad_input():
     x = torch.ones(1, 5, 2, 8)
     with pytest.raises(TypeError, match="cos: expected a torch.Tensor, got NoneType"):
         anyflash.rotary(x, None, SIN)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="seqlen_offsets: expected an integer .* got 1.5"):
         anyflash.rotary(x, COS, SIN, seqlen_offsets=1.5)
+    with pytest.raises(TypeError, match="seqlen_offset: expected an integer .* got 1.5"):
+        layers.RotaryEmbedding(8)(torch.ones(1, 5, 3, 2, 8), seqlen_offset=1.5)
     with pytest.raises(RuntimeError, match="memory of its own.*stride 0 in dimension 1"):
         anyflash.rotary(x[:, :1].expand(1, 5, 2, 8), COS, SIN, inplace=True)
     with pytest.raises(ImportError, match="apply_rotary"):
         from flash_attn.ops.triton.rotary import rotary_kernel  # noqa: F401
-    with pytest.raises(ValueError, match="dim: expected an even number of columns, got 7"):
-        layers.RotaryEmbedding(7)
+    for dim in (7, 0, -2, 8.5):
+        with pytest.raises(ValueError, match=f"dim: expected a positive even .* got {dim}"):
+            layers.RotaryEmbedding(dim)
+    for base in (0, -1.0):
+        with pytest.raises(ValueError, match=f"base: expected a positive number, got {base}"):
+            layers.RotaryEmbedding(8, base)
     with pytest.raises(RuntimeError, match="cos: expected at most 4 columns"):
         layers.apply_rotary_emb_torch(x, torch.ones(5, 5), torch.ones(5, 5))
 

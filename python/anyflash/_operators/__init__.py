@@ -83,7 +83,8 @@ def runs_on_kernel(family: str, x: Tensor) -> bool:
         return True
     if len(chain) == 1:
         raise RuntimeError(f'anyflash: no back end of "kernel" can run this {family}: {obstacle}')
-    _tell(family, obstacle)
+    if x.dtype.is_floating_point:  # the math refuses all others
+        _tell(family, obstacle)
     return False
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from .._autograd import applier, first_derivative_only, in_plain_eager
+from .._autograd import applier, first_derivative_only, has_readable_values, in_plain_eager
 
 _ops = torch.ops.anyflash
 
@@ -98,7 +98,7 @@ def _validate(logits: Tensor, labels: Tensor, o: Options) -> None:
 def _out_of_range(labels: Tensor, o: Options) -> Tensor:
     """Which labels no class has. On a CPU that is an error; elsewhere asking would wait."""
     wrong = ((labels < 0) | (labels >= o.total_classes)) & (labels != o.ignore_index)
-    if type(labels) is Tensor and labels.device.type == "cpu" and in_plain_eager() and wrong.any():
+    if has_readable_values(labels) and wrong.any():
         row = int(wrong.nonzero()[0])
         raise RuntimeError(
             f"labels: expected 0 <= label < {o.total_classes} or ignore_index {o.ignore_index}, "
@@ -281,10 +281,12 @@ class CrossEntropyFunction(Function):
             smoothing, logit_scale, lse_square_scale, ignore_index, class_start_idx, total_classes
         )
         forward = implementation("cross_entropy_forward", on_kernel)
-        results = forward(logits, labels, precomputed_lse, *o)
         if process_group is None:
-            return results
-        return _combined(results, labels, o, process_group)
+            return forward(logits, labels, precomputed_lse, *o)
+        # First of all, since unequal parts may let some processes, not all, refuse a label.
+        are_unequal = _are_unequal(logits, process_group)
+        results = forward(logits, labels, precomputed_lse, *o)
+        return _combined(results, labels, o, process_group, are_unequal)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -307,8 +309,28 @@ class CrossEntropyFunction(Function):
         return (dlogits, *(None,) * 11)
 
 
+def _are_unequal(logits: Tensor, process_group: Any) -> Tensor:
+    """Whether the processes' parts of the classes differ in width: then nobody knows which classes
+    are whose. On a CPU that is an error; elsewhere asking would wait."""
+    own = torch.full((1,), logits.shape[-1:].numel(), device=logits.device)
+    parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(process_group))]
+    torch.distributed.all_gather(parts, own, group=process_group)
+    widths = torch.cat(parts)
+    are_unequal = (widths != own).any()
+    if has_readable_values(widths) and are_unequal:
+        raise RuntimeError(
+            "logits: expected as many classes on each process of process_group, got "
+            f"{widths.tolist()}"
+        )
+    return are_unequal
+
+
 def _combined(
-    results: tuple[Tensor, Tensor, Tensor], labels: Tensor, o: Options, process_group: Any
+    results: tuple[Tensor, Tensor, Tensor],
+    labels: Tensor,
+    o: Options,
+    process_group: Any,
+    are_unequal: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The results for all classes, from those for this process's part of them."""
     losses, z_losses, lse = results
@@ -316,7 +338,7 @@ def _combined(
     parts = [torch.empty_like(lse) for _ in range(world_size)]
     torch.distributed.all_gather(parts, lse, group=process_group)
     torch.distributed.all_reduce(losses, group=process_group)
-    lse = torch.logsumexp(torch.stack(parts), 0)
+    lse = torch.logsumexp(torch.stack(parts), 0).masked_fill(are_unequal, math.nan)
     ignored = labels == o.ignore_index
     z_losses = (o.lse_square_scale * lse.square()).masked_fill(ignored, 0.0)
     return (losses + lse).masked_fill(ignored, 0.0) + z_losses, z_losses, lse

@@ -14,8 +14,10 @@ from anyflash._operators.cross_entropy import Options, implementation, write_gra
 
 
 def _options(logits: Tensor, smoothing: float, total_classes: int) -> Options:
-    if logits.dim() != 2 or logits.numel() == 0:
-        raise RuntimeError(f"logits: expected (rows, vocab), got {tuple(logits.shape)}")
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise RuntimeError(
+            f"logits: expected (rows, vocab) with at least one class, got {tuple(logits.shape)}"
+        )
     vocab = logits.shape[1]
     return Options(smoothing, 1.0, 0.0, _NEVER, 0, total_classes if total_classes > 0 else vocab)
 

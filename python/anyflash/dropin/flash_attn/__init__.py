@@ -18,6 +18,7 @@ for _entry in _sys.path:
     if _os.path.isfile(_os.path.join(_folder, "__init__.py")):
         _passed_over.append(_folder)
 
+from flash_attn._missing import absent as _absent  # noqa: E402  (after the path is complete)
 from flash_attn.flash_attn_interface import (  # noqa: E402  (after the path is complete)
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -37,6 +38,15 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
 ]
+
+__getattr__ = _absent(
+    __name__,
+    {
+        "cute": "FlashAttention-4, CuTe kernels for recent NVIDIA GPUs, which the distribution "
+        "flash-attn-4 installs beside anyflash (then: import flash_attn.cute); "
+        "flash_attn.flash_attn_func computes attention on every device"
+    },
+)
 
 if _passed_over:
     from anyflash._installs import say_passed_over as _say_passed_over

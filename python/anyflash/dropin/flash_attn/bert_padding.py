@@ -10,12 +10,24 @@ from einops import rearrange, repeat  # noqa: F401  (clients import the names fr
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from anyflash._autograd import has_readable_values
+
+
+def _check_indices(indices: Tensor, rows: int) -> None:
+    """On a CPU; elsewhere the device's own check stays."""
+    if not has_readable_values(indices):
+        return
+    wrong = indices[(indices < 0) | (indices >= rows)]
+    if wrong.numel():
+        raise ValueError(f"indices: expected 0 <= index < {rows} rows, got {wrong[0].item()}")
+
 
 class IndexFirstAxis(torch.autograd.Function):
     """input[indices]; the gradient of a row that was taken twice is the sum."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, indices: Tensor) -> Tensor:
+        _check_indices(indices, input.shape[0])
         ctx.save_for_backward(indices)
         ctx.rows = input.shape[0]
         return input.index_select(0, indices)
@@ -33,6 +45,7 @@ class IndexPutFirstAxis(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
+        _check_indices(indices, first_axis_dim)
         ctx.save_for_backward(indices)
         output = values.new_zeros((first_axis_dim, *values.shape[1:]))
         return output.index_copy_(0, indices.long(), values)  # clients pass int32 too
@@ -49,6 +62,7 @@ class IndexFirstAxisResidual(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        _check_indices(indices, input.shape[0])
         ctx.save_for_backward(indices)
         return input.index_select(0, indices), input.detach()
 
@@ -70,11 +84,28 @@ def _cumulative(lengths: Tensor) -> Tensor:
 
 
 def _longest(lengths: Tensor) -> int:
-    return int(lengths.max()) if lengths.numel() else 0
+    return lengths.max().long().item() if lengths.numel() else 0  # int() would not export
 
 
 def _take(hidden_states: Tensor, indices: Tensor) -> Tensor:
     return index_first_axis(hidden_states.flatten(0, 1), indices)
+
+
+def _check_per_token(name: str, tensor: Optional[Tensor], hidden_states: Tensor) -> None:
+    """One value per token."""
+    if tensor is not None and tensor.shape != hidden_states.shape[:2]:
+        raise ValueError(
+            f"{name}: expected (batch, seqlen) of hidden_states {tuple(hidden_states.shape)}, got "
+            f"{tuple(tensor.shape)}"
+        )
+
+
+def _check_zeros_and_ones(name: str, mask: Tensor) -> None:
+    if mask.dtype == torch.bool or not has_readable_values(mask):
+        return
+    wrong = mask[(mask != 0) & (mask != 1)]
+    if wrong.numel():
+        raise ValueError(f"{name}: expected 0 or 1 for each token, got {wrong[0].item()}")
 
 
 def unpad_input(
@@ -91,12 +122,33 @@ def unpad_input(
         hidden_states (total, ...); indices (total,) int64, where they were in the flattened batch;
         cu_seqlens (batch + 1,) int32; the longest sequence; (batch,) int32, tokens in use of each
         sequence.
+
+    Raises:
+        ValueError: a mask of another shape; on a CPU, a value that is neither 0 nor 1.
     """
+    _check_per_token("attention_mask", attention_mask, hidden_states)
+    _check_per_token("unused_mask", unused_mask, hidden_states)
     taken = attention_mask if unused_mask is None else attention_mask + unused_mask
+    _check_zeros_and_ones("attention_mask", attention_mask)
+    if unused_mask is not None:
+        _check_zeros_and_ones("attention_mask + unused_mask", taken)
     lengths = taken.sum(dim=-1, dtype=torch.int32)
     used = attention_mask.sum(dim=-1, dtype=torch.int32)
     indices = torch.nonzero(taken.flatten()).flatten()
     return _take(hidden_states, indices), indices, _cumulative(lengths), _longest(lengths), used
+
+
+def _check_lengths(name: str, lengths: Tensor) -> None:
+    if not has_readable_values(lengths):
+        return
+    seqlen = lengths.shape[1]
+    wrong = (lengths < 0).any(dim=1) | (lengths.sum(dim=1) > seqlen)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"{name}: expected lengths of 0 or more with a sum of at most seqlen {seqlen}, got "
+            f"{lengths[row].tolist()} in row {row}"
+        )
 
 
 def unpad_input_for_concatenated_sequences(
@@ -112,7 +164,12 @@ def unpad_input_for_concatenated_sequences(
     Returns:
         hidden_states (total, ...); indices (total,) int64; cu_seqlens (sequences + 1,) int32; the
         longest sequence.
+
+    Raises:
+        ValueError: lengths of another shape; on a CPU, one below 0 or more tokens than a row has.
     """
+    _check_per_token("attention_mask_in_length", attention_mask_in_length, hidden_states)
+    _check_lengths("attention_mask_in_length", attention_mask_in_length)
     filled = attention_mask_in_length.sum(dim=-1, keepdim=True)
     place = torch.arange(attention_mask_in_length.shape[-1], device=filled.device)
     indices = torch.nonzero((place < filled).flatten()).flatten()
@@ -132,6 +189,9 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
 
     Returns:
         (batch, seqlen, ...), zero where no token belongs.
+
+    Raises:
+        ValueError: on a CPU, an index outside the padded batch.
     """
     padded = index_put_first_axis(hidden_states, indices, batch * seqlen)
     return padded.unflatten(0, (batch, seqlen))

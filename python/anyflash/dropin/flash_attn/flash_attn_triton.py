@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import anyflash
+from flash_attn._missing import absent
 
 
 def init_to_zero(name: str) -> Callable[[dict[str, Any]], Tensor]:
@@ -46,6 +47,11 @@ def flash_attn_func(
         RuntimeError: arguments that do not fit together.
     """
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    if bias is not None and bias.dim() != 4:
+        raise RuntimeError(
+            "bias: expected 4 dimensions, (1 or batch, 1 or heads, 1 or seqlen_q, seqlen_k), got "
+            f"{tuple(bias.shape)}"
+        )
     if bias is not None and bias.shape[2:] not in ((1, seqlen_k), (seqlen_q, seqlen_k)):
         raise RuntimeError(
             "Last 2 dimensions of bias must be (1, seqlen_k) or (seqlen_q, seqlen_k), here "
@@ -109,3 +115,21 @@ class FlashAttnQKVPackedFunc:
     """flash_attn_qkvpacked_func under upstream's name of the autograd.Function."""
 
     apply = staticmethod(flash_attn_qkvpacked_func)
+
+
+__getattr__ = absent(
+    __name__,
+    dict.fromkeys(
+        (
+            "_fwd_kernel",
+            "_bwd_kernel",
+            "_bwd_kernel_one_col_block",
+            "_bwd_preprocess_do_o_dot",
+            "_bwd_store_dk_dv",
+            "_flash_attn_forward",
+            "_flash_attn_backward",
+        ),
+        "a Triton kernel, or the call of one; flash_attn_func of this module computes it on every "
+        "device, and autograd its gradient",
+    ),
+)

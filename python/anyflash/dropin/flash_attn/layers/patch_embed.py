@@ -43,6 +43,7 @@ class PatchEmbed(nn.Module):
         self.patch_size = _pair(patch_size)
         self.grid_size = tuple(i // p for i, p in zip(self.img_size, self.patch_size))
         self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.in_chans = in_chans
         self.flatten = flatten
         linear = FusedDense if fused_bias_fc and bias else nn.Linear
         features = in_chans * self.patch_size[0] * self.patch_size[1]
@@ -56,8 +57,13 @@ class PatchEmbed(nn.Module):
             x: (batch, in_chans, height, width).
 
         Raises:
+            ValueError: another number of dimensions or channels.
             AssertionError: another height or width than img_size, as upstream and timm.
         """
+        if x.dim() != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(
+                f"x: expected (batch, {self.in_chans}, height, width), got {tuple(x.shape)}"
+            )
         for name, size, expected in zip(("height", "width"), x.shape[-2:], self.img_size):
             if size != expected:
                 raise AssertionError(

@@ -180,8 +180,10 @@ class RotaryEmbedding(torch.nn.Module):
         pos_idx_in_fp32: bool = True,
     ) -> None:
         super().__init__()
-        if dim % 2:
-            raise ValueError(f"dim: expected an even number of columns, got {dim}")
+        if not (dim > 0 and dim % 2 == 0):
+            raise ValueError(f"dim: expected a positive even number of columns, got {dim}")
+        if not base > 0:
+            raise ValueError(f"base: expected a positive number, got {base}")
         self.dim = dim
         self.base = float(base)
         self.interleaved = interleaved
@@ -263,7 +265,15 @@ class RotaryEmbedding(torch.nn.Module):
 
         Returns:
             qkv, or (q, kv).
+
+        Raises:
+            RuntimeError: as apply_rotary_emb_qkv_ and apply_rotary_emb_kv_.
+            TypeError: seqlen_offset is not an integer.
         """
+        if isinstance(seqlen_offset, float):  # the tables would grow by it
+            raise TypeError(
+                f"seqlen_offset: expected an integer or (batch,) integers, got {seqlen_offset}"
+            )
         if max_seqlen is not None:
             self._update_cos_sin_cache(max_seqlen, device=qkv.device, dtype=qkv.dtype)
         elif not isinstance(seqlen_offset, Tensor):

@@ -97,6 +97,8 @@ class ParallelMLP(nn.Module):
 
 def _gated_width(in_features: int, hidden_features: Optional[int], multiple_of: int) -> int:
     """8/3 of in_features or what is given, rounded up to a multiple."""
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of: expected 1 or more, got {multiple_of}")
     width = _default(hidden_features, int(8 * in_features / 3))
     return (width + multiple_of - 1) // multiple_of * multiple_of
 

@@ -50,6 +50,19 @@ def sqrelu_bwd(g: Tensor, x: Tensor) -> Tensor:
     return (2.0 * g * F.relu(x)).to(x.dtype)
 
 
+def _check_gated(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    (_, x), *others = tensors.items()
+    for name, other in others:
+        if any(a != b and 1 not in (a, b) for a, b in zip(x.shape[::-1], other.shape[::-1])):
+            raise ValueError(
+                f"{name}: expected a shape that broadcasts with x {tuple(x.shape)}, got "
+                f"{tuple(other.shape)}"
+            )
+
+
 def _widened(*tensors: Tensor) -> tuple[list[Tensor], torch.dtype]:
     """The tensors in one dtype, fp32 at the least, and the dtype of a result."""
     dtype = tensors[0].dtype
@@ -60,13 +73,23 @@ def _widened(*tensors: Tensor) -> tuple[list[Tensor], torch.dtype]:
 
 
 def swiglu_fwd(x: Tensor, y: Tensor) -> Tensor:
-    """silu(x) * y: x is the gate."""
+    """silu(x) * y: x is the gate.
+
+    Raises:
+        ValueError: x or y is not floating; shapes that do not fit together.
+    """
+    _check_gated(x=x, y=y)
     (x, y), dtype = _widened(x, y)
     return (F.silu(x) * y).to(dtype)
 
 
 def swiglu_bwd(x: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """(gradient of x, gradient of y) for the gradient g of swiglu_fwd's result."""
+    """(gradient of x, gradient of y) for the gradient g of swiglu_fwd's result.
+
+    Raises:
+        ValueError: as swiglu_fwd.
+    """
+    _check_gated(x=x, y=y, g=g)
     (x, y, g), dtype = _widened(x, y, g)
     sigmoid = x.sigmoid()  # torch's silu_backward has no derivative
     dx = g * y * sigmoid * (1.0 + x * (1.0 - sigmoid))

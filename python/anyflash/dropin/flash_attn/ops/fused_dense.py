@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from anyflash._groups import place_in
 from flash_attn.ops._fused_functions import (
     FusedDenseFunc,
     FusedMLPFunc,
@@ -29,7 +30,6 @@ from flash_attn.utils.distributed import (  # noqa: F401
     all_reduce,
     all_reduce_raw,
     get_dim_for_local_rank,
-    group_size,
     reduce_scatter,
     reduce_scatter_raw,
 )
@@ -77,8 +77,7 @@ def _share(name: str, features: int, process_group: ProcessGroup, multiple_of: i
     """This rank's number of features."""
     if features % multiple_of:
         raise ValueError(f"{name} ({features}) must be a multiple of {multiple_of}")
-    size = group_size(process_group)
-    rank = torch.distributed.get_rank(process_group)
+    rank, size = place_in(process_group)
     return get_dim_for_local_rank(features, size, rank, multiple_of)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._missing import absent
 from ._subset_norm import normalise
 
 
@@ -300,3 +301,20 @@ class DropoutAddLayerNorm(nn.Module):
             prenorm=self.prenorm,
             residual_in_fp32=self.residual_in_fp32,
         )
+
+
+__getattr__ = absent(
+    __name__,
+    {
+        f"_{function}_{direction}": (
+            f"a call of upstream's compiled module; {function} computes it on every device, and "
+            "autograd its gradient"
+        )
+        for function in (
+            "dropout_add_layer_norm",
+            "dropout_add_layer_norm_subset",
+            "dropout_add_layer_norm_parallel_residual",
+        )
+        for direction in ("forward", "backward")
+    },
+)

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from anyflash._groups import place_in
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -20,14 +22,9 @@ def group_size(process_group: Optional[ProcessGroup]) -> int:
     """The number of processes in the group.
 
     Raises:
-        ValueError: this process is not in it.
+        ValueError: this process is not in it, or it is none.
     """
-    size = dist.get_world_size(process_group)
-    if size < 1:
-        raise ValueError(
-            "process_group: expected a group that this process belongs to, got one without it"
-        )
-    return size
+    return place_in(process_group)[1]
 
 
 def _collective(*names: str) -> Any:

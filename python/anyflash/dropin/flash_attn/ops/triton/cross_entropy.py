@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from anyflash import cross_entropy
+from flash_attn._missing import absent
 
 
 def cross_entropy_loss(
@@ -57,3 +58,12 @@ class CrossEntropyLoss(torch.autograd.Function):
     """``apply`` is ``cross_entropy_loss``; autograd records the function of anyflash behind it."""
 
     apply = staticmethod(cross_entropy_loss)
+
+
+__getattr__ = absent(
+    __name__,
+    dict.fromkeys(
+        ("cross_entropy_fwd_kernel", "cross_entropy_bwd_kernel"),
+        "a Triton kernel; cross_entropy_loss of this module computes it on every device",
+    ),
+)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from anyflash import _autocast
 from anyflash.norm import dropout_add_norm
+from flash_attn._missing import absent
 
 
 def maybe_contiguous_lastdim(x: Tensor | None) -> Tensor | None:
@@ -152,6 +153,20 @@ def rms_norm_fn(
     )  # fmt: skip
 
 
+def _check_linear(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    shape = linear_weight.shape
+    if len(shape) != 2 or shape[1] != x.shape[-1]:
+        raise RuntimeError(
+            f"linear_weight: expected (out_features, {x.shape[-1]}) for x {tuple(x.shape)}, got "
+            f"{tuple(shape)}"
+        )
+    if linear_bias is not None and linear_bias.shape != shape[:1]:
+        raise RuntimeError(
+            f"linear_bias: expected ({shape[0]},), the rows of linear_weight, got "
+            f"{tuple(linear_bias.shape)}"
+        )
+
+
 def layer_norm_linear_fn(
     x: Tensor,
     norm_weight: Tensor,
@@ -172,6 +187,9 @@ def layer_norm_linear_fn(
 
     Returns:
         (..., out_features); with prenorm the sum beside it.
+
+    Raises:
+        RuntimeError, ValueError: as layer_norm_fn; a linear layer that does not fit x.
     """
     normed = dropout_add_norm(
         x,
@@ -184,6 +202,7 @@ def layer_norm_linear_fn(
         residual_dtype=torch.float32 if residual_in_fp32 else None,
     )
     y = normed.y
+    _check_linear(y, linear_weight, linear_bias)
     if not _autocast.is_enabled(x):
         linear_weight = linear_weight.to(y.dtype)
         linear_bias = None if linear_bias is None else linear_bias.to(y.dtype)
@@ -358,3 +377,20 @@ def rms_norm_ref(
         normalise, x, (weight, bias, weight1, bias1), residual, x1, dropout_p, rowscale, prenorm,
         zero_centered_weight, (dropout_mask, dropout_mask1), upcast,
     )  # fmt: skip
+
+
+__getattr__ = absent(
+    __name__,
+    dict.fromkeys(
+        (
+            "_layer_norm_fwd_1pass_kernel",
+            "_layer_norm_bwd_kernel",
+            "_layer_norm_fwd",
+            "_layer_norm_fwd_impl",
+            "_layer_norm_bwd",
+            "_layer_norm_bwd_impl",
+        ),
+        "a Triton kernel, or the call of one; layer_norm_fn and rms_norm_fn compute it on every "
+        "device, and autograd their gradient",
+    ),
+)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, Optional
+from typing import Any, Optional
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from flash_attn._missing import absent
 from flash_attn.ops._fused_functions import check_linear
 from flash_attn.ops.triton.k_activations import (  # noqa: F401  (upstream's module has these names)
     gelu,
@@ -84,8 +85,11 @@ def triton_dgrad_act(
     return gradient * derivative(act_input)
 
 
-def __getattr__(name: str) -> NoReturn:
-    text = f"module {__name__!r} has no attribute {name!r}"
-    if name in ("kernel_fwd", "kernel_bwd", "get_configs_io_bound", "init_to_zero"):
-        text += ": anyflash has no Triton kernels; triton_linear_act and triton_dgrad_act work"
-    raise AttributeError(text)
+__getattr__ = absent(
+    __name__,
+    dict.fromkeys(
+        ("kernel_fwd", "kernel_bwd", "get_configs_io_bound", "init_to_zero"),
+        "a Triton kernel, or a part of its tuning; triton_linear_act and triton_dgrad_act compute "
+        "it on every device",
+    ),
+)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Union
+from typing import Optional, Union
 
 from torch import Tensor
 
 from anyflash import rotary
+from flash_attn._missing import absent
 
 
 def apply_rotary(
@@ -35,10 +36,7 @@ def apply_rotary(
     )
 
 
-def __getattr__(name: str) -> Any:
-    if name == "rotary_kernel":
-        raise ImportError(
-            "rotary_kernel is upstream's Triton kernel, which anyflash does not have; "
-            "apply_rotary of this module computes the same on every device"
-        )
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = absent(
+    __name__,
+    {"rotary_kernel": "a Triton kernel; apply_rotary of this module computes it on every device"},
+)
