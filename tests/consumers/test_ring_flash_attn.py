@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
-from helpers import join_gloo
+from helpers import join_gloo, leave_gloo
 
 if importlib.util.find_spec("ring_flash_attn") is None:
     pytest.skip("ring_flash_attn is not installed", allow_module_level=True)
@@ -66,7 +66,7 @@ def _worker(rank: int, folder: str) -> None:
         for what, got, want in zip(("out", "dq", "dk", "dv"), (out, *gradients), expected):
             error = (got - want[:, mine]).abs().max().item()
             assert error < 0.05, f"{variant} {what} on rank {rank}: error {error:g}"
-    torch.distributed.destroy_process_group()
+    leave_gloo(rank, folder, RANKS)
 
 
 @pytest.mark.shows("found", "imported", "forward", "backward")

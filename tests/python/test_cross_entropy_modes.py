@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from flash_attn.losses.cross_entropy import CrossEntropyLoss
 from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+from gloo import run_processes
 from support import run_python
 from test_cross_entropy import problem
 
@@ -19,16 +20,11 @@ pytestmark = pytest.mark.providers
 # ---- A vocabulary that lies in parts.
 
 
-def _parallel_worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+def _parallel_worker(rank: int) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         _check_parallel(rank, torch.distributed.group.WORLD, dtype)
     _check_parallel_groups(rank)
     _check_unequal_parts(rank)
-    torch.distributed.destroy_process_group()
 
 
 def _check_parallel(rank, group, dtype):
@@ -93,7 +89,7 @@ def _check_unequal_parts(rank):
 
 
 def test_process_group(tmp_path):
-    torch.multiprocessing.spawn(_parallel_worker, (str(tmp_path),), nprocs=2)
+    run_processes(_parallel_worker, tmp_path)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

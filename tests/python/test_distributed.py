@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from flash_attn.modules import mlp as mlps
 from flash_attn.ops import fused_dense
 from flash_attn.utils import distributed
+from gloo import run_processes
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -276,20 +276,17 @@ OTHERS = {
 
 
 def _worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=SIZE)
     group = dist.group.WORLD
     results = {name: _run_case(case, rank, group) for name, case in CASES.items()}
     results.update({name: function(rank, group) for name, function in OTHERS.items()})
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of the two processes found."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_worker, (str(folder),), nprocs=SIZE)
+    run_processes(_worker, folder, str(folder), count=SIZE)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(SIZE)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from flash_attn.models.gpt import GPTLMHeadModel, combine_state_dicts_tp, shard_state_dict_tp
+from gloo import run_processes
 
 if not dist.is_available() or not dist.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
@@ -133,10 +133,7 @@ def _check_refusals() -> None:
         GPTLMHeadModel(config, process_group=dist.group.WORLD)
 
 
-def _run(rank: int, store: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD_SIZE)
+def _run(rank: int) -> None:
     for name in CONFIGS:
         for sequence_parallel in (False, True):
             try:
@@ -144,8 +141,7 @@ def _run(rank: int, store: str) -> None:
             except Exception as error:
                 raise AssertionError(f"{name}, sequence_parallel={sequence_parallel}") from error
     _check_refusals()
-    dist.destroy_process_group()
 
 
 def test_two_processes(tmp_path):
-    torch.multiprocessing.spawn(_run, args=(str(tmp_path / "store"),), nprocs=WORLD_SIZE)
+    run_processes(_run, tmp_path, count=WORLD_SIZE)

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from flash_attn.modules.embedding import (
     ColumnParallelEmbedding,
     GPT2Embeddings,
@@ -21,6 +20,7 @@ from flash_attn.modules.embedding import (
 )
 from flash_attn.modules.mha import MHA, ParallelMHA, get_alibi_slopes
 from flash_attn.utils.generation import InferenceParams
+from gloo import run_processes
 
 WORLD = 2
 BATCH, SEQLEN, HEAD_DIM, VOCABULARY, PLACES = 2, 6, 16, 20, 8
@@ -207,10 +207,6 @@ CASES = {
 
 
 def _worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD
-    )
     found = {}
     for name, (case, options) in CASES.items():
         try:
@@ -218,14 +214,13 @@ def _worker(rank: int, folder: str) -> None:
         except Exception:
             found[name] = traceback.format_exc()
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory) -> list[dict[str, str]]:
     """Per process: case -> traceback."""
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(_worker, (str(folder),), nprocs=WORLD)
+    run_processes(_worker, folder, str(folder), count=WORLD)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.multiprocessing
-from helpers import compare, join_gloo, leaves, plain_rotary, rotary_tables
+from helpers import compare, join_gloo, leave_gloo, leaves, plain_rotary, rotary_tables
 
 
 def plain_loss(logits, labels, **options):
@@ -79,7 +79,7 @@ def _gather(rank: int, folder: str) -> None:
     compare(out, everything)
     (out * (rank + 1.0)).sum().backward()  # each rank's weight reaches every row: 1 + 2
     compare(mine.grad, torch.full_like(mine, 3.0))
-    torch.distributed.destroy_process_group()
+    leave_gloo(rank, folder)
 
 
 @pytest.mark.shows("forward", "backward")
