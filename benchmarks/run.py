@@ -1,7 +1,8 @@
 """`make bench`: every figure beside its reference, on screen and in out/bench.json.
 
 python -m benchmarks.run [--only attention,overhead] [--out out/bench.json]
-python -m benchmarks.run --docs     # out/bench.json -> docs/benchmarks.md, measures nothing
+python -m benchmarks.run --only ... --docs   # out/bench.json -> the table of docs/benchmarks.md that
+                                             # stands under this command; measures nothing
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import traceback
 TOPICS = ("attention", "rotary", "norm", "cross_entropy", "mlp", "overhead", "startup", "install")
 CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = CHECKOUT / "docs/benchmarks.md"
-BEGIN, END = "<!-- table: python -m benchmarks.run --docs -->", "<!-- end of table -->"
+BEGIN = "<!-- table: python -m benchmarks.run --only {} --docs -->"  # topics
+END = "<!-- end of table -->"
 
 
 def measure(topics: list[str], out: pathlib.Path) -> int:
@@ -73,12 +75,16 @@ def markdown(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def write_page(results: pathlib.Path) -> int:
+def write_page(topics: str, results: pathlib.Path) -> int:
     """Puts the table and the machine's name between the marks of docs/benchmarks.md."""
-    head, _, rest = PAGE.read_text().partition(BEGIN)
+    begin = BEGIN.format(topics)
+    head, found, rest = PAGE.read_text().partition(begin)
+    if not found:
+        print(f"{PAGE.name}: no line {begin}", file=sys.stderr)
+        return 1
     _, _, tail = rest.partition(END)
     table = markdown(json.loads(results.read_text()))
-    PAGE.write_text(f"{head}{BEGIN}\n{machine()}\n\n{table}\n{END}{tail}")
+    PAGE.write_text(f"{head}{begin}\n{machine()}\n\n{table}\n{END}{tail}")
     return 0
 
 
@@ -95,7 +101,7 @@ def main() -> int:
     topics = options.only.split(",")
     if unknown := sorted(set(topics) - set(TOPICS)):
         parser.error(f"unknown topic {', '.join(unknown)}; known: {', '.join(TOPICS)}")
-    return write_page(options.out) if options.docs else measure(topics, options.out)
+    return write_page(options.only, options.out) if options.docs else measure(topics, options.out)
 
 
 if __name__ == "__main__":
