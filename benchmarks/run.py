@@ -1,8 +1,8 @@
 """`make bench`: every figure beside its reference, on screen and in out/bench.json.
 
 python -m benchmarks.run [--only attention,overhead] [--out out/bench.json]
-python -m benchmarks.run --only ... --docs   # measures nothing: out/bench.json -> the table that stands
-                                             # under this command in docs/benchmarks.md
+python -m benchmarks.run --only ... --docs     # measures nothing: out/bench.json into the table
+                                               # under this command in docs/benchmarks.md
 """
 
 from __future__ import annotations
