@@ -2,6 +2,7 @@
 // time, so that all its heads share the angles.
 #pragma once
 
+#include "kernels/cpu/rows.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/cpu/work.h"
 #include "kernels/launch.h"
@@ -132,6 +133,8 @@ ANYFLASH_INLINE void rotate_token(const RotaryParams& p, int64_t token) {
     }
     const int64_t column = p.interleaved ? 2 * first : first;
     for (int64_t head = 0; head < p.heads; ++head) {
+      // The next token: often another page of memory, where the processor does not look by itself.
+      prefetch_row(x + p.x.row_stride + head * p.x.head_stride + column, 2 * count);
       turn(angles, count, p.interleaved, pairs, x + head * p.x.head_stride + column,
            y + head * p.y.head_stride + column);
     }
