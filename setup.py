@@ -42,12 +42,9 @@ def run(*command: str) -> None:
 
 def cmake(cuda: bool, prefix: pathlib.Path) -> None:
     """Configures, builds and installs the libraries into the folder of the package `anyflash`."""
-    import pybind11
-
     build = ROOT / "build" / f"py{sys.version_info[0]}{sys.version_info[1]}"
     options = {
         "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": pybind11.get_cmake_dir(),
         "CMAKE_INSTALL_PREFIX": str(prefix),
         "ANYFLASH_CUDA": ("ON" if setting("ANYFLASH_CUDA") else "AUTO") if cuda else "OFF",
         "ANYFLASH_PIP_CUDA_ROOT": package_root() or "",

@@ -1,58 +1,46 @@
-// Refuses what cannot be computed, before anything of torch or a kernel sees it: names the
-// argument, what came, what was expected. Where the original library has a text for the case, the
+// What every operator asks of its tensors. Everything here raises std::runtime_error: it names the
+// argument, what came, what was expected; where the original library has a text for the case, the
 // message begins with it.
 #pragma once
 
-#include "attention.h"
+#include <initializer_list>
+
+#include "core/text.h"
 
 namespace anyflash {
 
-constexpr int64_t kMaxHeadDim = 512;
+bool has_shape(const TensorView& tensor, std::initializer_list<int64_t> expected);
 
-// Shapes, dtypes, devices and options; values of index tensors on the CPU, and with
-// ANYFLASH_CHECK=1 on CUDA too.
-void validate_forward(const AttentionArgs& args);
-void validate_backward(const AttentionArgs& args, const BackwardArgs& grad);
+// The one door from a tensor to its pointer: memory for every element is there. Absent tensors
+// pass.
+void check_allocated(const TensorView& tensor, const char* name);
 
-struct KeyNames {
-  const char* k;
-  const char* v;
-  bool spare_rows;  // a cache may hold more sequences than q
-};
+// No two elements of `tensor` share memory, as what is written must not.
+void check_no_self_overlap(const TensorView& tensor, const char* name);
+// No element of `read` lies in `written`, whose elements do not share memory.
+void check_no_overlap(const TensorView& written, const char* written_name, const TensorView& read,
+                      const char* read_name);
 
-// What every operator with these arguments asks for.
-void check_query_and_keys(const AttentionArgs& args, const KeyNames& names, const char* direction);
-void check_head_dim(const char* name, int64_t head_dim, const char* direction);
-void check_window_and_scale(double softmax_scale, double softcap);
-void check_same_device(const Tensor& reference, const char* reference_name, const Tensor& tensor,
-                       const char* name);
-void check_last_dim_contiguous(const Tensor& tensor, const char* name);
-void check_alibi_slopes(const Tensor& slopes, const Tensor& q, int64_t batch, int64_t heads);
-void check_sinks(const Tensor& sinks, const Tensor& q, int64_t heads);
-// One int32 per entry of `shape`'s single dimension: cu_seqlens, seqused, leftpad, ...
-void check_index_vector(const Tensor& tensor, const char* name, const Tensor& q, int64_t size,
-                        const char* size_text);
-void check_block_table(const Tensor& table, const Tensor& q, int64_t batch);
+void check_same_device(const TensorView& reference, const char* reference_name,
+                       const TensorView& tensor, const char* name);
+void check_last_dim_contiguous(const TensorView& tensor, const char* name);
 
-// True where the values of index tensors on q's device are to be read.
-bool values_are_checked(const Tensor& q);
+// One int32 per entry of a single dimension of `size`: cu_seqlens, seqused, leftpad, ...
+void check_index_vector(const TensorView& tensor, const char* name, const TensorView& q,
+                        int64_t size, const char* size_text);
 
-// An int32 tensor read on the host: in place on the CPU, else through a copy that waits for the
-// device.
+// An int32 tensor of one or two dimensions, read on the host.
 class HostInts {
  public:
-  explicit HostInts(const Tensor& tensor);
+  explicit HostInts(const TensorView& tensor)
+      : data_(static_cast<const int32_t*>(tensor.host)),
+        row_stride_(tensor.device == Device::cpu ? tensor.strides[0] : tensor.sizes[1]) {}
   int64_t operator[](int64_t i) const { return data_[i]; }
   int64_t at(int64_t row, int64_t column) const { return data_[row * row_stride_ + column]; }
 
  private:
-  Tensor tensor_;
-  const int32_t* data_ = nullptr;
-  int64_t row_stride_ = 0;
+  const int32_t* data_;
+  int64_t row_stride_;  // read for two dimensions alone
 };
-
-// Every page that the first `used` rows of sequence `sequence` lie on is a page of the cache.
-void check_block_table_row(const HostInts& table, int64_t sequence, int64_t used, int64_t page_size,
-                           int64_t num_blocks);
 
 }  // namespace anyflash

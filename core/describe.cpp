@@ -1,24 +1,15 @@
-#include "describe.h"
+#include "core/describe.h"
 
 #include <stdexcept>
 
-#include "cuda/device.h"
-#include "environment.h"
-#include "stable/aten.h"
-#include "stable/check.h"
-#include "stable/dtypes.h"
+#include "core/attention.h"
+#include "core/device.h"
+#include "core/environment.h"
+#include "core/kvcache.h"
+#include "core/text.h"
 
 namespace anyflash {
 namespace {
-
-Dtype kernel_dtype(const Tensor& tensor) {
-  const int32_t code = dtype_of(tensor);
-  const DTypes& types = dtypes();
-  if (code == types.fp32) return Dtype::fp32;
-  if (code == types.bf16) return Dtype::bf16;
-  if (code == types.fp16) return Dtype::fp16;
-  return Dtype::fp64;
-}
 
 Chain checked_chain(int64_t backend) {
   if (backend == 0) return environment().chain;
@@ -32,90 +23,85 @@ Chain checked_chain(int64_t backend) {
   return backend;
 }
 
-Problem describe(const Tensor& x, Family family, Direction direction, int64_t backend) {
-  Problem problem;
-  problem.family = family;
-  problem.direction = direction;
-  problem.device = x.is_cuda() ? Device::cuda : Device::cpu;
-  problem.sm = problem.device == Device::cuda ? cuda::device_sm(x.get_device_index()) : cpu_isa();
-  problem.dtype = kernel_dtype(x);
-  problem.torch_version = torch_version();
-  problem.chain = checked_chain(backend);
-  problem.explicit_chain = problem.chain != kDefaultChain;
-  return problem;
-}
-
-Features features_of(const AttentionArgs& args) {
+Features features_of(const AttentionCall& call) {
   Features features = 0;
   const auto add = [&features](bool present, Features feature) {
     if (present) features |= feature;
   };
-  const bool windowed = args.window_left >= 0 || args.window_right > 0;
-  add(args.packed(), Feature::packed);
-  add(args.paged(), Feature::paged);
-  add(args.seqused_k.has_value(), Feature::seqused_k);
-  add(args.leftpad_k.has_value(), Feature::leftpad_k);
-  add(args.window_right == 0, Feature::causal);
-  add(windowed, Feature::window);
-  add(args.softcap > 0.0, Feature::softcap);
-  add(args.alibi_slopes.has_value(), Feature::alibi);
-  add(args.bias.has_value(), Feature::bias);
-  add(args.sinks.has_value(), Feature::sinks);
-  add(args.dropout_p > 0.0, Feature::dropout);
-  add(args.heads_k() != args.heads(), Feature::gqa);
-  add(args.head_dim_v() != args.head_dim(), Feature::unequal_head_dims);
+  const AttentionOptions& options = call.options;
+  add(call.packed(), Feature::packed);
+  add(call.paged(), Feature::paged);
+  add(call.seqused_k.given(), Feature::seqused_k);
+  add(call.leftpad_k.given(), Feature::leftpad_k);
+  add(options.window_right == 0, Feature::causal);
+  add(options.window_left >= 0 || options.window_right > 0, Feature::window);
+  add(options.softcap > 0.0, Feature::softcap);
+  add(call.alibi_slopes.given(), Feature::alibi);
+  add(call.bias.given(), Feature::bias);
+  add(call.sinks.given(), Feature::sinks);
+  add(options.dropout_p > 0.0, Feature::dropout);
+  add(call.heads_k() != call.heads(), Feature::gqa);
+  add(call.head_dim_v() != call.head_dim(), Feature::unequal_head_dims);
   return features;
 }
 
-Problem describe_attention(const AttentionArgs& args, Direction direction, int64_t backend) {
-  Problem problem = describe(args.q, Family::attention, direction, backend);
-  problem.head_dim = static_cast<int32_t>(args.head_dim());
-  problem.head_dim_v = static_cast<int32_t>(args.head_dim_v());
-  problem.features = features_of(args);
+Problem describe_attention(const AttentionCall& call, Direction direction, const Caller& caller) {
+  Problem problem = describe(call.q, Family::attention, direction, caller);
+  problem.head_dim = static_cast<int32_t>(call.head_dim());
+  problem.head_dim_v = static_cast<int32_t>(call.head_dim_v());
+  problem.features = features_of(call);
   return problem;
 }
 
 }  // namespace
 
-void normalise(AttentionArgs& args, bool causal) {
+Problem describe(const TensorView& x, Family family, Direction direction, const Caller& caller) {
+  Problem problem;
+  problem.family = family;
+  problem.direction = direction;
+  problem.device = x.device;
+  problem.sm = x.device == Device::cuda ? device_sm(x.device_index) : cpu_isa();
+  problem.dtype = static_cast<Dtype>(x.dtype);
+  problem.torch_version = caller.torch_version;
+  problem.chain = checked_chain(caller.backend);
+  problem.explicit_chain = problem.chain != kDefaultChain;
+  return problem;
+}
+
+void normalise(AttentionCall& call, bool causal) {
+  AttentionOptions& options = call.options;
   // Ranks are checked only later: what has too few dimensions keeps what it came with.
-  if (!args.packed() && args.q.dim() == 4) args.max_seqlen_q = args.q.size(1);
-  if (args.k.dim() == 4) {
-    if (!args.paged()) {
-      args.max_seqlen_k = args.k.size(1);
-    } else if (args.block_table->dim() == 2) {
-      args.max_seqlen_k = args.block_table->size(1) * args.k.size(1);
+  if (!call.packed() && call.q.rank == 4) options.max_seqlen_q = call.q.size(1);
+  if (call.k.rank == 4) {
+    if (!call.paged()) {
+      options.max_seqlen_k = call.k.size(1);
+    } else if (call.block_table.rank == 2) {
+      options.max_seqlen_k = call.block_table.size(1) * call.k.size(1);
     }
   }
-  if (args.window_left >= args.max_seqlen_k || args.window_left < 0) args.window_left = -1;
-  if (args.window_right >= args.max_seqlen_k || args.window_right < 0) args.window_right = -1;
-  if (causal) args.window_right = 0;
+  const int64_t longest = options.max_seqlen_k;
+  if (options.window_left >= longest || options.window_left < 0) options.window_left = -1;
+  if (options.window_right >= longest || options.window_right < 0) options.window_right = -1;
+  if (causal) options.window_right = 0;
 }
 
-Problem describe_forward(const AttentionArgs& args, int64_t backend) {
-  return describe_attention(args, Direction::forward, backend);
+Problem describe_forward(const AttentionCall& call, const Caller& caller) {
+  return describe_attention(call, Direction::forward, caller);
 }
 
-Problem describe_backward(const AttentionArgs& args, const BackwardArgs& grad, int64_t backend) {
-  Problem problem = describe_attention(args, Direction::backward, backend);
-  if (grad.dlse) problem.features |= Feature::lse_grad;
+Problem describe_backward(const AttentionCall& call, const BackwardCall& grad,
+                          const Caller& caller) {
+  Problem problem = describe_attention(call, Direction::backward, caller);
+  if (grad.dlse.given()) problem.features |= Feature::lse_grad;
   if (grad.bias_requires_grad) problem.features |= Feature::bias_grad;
   if (grad.deterministic) problem.features |= Feature::deterministic;
   return problem;
 }
 
-Problem describe_bias_activation(const Tensor& x, Direction direction, int64_t backend) {
-  return describe(x, Family::bias_activation, direction, backend);
-}
-
-Problem describe_rowwise(const Tensor& x, Family family, Direction direction) {
-  return describe(x, family, direction, static_cast<Chain>(BackEnd::kernel));
-}
-
-Problem describe_kvcache_append(const Tensor& k_cache, const Tensor& v_cache, int64_t backend) {
-  Problem problem = describe(k_cache, Family::kvcache_append, Direction::forward, backend);
-  problem.head_dim = static_cast<int32_t>(k_cache.size(3));
-  problem.head_dim_v = static_cast<int32_t>(v_cache.size(3));
+Problem describe_append(const KVCacheCall& call, const Caller& caller) {
+  Problem problem = describe(call.k_cache, Family::kvcache_append, Direction::forward, caller);
+  problem.head_dim = static_cast<int32_t>(call.k_cache.size(3));
+  problem.head_dim_v = static_cast<int32_t>(call.v_cache.size(3));
   return problem;
 }
 

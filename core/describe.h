@@ -1,20 +1,18 @@
-// From tensors to the value that decide() reads.
+// From a call to the value that decide() reads.
 #pragma once
 
-#include "attention.h"
-#include "problem.h"
+#include "core/problem.h"
+#include "core/tensor_view.h"
 
 namespace anyflash {
 
-// Lengths and windows as AttentionArgs promises them: dense and paged lengths from the shapes, a
-// window that reaches every key unbounded, causal as window_right = 0. To be called before
-// validation, which reads the lengths.
-void normalise(AttentionArgs& args, bool causal);
+// Who calls, and what was asked of the decision.
+struct Caller {
+  int64_t backend = 0;        // a chain; 0: ANYFLASH_BACKEND, or the default
+  int32_t torch_version = 0;  // 213 = 2.13
+};
 
-Problem describe_forward(const AttentionArgs& args, int64_t backend);
-Problem describe_backward(const AttentionArgs& args, const BackwardArgs& grad, int64_t backend);
-Problem describe_bias_activation(const Tensor& x, Direction direction, int64_t backend);
-Problem describe_rowwise(const Tensor& x, Family family, Direction direction);
-Problem describe_kvcache_append(const Tensor& k_cache, const Tensor& v_cache, int64_t backend);
+// What all families have in common. Raises std::invalid_argument for a backend that is none.
+Problem describe(const TensorView& x, Family family, Direction direction, const Caller& caller);
 
 }  // namespace anyflash

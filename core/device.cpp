@@ -1,12 +1,12 @@
-#include "cuda/device.h"
+#include "core/device.h"
 
 #include <array>
 #include <atomic>
 
+#include "core/late_symbol.h"
 #include "kernels/launch.h"
-#include "stable/shims.h"
 
-namespace anyflash::cuda {
+namespace anyflash {
 namespace {
 
 // The driver is asked, which torch has loaded: the kernel library may be built without CUDA, or
@@ -43,4 +43,4 @@ int32_t device_sm(int32_t device) {
   return sm;
 }
 
-}  // namespace anyflash::cuda
+}  // namespace anyflash

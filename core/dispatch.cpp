@@ -1,10 +1,10 @@
-#include "dispatch.h"
+#include "core/dispatch.h"
 
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
-#include "dispatch_tables.h"
+#include "core/dispatch_tables.h"
 #include "kernels/arch.h"
 
 namespace anyflash {
@@ -24,12 +24,6 @@ const char* dtype_name(Dtype dtype) {
     if (entry.dtype == dtype) return entry.name;
   }
   return "unknown dtype";
-}
-
-const char* family_name(Family family) {
-  constexpr const char* kNames[] = {"attention", "bias_activation", "kvcache_append", "rotary",
-                                    "norm",      "cross_entropy"};
-  return kNames[int32_t(family)];
 }
 
 std::string device_name(const Problem& problem) {
@@ -268,6 +262,12 @@ Choice walk_chain(const Problem& problem, InstanceTable table, Report report) {
 }
 
 }  // namespace
+
+const char* family_name(Family family) {
+  constexpr const char* kNames[] = {"attention", "bias_activation", "kvcache_append", "rotary",
+                                    "norm",      "cross_entropy"};
+  return kNames[int32_t(family)];
+}
 
 const char* route_name(Route route) {
   constexpr const char* kNames[] = {"none",           "kernel",   "aten_cudnn", "aten_flash",

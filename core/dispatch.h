@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "problem.h"
+#include "core/problem.h"
 
 namespace anyflash {
 
@@ -14,6 +14,7 @@ namespace anyflash {
 enum class Route : int32_t { none, kernel, aten_cudnn, aten_flash, aten_efficient, aten_cpu, math };
 
 const char* route_name(Route route);
+const char* family_name(Family family);
 
 // How fast a kernel is beside PyTorch's own attention: a row of measured.def.
 struct Measured {

@@ -1,7 +1,7 @@
 // routes.def and measured.def as tables, for dispatch.cpp.
 #pragma once
 
-#include "dispatch.h"
+#include "core/dispatch.h"
 #include "kernels/arch.h"
 
 namespace anyflash {
@@ -47,7 +47,7 @@ constexpr RouteRow kRoutes[] = {
                     {{dtypes, max_head_dim, multiple, (forward)},                              \
                      {dtypes, max_head_dim, multiple, (backward)}}};                           \
   }(),
-#include "routes.def"
+#include "core/routes.def"
 #undef ROUTE
 };
 
@@ -65,7 +65,7 @@ constexpr PassOverRow kPassOver[] = {
     return PassOverRow{Isa::isa, (dtypes), (features), reason}; \
   }(),
 #define MEASURED(...)
-#include "measured.def"
+#include "core/measured.def"
 #undef MEASURED
 #undef PASS_OVER
 };
@@ -82,7 +82,7 @@ constexpr MeasuredRow kMeasured[] = {
 #define PASS_OVER(...)
 #define MEASURED(arch_name, direction, dtype, max_head_dim, worst, median) \
   {arch::arch_name.min_sm, Direction::direction, Dtype::dtype, max_head_dim, {worst, median}},
-#include "measured.def"
+#include "core/measured.def"
 #undef MEASURED
 #undef PASS_OVER
 };

@@ -1,18 +1,19 @@
-#include "environment.h"
+#include "core/environment.h"
 
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
-#include "dispatch.h"
+#include "core/dispatch.h"
 #include "kernels/arch.h"
 
 namespace anyflash {
 namespace {
 
-bool is_set(const char* name) {
-  const char* value = std::getenv(name);
+// True for a variable that is neither empty nor 0.
+bool is_set(const char* variable) {
+  const char* value = std::getenv(variable);
   return value != nullptr && *value != '\0' && std::strcmp(value, "0") != 0;
 }
 
@@ -46,7 +47,12 @@ int32_t read_cpu_isa() {
 }  // namespace
 
 const Environment& environment() {
-  static const Environment read{read_chain(), is_set("ANYFLASH_CHECK"), is_set("ANYFLASH_VERBOSE")};
+  static const Environment read{read_chain(), is_set("ANYFLASH_VERBOSE")};
+  return read;
+}
+
+bool checks_values() {
+  static const bool read = is_set("ANYFLASH_CHECK");
   return read;
 }
 

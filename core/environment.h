@@ -1,19 +1,21 @@
 // What the user said in the environment, read once per process.
 #pragma once
 
-#include "problem.h"
+#include "core/problem.h"
 
 namespace anyflash {
 
 struct Environment {
-  Chain chain;        // ANYFLASH_BACKEND, cut to its first name by ANYFLASH_STRICT=1
-  bool check_values;  // ANYFLASH_CHECK=1: also check what costs a device synchronisation
-  bool verbose;       // ANYFLASH_VERBOSE=1: say what runs also where all is well
+  Chain chain;   // ANYFLASH_BACKEND, cut to its first name by ANYFLASH_STRICT=1
+  bool verbose;  // ANYFLASH_VERBOSE=1: say what runs also where all is well
 };
 
 // Raises std::invalid_argument (ValueError in Python), on every call, while ANYFLASH_BACKEND names
 // an unknown back end.
 const Environment& environment();
+
+// ANYFLASH_CHECK=1: also check what costs a device synchronisation.
+bool checks_values();
 
 // The instruction set that CPU kernels may use, an Isa of kernels/arch.h: this machine's, or what
 // ANYFLASH_CPU_ISA says. Raises std::invalid_argument, on every call, while that names an unknown

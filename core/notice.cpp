@@ -1,4 +1,4 @@
-#include "notice.h"
+#include "core/notice.h"
 
 #include <array>
 #include <atomic>
@@ -6,14 +6,13 @@
 #include <mutex>
 #include <set>
 
-#include "environment.h"
-#include "stable/check.h"
+#include "core/environment.h"
+#include "core/text.h"
 
 namespace anyflash {
 namespace {
 
-using Sink = void (*)(int32_t level, const char* text);
-std::atomic<Sink> notice_sink{nullptr};
+std::atomic<NoticeSink> notice_sink{nullptr};
 
 BackEnd back_end_of(Route route) {
   switch (route) {
@@ -46,7 +45,7 @@ const char* route_phrase(Route route) {
 }
 
 bool runs_on(BackEnd back_end, Route route, Family family) {
-  if (family == Family::bias_activation) {
+  if (family != Family::attention) {  // a kernel or plain operators
     return (back_end == BackEnd::kernel) == (route == Route::kernel);
   }
   return back_end == back_end_of(route) ||
@@ -108,7 +107,7 @@ void tell_once(Level level, const std::string& notice) {
     if (!told_texts.insert(notice).second) return;
   }
   // Outside of the lock: a sink in Python waits for the interpreter.
-  if (Sink sink = notice_sink.load()) {
+  if (NoticeSink sink = notice_sink.load()) {
     sink(static_cast<int32_t>(level), notice.c_str());
   } else if (level == Level::warning || environment().verbose) {
     std::fprintf(stderr, "%s\n", notice.c_str());
@@ -125,8 +124,8 @@ std::string fallback_text(const Problem& problem, const Decision& decision) {
     why += text(why.empty() ? "" : "; ", route_name(reason.route), ": ", reason.text);
   }
   const bool is_last_resort = attention && route == Route::math;
-  return text("anyflash: ", attention ? "attention" : "bias_activation", " runs on ",
-              route_phrase(route), ", because ", why, ". To choose it yourself: ",
+  return text("anyflash: ", family_name(problem.family), " runs on ", route_phrase(route),
+              ", because ", why, ". To choose it yourself: ",
               is_last_resort ? "with anyflash.backend(\"math\")" : "ANYFLASH_BACKEND=sdpa,math",
               ". To make it an error: ANYFLASH_STRICT=1. The whole decision: python -m anyflash "
               "explain. This is said once.");
@@ -153,10 +152,6 @@ void note_choice(const Problem& problem, const Choice& choice) {
   told.insert(number);
 }
 
-}  // namespace anyflash
+void set_notice_sink(NoticeSink sink) { notice_sink.store(sink); }
 
-// Where notices go instead of stderr; null for stderr again. A sink is told everything, stderr
-// without ANYFLASH_VERBOSE=1 warnings alone.
-extern "C" ANYFLASH_EXPORT void anyflash_set_notice_sink(anyflash::Sink sink) {
-  anyflash::notice_sink.store(sink);
-}
+}  // namespace anyflash

@@ -3,11 +3,15 @@
 // the level below.
 #pragma once
 
-#include "dispatch.h"
+#include "core/dispatch.h"
 
 namespace anyflash {
 
 enum class Level : int32_t { info = 20, warning = 30 };  // as Python's logging numbers them
+
+// Told everything; without a sink stderr gets warnings, with ANYFLASH_VERBOSE=1 the rest too.
+using NoticeSink = void (*)(int32_t level, const char* text);
+void set_notice_sink(NoticeSink sink);  // null: stderr
 
 // Cheap when there is nothing new to tell: no lock, no string.
 void note_choice(const Problem& problem, const Choice& choice);

@@ -1,4 +1,4 @@
-#include "fallback/pieces.h"
+#include "core/pieces.h"
 
 #include <algorithm>
 

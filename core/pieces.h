@@ -11,7 +11,7 @@ namespace anyflash {
 
 // Rows [row_begin, row_end) against keys [key_begin, key_end) of one sequence.
 struct Piece {
-  enum class Mask {
+  enum class Mask : int32_t {
     kNone,      // every row sees every key
     kCausal,    // square: row row_begin + i sees keys key_begin .. key_begin + i
     kInterval,  // the element test of the problem's IntervalMask
@@ -33,7 +33,7 @@ struct Plan {
   std::vector<Piece> pieces;
 };
 
-enum class PlanFor {
+enum class PlanFor : int32_t {
   kForward,
   kBackward,  // pieces share few keys: what several of them add to a key's gradient costs passes
               // over memory

@@ -6,7 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "attention.h"
+#include "attention/arguments.h"
 
 namespace anyflash {
 

@@ -125,8 +125,8 @@ int64_t anyflash_bias_activation_workspace(int64_t rows, int64_t cols, Activatio
   return anyflash::bias_activation::num_partials(rows, cols) * in_cols * int64_t{sizeof(float)};
 }
 
-int64_t anyflash_attention_workspace(const Instance* instance,
-                                     const anyflash::AttentionParams* params) {
+int64_t anyflash_attention_workspace([[maybe_unused]] const Instance* instance,
+                                     [[maybe_unused]] const anyflash::AttentionParams* params) {
 #if ANYFLASH_HAS_CUDA
   if (instance->device == anyflash::Device::cuda) {
     return anyflash::sm80::plan_splits(*params, anyflash::num_multiprocessors()).workspace_bytes();

@@ -10,8 +10,8 @@ import pathlib
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LISTS = (
     "csrc/schemas.def",
-    "csrc/routes.def",
-    "csrc/measured.def",
+    "core/routes.def",
+    "core/measured.def",
     "kernels/features.def",
     "kernels/instances.def",
 )

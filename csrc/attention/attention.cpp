@@ -1,37 +1,25 @@
-#include "attention.h"
-
-#include "attention_run.h"
-#include "cpu/attention_kernel.h"
-#include "cuda/attention_kernel.h"
-#include "describe.h"
-#include "dispatch.h"
-#include "fallback/routes.h"
-#include "layout.h"
-#include "notice.h"
+#include "attention/arguments.h"
+#include "attention/run.h"
 #include "operators.h"
+#include "routes/routes.h"
 #include "stable/aten.h"
 #include "stable/check.h"
+#include "stable/contiguous_rows.h"
 #include "stable/grad_mode.h"
-#include "validate.h"
+#include "stable/view.h"
 
 namespace anyflash {
 namespace {
 
-Choice checked_choice(const Problem& problem) {
-  const Choice choice = choose(problem);
-  AF_CHECK(choice.route != Route::none, refusal(problem, decide(problem)));
-  note_choice(problem, choice);
-  return choice;
-}
-
 [[noreturn]] void no_such_route(Route route) {
-  raise_runtime_error(text("anyflash: attention cannot run on ", route_name(route)));
+  raise_runtime_error(text("anyflash: attention cannot run on ", anyflash_route_name(route)));
 }
 
-Gradients run_backward(const Choice& choice, const AttentionArgs& args, const BackwardArgs& grad) {
+Gradients run_backward(const Choice& choice, const AttentionArgs& args, const BackwardArgs& grad,
+                       const AttentionCall& call, const BackwardCall& grad_call) {
   switch (choice.route) {
     case Route::kernel:
-      return cpu_kernel::backward(*choice.instance, args, grad);
+      return kernel::backward(*choice.instance, args, grad, call, grad_call);
     case Route::aten_cpu:
       return aten_cpu::backward(args, grad);
     case Route::aten_flash:
@@ -47,17 +35,41 @@ Gradients run_backward(const Choice& choice, const AttentionArgs& args, const Ba
   }
 }
 
-}  // namespace
-
-Choice choose_forward(const AttentionArgs& args, int64_t backend) {
-  return checked_choice(describe_forward(args, backend));
+// Checks and decides; `args` and `call` have normalised options afterwards.
+Choice prepare(AttentionArgs& args, AttentionCall& call, const BackwardCall* grad, bool causal,
+               int64_t backend) {
+  const Caller from = caller(backend);
+  Choice choice;
+  check_status(anyflash_prepare_attention(&call, grad, causal, &from, &choice));
+  static_cast<AttentionOptions&>(args) = call.options;
+  return choice;
 }
 
-ForwardResult run_forward(const Choice& choice, const AttentionArgs& args) {
+}  // namespace
+
+AttentionCall views_of(const AttentionArgs& args, std::vector<Tensor>& host_copies) {
+  AttentionCall call;
+  call.q = view_of(args.q);
+  call.k = view_of(args.k);
+  call.v = view_of(args.v);
+  call.cu_seqlens_q = view_with_values(args.cu_seqlens_q, host_copies);
+  call.cu_seqlens_k = view_with_values(args.cu_seqlens_k, host_copies);
+  call.seqused_k = view_with_values(args.seqused_k, host_copies);
+  call.leftpad_k = view_with_values(args.leftpad_k, host_copies);
+  call.block_table = view_with_values(args.block_table, host_copies);
+  call.alibi_slopes = view_of(args.alibi_slopes);
+  call.bias = view_of(args.bias);
+  call.sinks = view_of(args.sinks);
+  call.rng_state = view_of(args.rng_state);
+  call.options = args;
+  return call;
+}
+
+ForwardResult run_forward(const Choice& choice, const AttentionArgs& args,
+                          const AttentionCall& call) {
   switch (choice.route) {
     case Route::kernel:
-      return choice.instance->device == Device::cuda ? cuda_kernel::forward(*choice.instance, args)
-                                                     : cpu_kernel::forward(*choice.instance, args);
+      return kernel::forward(*choice.instance, args, call);
     case Route::aten_cpu:
       return aten_cpu::forward(args);
     case Route::aten_flash:
@@ -82,7 +94,7 @@ std::tuple<Tensor, Tensor> attention_forward(
     double dropout_p, double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
     double softcap, int64_t backend) {
   const NoGrad no_grad;
-  AttentionArgs args{q, k, v};
+  AttentionArgs args{{}, q, k, v};
   args.cu_seqlens_q = cu_seqlens_q;
   args.cu_seqlens_k = cu_seqlens_k;
   args.seqused_k = seqused_k;
@@ -99,9 +111,10 @@ std::tuple<Tensor, Tensor> attention_forward(
   args.softcap = softcap;
   args.window_left = window_left;
   args.window_right = window_right;
-  normalise(args, causal);
-  validate_forward(args);
-  return run_forward(choose_forward(args, backend), args);
+  std::vector<Tensor> host_copies;
+  AttentionCall call = views_of(args, host_copies);
+  const Choice choice = prepare(args, call, nullptr, causal, backend);
+  return run_forward(choice, args, call);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
@@ -114,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     int64_t window_left, int64_t window_right, double softcap, bool deterministic,
     bool bias_requires_grad, bool sinks_requires_grad, int64_t backend) {
   const NoGrad no_grad;
-  AttentionArgs args{q, k, v};
+  AttentionArgs args{{}, q, k, v};
   args.cu_seqlens_q = cu_seqlens_q;
   args.cu_seqlens_k = cu_seqlens_k;
   args.seqused_k = seqused_k;
@@ -130,16 +143,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   args.softcap = softcap;
   args.window_left = window_left;
   args.window_right = window_right;
-  BackwardArgs grad{dout, out, lse, dlse, deterministic, bias_requires_grad, sinks_requires_grad};
-  normalise(args, causal);
-  validate_backward(args, grad);
   // What autograd hands over may be expanded or transposed; the routes read rows of contiguous
   // elements.
-  grad.dout = contiguous_last_dim(grad.dout);
-  grad.out = contiguous_last_dim(grad.out);
-
-  const Choice choice = checked_choice(describe_backward(args, grad, backend));
-  Gradients result = run_backward(choice, args, grad);
+  const BackwardArgs grad{contiguous_rows(dout), contiguous_rows(out), lse, dlse, deterministic,
+                          bias_requires_grad,    sinks_requires_grad};
+  std::vector<Tensor> host_copies;
+  AttentionCall call = views_of(args, host_copies);
+  const BackwardCall grad_call{view_of(grad.dout), view_of(grad.out), view_of(grad.lse),
+                               view_of(grad.dlse), deterministic,     bias_requires_grad,
+                               sinks_requires_grad};
+  const Choice choice = prepare(args, call, &grad_call, causal, backend);
+  Gradients result = run_backward(choice, args, grad, call, grad_call);
   const auto or_empty = [&q](OptionalTensor& tensor) {
     return tensor ? *tensor : empty({0}, q, q.scalar_type());
   };

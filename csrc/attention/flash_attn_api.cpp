@@ -3,10 +3,10 @@
 #include <array>
 #include <cmath>
 
-#include "layout.h"
 #include "operators.h"
 #include "stable/aten.h"
 #include "stable/check.h"
+#include "stable/contiguous_rows.h"
 #include "stable/grad_mode.h"
 
 namespace anyflash {
@@ -60,7 +60,7 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Packing& 
   const auto [left, right] = window_of(options.window_size);
   const double scale = scale_of(options.softmax_scale, q);
   return std::get<0>(attention_forward(
-      contiguous_last_dim(q), contiguous_last_dim(k), contiguous_last_dim(v), packing.cu_seqlens_q,
+      contiguous_rows(q), contiguous_rows(k), contiguous_rows(v), packing.cu_seqlens_q,
       packing.cu_seqlens_k, packing.max_seqlen_q, packing.max_seqlen_k, std::nullopt, std::nullopt,
       packing.block_table, options.alibi_slopes, std::nullopt, std::nullopt,
       draw_rng_state(q, options.dropout_p), options.dropout_p, scale, options.causal, left, right,
@@ -155,7 +155,7 @@ Tensor flash_attn_with_kvcache(
   AF_CHECK(num_splits <= 128, "num_splits > 128 not supported, got ", num_splits);
   const auto [left, right] = window_of(window_size);
   return std::get<0>(attention_kvcache_(
-      contiguous_last_dim(q), k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens,
+      contiguous_rows(q), k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens,
       cache_batch_idx, cache_leftpad, block_table, alibi_slopes, std::nullopt,
       scale_of(softmax_scale, q), causal, left, right, softcap, rotary_interleaved,
       /*backend=*/0));

@@ -1,4 +1,4 @@
-#include "fallback/promised.h"
+#include "attention/results.h"
 
 #include <limits>
 

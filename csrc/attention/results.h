@@ -1,7 +1,7 @@
 // What every route agrees on: the tensors that the operators return, and small shapes around them.
 #pragma once
 
-#include "attention.h"
+#include "attention/arguments.h"
 #include "stable/aten.h"
 
 namespace anyflash {

@@ -1,11 +1,12 @@
-#include "kvcache.h"
+#include "kvcache/kvcache.h"
 
-#include "attention_run.h"
-#include "describe.h"
-#include "dispatch.h"
+#include "attention/run.h"
 #include "operators.h"
 #include "stable/aten.h"
+#include "stable/contiguous_rows.h"
 #include "stable/grad_mode.h"
+#include "stable/launch_on.h"
+#include "stable/view.h"
 
 namespace anyflash {
 namespace {
@@ -34,27 +35,39 @@ Tensor longer(const Tensor& lengths, int64_t added) {
   return to_dtype(select(positions(lengths, added, added + 1), 1, 0), ScalarType::Int);
 }
 
-// The caches as attention sees them. A cache whose rows are picked by cache_batch_idx is a paged
-// one with one page per sequence.
-AttentionArgs attention_over(const KVCacheCall& call, int64_t window_left, int64_t window_right) {
-  AttentionArgs args{call.q, call.k_cache, call.v_cache};
-  args.seqused_k = call.cache_seqlens;
-  args.leftpad_k = call.cache_leftpad;
-  args.alibi_slopes = call.alibi_slopes;
-  args.sinks = call.sinks;
-  args.softmax_scale = call.softmax_scale;
-  args.softcap = call.softcap;
-  args.window_left = window_left;
-  args.window_right = window_right;
-  if (call.block_table) {
-    args.block_table = call.block_table;
-  } else if (call.cache_batch_idx) {
-    args.block_table = unsqueeze(*call.cache_batch_idx, 1);
-  } else if (call.k_cache.size(0) > call.batch()) {
-    args.k = narrow(call.k_cache, 0, 0, call.batch());
-    args.v = narrow(call.v_cache, 0, 0, call.batch());
+KVCacheCall views_of(const KVCacheArgs& args, std::vector<Tensor>& host_copies) {
+  KVCacheCall call;
+  call.q = view_of(args.q);
+  call.k_cache = args.k ? view_to_write(args.k_cache) : view_of(args.k_cache);
+  call.v_cache = args.k ? view_to_write(args.v_cache) : view_of(args.v_cache);
+  call.k = view_of(args.k);
+  call.v = view_of(args.v);
+  call.rotary_cos = view_of(args.rotary_cos);
+  call.rotary_sin = view_of(args.rotary_sin);
+  call.cache_seqlens = view_with_values(args.cache_seqlens, host_copies);
+  call.cache_batch_idx = view_with_values(args.cache_batch_idx, host_copies);
+  call.cache_leftpad = view_with_values(args.cache_leftpad, host_copies);
+  call.block_table = view_with_values(args.block_table, host_copies);
+  call.alibi_slopes = view_of(args.alibi_slopes);
+  call.sinks = view_of(args.sinks);
+  call.options = args;
+  call.rotary_interleaved = args.rotary_interleaved;
+  return call;
+}
+
+// The tensors of `attention`, which the core made of views.
+AttentionArgs attention_over(const KVCacheArgs& args, const AttentionCall& attention) {
+  AttentionArgs result{attention.options, args.q, tensor_like(args.k_cache, attention.k),
+                       tensor_like(args.v_cache, attention.v)};
+  result.seqused_k = args.cache_seqlens;
+  result.leftpad_k = args.cache_leftpad;
+  result.alibi_slopes = args.alibi_slopes;
+  result.sinks = args.sinks;
+  if (attention.paged()) {
+    const OptionalTensor& table = args.block_table ? args.block_table : args.cache_batch_idx;
+    result.block_table = tensor_like(*table, attention.block_table);
   }
-  return args;
+  return result;
 }
 
 // Autograd counts the changes that pass the dispatcher: one of no element stands for the kernel's.
@@ -64,35 +77,41 @@ void count_change(const Tensor& cache) {
   fill_(aten<Tensor>("aten::narrow", "", cache, 0, 0, 0), 0);
 }
 
-// Appends the new keys and values; q comes back rotated where rotary tables are given.
-void append_and_rotate(const KVCacheCall& call, AttentionArgs& args, int64_t backend) {
-  const Tensor& first = *call.cache_seqlens;
-  const int64_t seqlen_new = call.seqlen_new(), seqlen_q = call.q.size(1);
+// By the kernel: one launch.
+void append_by_kernel(const Instance& instance, const KVCacheArgs& args, const KVCacheCall& call,
+                      AttentionArgs& attention) {
+  AppendResults results;
+  const Tensor seqused_k = empty({args.q.size(0)}, args.q, ScalarType::Int);
+  results.seqused_k = view_to_write(seqused_k);
+  attention.seqused_k = seqused_k;
+  if (args.rotary_cos && args.rotary_cos->size(1) > 0) {
+    attention.q = empty(args.q.sizes(), args.q, args.q.scalar_type());
+    results.q_rotated = view_to_write(attention.q);
+  }
+  const LaunchOn where(args.q);
+  check_status(anyflash_run_append(&instance, &call, &attention, &results, where.get()));
+}
+
+// By plain operators.
+void append_by_operators(const KVCacheArgs& args, AttentionArgs& attention) {
+  const Tensor& first = *args.cache_seqlens;
+  const int64_t batch = args.q.size(0), seqlen_new = args.k->size(1), seqlen_q = args.q.size(1);
+  attention.seqused_k = longer(first, seqlen_new);
+  const Tensor rows = positions(first, 0, seqlen_new);
+  if (!args.rotary_cos) {
+    append(args, *args.k, *args.v, rows);
+    return;
+  }
+  const auto rotated = [&args](const Tensor& x, const Tensor& where) {
+    return rotate(x, *args.rotary_cos, *args.rotary_sin, where, args.rotary_interleaved);
+  };
+  append(args, rotated(*args.k, rows), *args.v, rows);
   // Under a mask that moves with the query each row of q has its own position, else all stand at
   // the end of the cache.
-  const bool moving_mask = args.window_left >= 0 || args.window_right >= 0;
-  const Choice choice = choose(describe_kvcache_append(call.k_cache, call.v_cache, backend));
-  if (choice.route == Route::kernel) {
-    count_change(call.k_cache);
-    count_change(call.v_cache);
-    const kernel::Appended appended = kernel::append(*choice.instance, call, moving_mask);
-    args.q = appended.q;
-    args.seqused_k = appended.seqused_k;
-    return;
-  }
-  args.seqused_k = longer(first, seqlen_new);
-  const Tensor rows = positions(first, 0, seqlen_new);
-  if (!call.rotary_cos) {
-    append(call, *call.k, *call.v, rows);
-    return;
-  }
-  const auto rotated = [&call](const Tensor& x, const Tensor& where) {
-    return rotate(x, *call.rotary_cos, *call.rotary_sin, where, call.rotary_interleaved);
-  };
-  append(call, rotated(*call.k, rows), *call.v, rows);
+  const bool moving_mask = attention.window_left >= 0 || attention.window_right >= 0;
   const Tensor q_rows = moving_mask ? positions(first, 0, seqlen_q)
-                                    : expand(positions(first, 0, 1), {call.batch(), seqlen_q});
-  args.q = rotated(call.q, q_rows);
+                                    : expand(positions(first, 0, 1), {batch, seqlen_q});
+  attention.q = rotated(args.q, q_rows);
 }
 
 }  // namespace
@@ -128,21 +147,21 @@ Tensor rotate(const Tensor& x, const Tensor& rotary_cos, const Tensor& rotary_si
   return y;
 }
 
-void append(const KVCacheCall& call, const Tensor& k, const Tensor& v, const Tensor& rows) {
+void append(const KVCacheArgs& args, const Tensor& k, const Tensor& v, const Tensor& rows) {
   MaybeTensors where;
-  if (call.block_table) {
-    const Tensor page_size = scalar(call.k_cache.size(1));
-    const Tensor table = to_dtype(*call.block_table, ScalarType::Long);
+  if (args.block_table) {
+    const Tensor page_size = scalar(args.k_cache.size(1));
+    const Tensor table = to_dtype(*args.block_table, ScalarType::Long);
     const Tensor page = aten<Tensor>("aten::floor_divide", "", rows, page_size);
     where = {aten<Tensor>("aten::gather", "", table, 1, page, false),
              aten<Tensor>("aten::remainder", "Tensor", rows, page_size)};
   } else {
-    const Tensor owner = call.cache_batch_idx ? to_dtype(*call.cache_batch_idx, ScalarType::Long)
-                                              : arange(call.batch(), call.q);
-    where = {expand(unsqueeze(owner, 1), {call.batch(), call.seqlen_new()}), rows};
+    const Tensor owner = args.cache_batch_idx ? to_dtype(*args.cache_batch_idx, ScalarType::Long)
+                                              : arange(args.q.size(0), args.q);
+    where = {expand(unsqueeze(owner, 1), {args.q.size(0), k.size(1)}), rows};
   }
-  aten<Tensor>("aten::index_put_", "", call.k_cache, where, k, false);
-  aten<Tensor>("aten::index_put_", "", call.v_cache, where, v, false);
+  aten<Tensor>("aten::index_put_", "", args.k_cache, where, k, false);
+  aten<Tensor>("aten::index_put_", "", args.v_cache, where, v, false);
 }
 
 std::tuple<Tensor, Tensor> attention_kvcache_(
@@ -154,26 +173,43 @@ std::tuple<Tensor, Tensor> attention_kvcache_(
     bool causal, int64_t window_left, int64_t window_right, double softcap, bool rotary_interleaved,
     int64_t backend) {
   const NoGrad no_grad;
-  KVCacheCall call{q, k_cache, v_cache};
-  call.k = k;
-  call.v = v;
-  call.rotary_cos = rotary_cos;
-  call.rotary_sin = rotary_sin;
-  call.cache_seqlens = cache_seqlens;
-  call.cache_batch_idx = cache_batch_idx;
-  call.cache_leftpad = cache_leftpad;
-  call.block_table = block_table;
-  call.alibi_slopes = alibi_slopes;
-  call.sinks = sinks;
-  call.softmax_scale = softmax_scale;
-  call.softcap = softcap;
-  call.rotary_interleaved = rotary_interleaved;
-  validate_kvcache(call);
-  AttentionArgs args = attention_over(call, window_left, window_right);
-  normalise(args, causal);
-  const Choice choice = choose_forward(args, backend);  // who refuses leaves the caches alone
-  if (call.seqlen_new() > 0 && call.batch() > 0) append_and_rotate(call, args, backend);
-  return run_forward(choice, args);
+  KVCacheArgs args{{}, q, k_cache, v_cache};
+  args.k = contiguous_rows(k);
+  args.v = contiguous_rows(v);
+  args.rotary_cos = contiguous_rows(rotary_cos);
+  args.rotary_sin = contiguous_rows(rotary_sin);
+  args.cache_seqlens = cache_seqlens;
+  args.cache_batch_idx = cache_batch_idx;
+  args.cache_leftpad = cache_leftpad;
+  args.block_table = block_table;
+  args.alibi_slopes = alibi_slopes;
+  args.sinks = sinks;
+  args.softmax_scale = softmax_scale;
+  args.softcap = softcap;
+  args.window_left = window_left;
+  args.window_right = window_right;
+  args.rotary_interleaved = rotary_interleaved;
+
+  std::vector<Tensor> host_copies;
+  const KVCacheCall call = views_of(args, host_copies);
+  const Caller from = caller(backend);
+  AttentionCall attention_call;
+  Choice choice, append_choice;
+  check_status(
+      anyflash_prepare_kvcache(&call, causal, &from, &attention_call, &choice, &append_choice));
+  AttentionArgs attention = attention_over(args, attention_call);
+  if (append_choice.route != Route::none) {
+    if (append_choice.route == Route::kernel) {
+      count_change(k_cache);
+      count_change(v_cache);
+      append_by_kernel(*append_choice.instance, args, call, attention);
+    } else {
+      append_by_operators(args, attention);
+    }
+    attention_call.q = view_of(attention.q);
+    attention_call.seqused_k = view_of(attention.seqused_k);
+  }
+  return run_forward(choice, attention, attention_call);
 }
 
 }  // namespace anyflash

@@ -1,16 +1,13 @@
-#include "bias_activation.h"
+#include "mlp/bias_activation.h"
 
 #include <stdexcept>
 
-#include "describe.h"
-#include "dispatch.h"
-#include "notice.h"
 #include "operators.h"
 #include "stable/aten.h"
 #include "stable/check.h"
 #include "stable/dtypes.h"
 #include "stable/grad_mode.h"
-#include "validate.h"
+#include "stable/view.h"
 
 namespace anyflash {
 namespace {
@@ -45,10 +42,10 @@ void validate_gradient(const Tensor& dy, const Tensor& x, Activation activation)
 }
 
 Choice chosen(const Tensor& x, Direction direction, int64_t backend) {
-  const Problem problem = describe_bias_activation(x, direction, backend);
-  const Choice choice = choose(problem);
-  AF_CHECK(choice.route != Route::none, refusal(problem, decide(problem)));
-  note_choice(problem, choice);
+  const TensorView view = view_of(x);
+  const Caller from = caller(backend);
+  Choice choice;
+  check_status(anyflash_choose(&view, Family::bias_activation, direction, &from, &choice));
   return choice;
 }
 

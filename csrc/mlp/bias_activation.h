@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "attention.h"
+#include "attention/arguments.h"
 #include "kernels/launch.h"
 
 namespace anyflash {

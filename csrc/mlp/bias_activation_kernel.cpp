@@ -1,7 +1,7 @@
-#include "bias_activation.h"
-#include "launch.h"
-#include "layout.h"
+#include "mlp/bias_activation.h"
 #include "stable/aten.h"
+#include "stable/contiguous_rows.h"
+#include "stable/launch_on.h"
 
 namespace anyflash::kernel {
 namespace {

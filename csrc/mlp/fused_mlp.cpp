@@ -1,12 +1,11 @@
 #include <algorithm>
 
-#include "bias_activation.h"
+#include "mlp/bias_activation.h"
 #include "operators.h"
 #include "stable/aten.h"
 #include "stable/check.h"
 #include "stable/dtypes.h"
 #include "stable/grad_mode.h"
-#include "validate.h"
 
 namespace anyflash {
 namespace {

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <limits>
 
-#include "fallback/pieces.h"
-#include "fallback/promised.h"
-#include "fallback/routes.h"
-#include "fallback/runs.h"
+#include "attention/results.h"
+#include "core/interface.h"
+#include "routes/routes.h"
+#include "routes/runs.h"
 
 namespace anyflash::aten_cpu {
 
@@ -64,7 +64,18 @@ IntervalMask<int64_t> interval_of(const AttentionArgs& args, const Run& run) {
 }
 
 Plan plan_run(const AttentionArgs& args, const Run& run, PlanFor purpose) {
-  return plan_pieces(interval_of(args, run), args.bias ? PlanFor::kBias : purpose);
+  const IntervalMask<int64_t> mask = interval_of(args, run);
+  Plan plan;
+  plan.pieces.resize(16);
+  for (;;) {
+    const auto room = static_cast<int64_t>(plan.pieces.size());
+    const int64_t count =
+        anyflash_plan_pieces(mask.seqlen_q, mask.seqlen_k, mask.window_left, mask.window_right,
+                             args.bias ? PlanFor::kBias : purpose, plan.pieces.data(), room,
+                             &plan.row_begin, &plan.row_end);
+    plan.pieces.resize(static_cast<size_t>(count));
+    if (count <= room) return plan;
+  }
 }
 
 bool covers_all_rows(const Plan& plan, const Run& run) {

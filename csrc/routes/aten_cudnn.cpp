@@ -1,9 +1,9 @@
 // cuDNN's attention in PyTorch: dense, without a mask, only when asked for by name.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 
-#include "fallback/promised.h"
-#include "fallback/routes.h"
-#include "stable/shims.h"
+#include "attention/results.h"
+#include "core/late_symbol.h"
+#include "routes/routes.h"
 
 namespace anyflash::aten_cudnn {
 namespace {

@@ -5,10 +5,10 @@
 #include <algorithm>
 #include <limits>
 
-#include "fallback/padded.h"
-#include "fallback/promised.h"
-#include "fallback/routes.h"
-#include "stable/shims.h"
+#include "attention/results.h"
+#include "core/late_symbol.h"
+#include "routes/padded.h"
+#include "routes/routes.h"
 
 namespace anyflash::aten_efficient {
 namespace {

@@ -2,8 +2,8 @@
 // bottom-right causal masks.
 #include <algorithm>
 
-#include "fallback/promised.h"
-#include "fallback/routes.h"
+#include "attention/results.h"
+#include "routes/routes.h"
 
 namespace anyflash::aten_flash {
 namespace {

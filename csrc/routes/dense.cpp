@@ -1,9 +1,9 @@
-#include "fallback/dense.h"
+#include "routes/dense.h"
 
 #include <algorithm>
 #include <limits>
 
-#include "fallback/promised.h"
+#include "attention/results.h"
 
 namespace anyflash {
 

@@ -2,9 +2,9 @@
 // features, any device, no host sync.
 #pragma once
 
-#include "attention.h"
-#include "fallback/philox.h"
+#include "attention/arguments.h"
 #include "kernels/masks.h"
+#include "routes/philox.h"
 #include "stable/aten.h"
 
 namespace anyflash {

@@ -4,11 +4,11 @@
 #include <algorithm>
 #include <limits>
 
-#include "fallback/dense.h"
-#include "fallback/padded.h"
-#include "fallback/promised.h"
-#include "fallback/routes.h"
-#include "fallback/runs.h"
+#include "attention/results.h"
+#include "routes/dense.h"
+#include "routes/padded.h"
+#include "routes/routes.h"
+#include "routes/runs.h"
 
 namespace anyflash::math {
 

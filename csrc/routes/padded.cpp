@@ -1,4 +1,4 @@
-#include "fallback/padded.h"
+#include "routes/padded.h"
 
 #include <limits>
 

@@ -2,7 +2,7 @@
 // padded batches, without a host sync.
 #pragma once
 
-#include "attention.h"
+#include "attention/arguments.h"
 #include "stable/aten.h"
 
 namespace anyflash {

@@ -1,4 +1,4 @@
-#include "fallback/philox.h"
+#include "routes/philox.h"
 
 #include <cmath>
 

@@ -4,7 +4,7 @@
 
 #include <array>
 
-#include "attention.h"
+#include "attention/arguments.h"
 #include "stable/aten.h"
 
 namespace anyflash {

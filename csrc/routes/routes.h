@@ -1,7 +1,7 @@
 // The routes of routes.def: each computes what its row promises, and nothing is checked twice here.
 #pragma once
 
-#include "attention.h"
+#include "attention/arguments.h"
 
 namespace anyflash {
 

@@ -1,4 +1,4 @@
-#include "fallback/runs.h"
+#include "routes/runs.h"
 
 #include <limits>
 

@@ -4,8 +4,8 @@
 
 #include <vector>
 
-#include "attention.h"
-#include "fallback/promised.h"
+#include "attention/arguments.h"
+#include "attention/results.h"
 #include "stable/aten.h"
 
 namespace anyflash {

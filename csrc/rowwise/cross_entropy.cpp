@@ -2,14 +2,13 @@
 #include <cmath>
 
 #include "kernels/cross_entropy_params.h"
-#include "launch.h"
-#include "layout.h"
 #include "operators.h"
-#include "rowwise.h"
+#include "rowwise/rowwise.h"
 #include "stable/aten.h"
 #include "stable/check.h"
+#include "stable/contiguous_rows.h"
 #include "stable/dtypes.h"
-#include "validate.h"
+#include "stable/launch_on.h"
 
 namespace anyflash {
 namespace {
@@ -96,7 +95,7 @@ struct Gradient {
   }
 
   void write(const Instance& kernel, const Tensor& dlogits) const {
-    const Tensor rows = contiguous_last_dim(logits), packed_labels = contiguous(labels),
+    const Tensor rows = contiguous_rows(logits), packed_labels = contiguous(labels),
                  packed_lse = contiguous(lse);
     CrossEntropyParams p = params_of(rows, packed_labels, options);
     p.given_lse = static_cast<const float*>(packed_lse.const_data_ptr());
@@ -121,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward(
     check_per_row(*precomputed_lse, "precomputed_lse", dtypes().fp32, "fp32", logits);
   }
   const Instance& kernel = rowwise_kernel(logits, Family::cross_entropy, Direction::forward);
-  const Tensor rows = contiguous_last_dim(logits), packed_labels = contiguous(labels);
+  const Tensor rows = contiguous_rows(logits), packed_labels = contiguous(labels);
   check_labels(packed_labels, options);
 
   CrossEntropyParams p = params_of(rows, packed_labels, options);

@@ -2,15 +2,15 @@
 // anyflash/_operators/norm_checks.py, which also asks for one device: here that is a matter of
 // course, since tensors of several never come to the CPU's operator.
 #include "kernels/norm_params.h"
-#include "launch.h"
-#include "layout.h"
 #include "operators.h"
-#include "output.h"
-#include "rowwise.h"
+#include "rowwise/output.h"
+#include "rowwise/rowwise.h"
 #include "stable/aten.h"
 #include "stable/check.h"
+#include "stable/contiguous_rows.h"
 #include "stable/dtypes.h"
 #include "stable/grad_mode.h"
+#include "stable/launch_on.h"
 
 namespace anyflash {
 namespace {

@@ -1,4 +1,4 @@
-#include "output.h"
+#include "rowwise/output.h"
 
 #include <cstdint>
 

@@ -1,13 +1,14 @@
 #include <vector>
 
-#include "attention_params.h"
+#include "core/run.h"
 #include "kernels/rotary_params.h"
-#include "launch.h"
-#include "layout.h"
 #include "operators.h"
-#include "rowwise.h"
+#include "rowwise/rowwise.h"
 #include "stable/check.h"
+#include "stable/contiguous_rows.h"
 #include "stable/dtypes.h"
+#include "stable/launch_on.h"
+#include "stable/view.h"
 
 namespace anyflash {
 namespace {
@@ -89,8 +90,8 @@ class Rotation {
   // y = x turned, both with rows that the kernel can read; y may be x.
   void run(const Tensor& x, const Tensor& y) {
     if (x.numel() == 0) return;
-    params_.x = rows_of(x);
-    params_.y = rows_of(y);
+    params_.x = rows_of(view_of(x));
+    params_.y = rows_of(view_to_write(y));
     launch(rowwise_kernel(x, Family::rotary, Direction::forward), &params_, x);
   }
 
@@ -125,7 +126,7 @@ class Rotation {
   void set_tables(const Tensor& x, const Tensor& cos, const Tensor& sin) {
     const bool like_x = dtype_of(cos) == dtype_of(x) && dtype_of(sin) == dtype_of(x);
     const auto table = [like_x](const Tensor& given) {
-      return contiguous_last_dim(like_x ? given : to_dtype(given, ScalarType::Float));
+      return contiguous_rows(like_x ? given : to_dtype(given, ScalarType::Float));
     };
     cos_ = table(cos);
     sin_ = table(sin);
@@ -158,7 +159,7 @@ Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin,
               bool conjugate) {
   Rotation rotation(x, cos, sin, seqlen_offsets, seqlen_offset, cu_seqlens, max_seqlen, interleaved,
                     conjugate);
-  const Tensor readable = contiguous_last_dim(x);
+  const Tensor readable = contiguous_rows(x);
   const Tensor y = layout_like(readable);
   rotation.run(readable, y);
   return y;
@@ -174,7 +175,7 @@ void rotary_(const Tensor& x, const Tensor& cos, const Tensor& sin,
     AF_CHECK(x.stride(dim) != 0 || x.size(dim) <= 1,
              "x: expected memory of its own for every element, got stride 0 in dimension ", dim);
   }
-  const Tensor readable = contiguous_last_dim(x);
+  const Tensor readable = contiguous_rows(x);
   rotation.run(readable, readable);
   if (readable.stride(readable.dim() - 1) != x.stride(x.dim() - 1)) copy_(x, readable);
 }

@@ -1,15 +1,14 @@
-#include "rowwise.h"
+#include "rowwise/rowwise.h"
 
-#include "describe.h"
-#include "dispatch.h"
-#include "stable/check.h"
+#include "stable/view.h"
 
 namespace anyflash {
 
 const Instance& rowwise_kernel(const Tensor& x, Family family, Direction direction) {
-  const Problem problem = describe_rowwise(x, family, direction);
-  const Choice choice = choose(problem);
-  AF_CHECK(choice.route == Route::kernel, refusal(problem, decide(problem)));
+  const TensorView view = view_of(x);
+  const Caller from = caller(static_cast<int64_t>(BackEnd::kernel));
+  Choice choice;
+  check_status(anyflash_choose(&view, family, direction, &from, &choice));
   return *choice.instance;
 }
 

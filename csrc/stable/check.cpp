@@ -1,11 +1,9 @@
 #include "stable/check.h"
 
+#include "core/late_symbol.h"
 #include "stable/dtypes.h"
-#include "stable/shims.h"
 
 namespace anyflash {
-
-void raise_runtime_error(const std::string& message) { throw std::runtime_error(message); }
 
 void raise_call_failed(const char* what) {
   std::string message = text("anyflash: ", what, " failed");
@@ -47,6 +45,18 @@ std::string device_text(const torch::stable::Tensor& tensor) {
   if (tensor.is_cpu()) return "cpu";
   if (tensor.is_cuda()) return text("cuda:", tensor.get_device_index());
   return "another device";
+}
+
+void check_same_device(const torch::stable::Tensor& reference, const char* reference_name,
+                       const torch::stable::Tensor& tensor, const char* name) {
+  int32_t type[2] = {}, index[2] = {};
+  check_code(aoti_torch_get_device_type(reference.get(), &type[0]), "device type");
+  check_code(aoti_torch_get_device_type(tensor.get(), &type[1]), "device type");
+  check_code(aoti_torch_get_device_index(reference.get(), &index[0]), "device index");
+  check_code(aoti_torch_get_device_index(tensor.get(), &index[1]), "device index");
+  AF_CHECK(type[0] == type[1] && index[0] == index[1], name, " must be on ",
+           reference.is_cuda() ? "CUDA" : "cpu", ": expected ", device_text(reference), " like ",
+           reference_name, ", got ", device_text(tensor));
 }
 
 }  // namespace anyflash

@@ -5,21 +5,12 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <sstream>
-#include <stdexcept>
 #include <string>
+
+#include "core/text.h"
 
 namespace anyflash {
 
-// The parts written one after the other: text("got ", 3) is "got 3".
-template <class... Parts>
-std::string text(const Parts&... parts) {
-  std::ostringstream stream;
-  (stream << ... << parts);
-  return stream.str();
-}
-
-[[noreturn]] void raise_runtime_error(const std::string& message);
 [[noreturn]] void raise_call_failed(const char* what);
 
 // Shim calls return a code; the text behind it is fetched where libtorch (2.13 or newer) can tell
@@ -35,13 +26,7 @@ std::string dtype_text(const torch::stable::Tensor& tensor);
 // "cpu", "cuda:0"
 std::string device_text(const torch::stable::Tensor& tensor);
 
-}  // namespace anyflash
+void check_same_device(const torch::stable::Tensor& reference, const char* reference_name,
+                       const torch::stable::Tensor& tensor, const char* name);
 
-// A broken contract of a tensor argument: RuntimeError in Python. The message parts are evaluated
-// only when it is broken.
-#define AF_CHECK(condition, ...)                                      \
-  do {                                                                \
-    if (__builtin_expect(!(condition), 0)) {                          \
-      ::anyflash::raise_runtime_error(::anyflash::text(__VA_ARGS__)); \
-    }                                                                 \
-  } while (0)
+}  // namespace anyflash

@@ -1,7 +1,7 @@
 #include "stable/cuda_shims.h"
 
+#include "core/late_symbol.h"
 #include "stable/check.h"
-#include "stable/shims.h"
 
 namespace anyflash {
 namespace {

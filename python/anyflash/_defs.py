@@ -1,4 +1,4 @@
-"""Reads the lists that C++ and Python share: the .def files of csrc/ and kernels/.
+"""Reads the lists that C++ and Python share: the .def files of csrc/, core/ and kernels/.
 
 An installed package has their text in the module ``_lists``, which setup.py writes: applications
 that are frozen or zipped take modules along, and no other files.
@@ -29,7 +29,7 @@ def _text_of(name: str) -> str:
     Raises:
         ImportError: neither place has it.
     """
-    for folder in ("csrc", "kernels"):
+    for folder in ("csrc", "core", "kernels"):
         path = _SOURCE / folder / f"{name}.def"
         if path.is_file():
             return path.read_text(encoding="utf-8")

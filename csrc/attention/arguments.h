@@ -1,20 +1,19 @@
-// Attention as the operators see it: one value per call, filled by describe(), read by every back
-// end.
+// Attention as the operators see it: one value per call, read by every back end. The core sees the
+// same as views (core/attention.h).
 #pragma once
-
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <optional>
 #include <utility>
 
+#include "core/attention.h"
+#include "stable/aten.h"
+
 namespace anyflash {
 
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-// One attention problem after validation. Shapes and semantics: schemas.def.
-struct AttentionArgs {
+// One attention problem. Its options are normalised by prepare(). Shapes and semantics:
+// schemas.def.
+struct AttentionArgs : AttentionOptions {
   Tensor q;  // (batch, seqlen_q, heads, head_dim) or (total_q, heads, head_dim) with cu_seqlens_q
   Tensor k;  // (batch, seqlen_k, heads_k, head_dim), (total_k, heads_k, head_dim) or, paged,
              // (num_blocks, page_size, heads_k, head_dim)
@@ -29,17 +28,9 @@ struct AttentionArgs {
       bias{};  // broadcastable to (batch, heads, max_seqlen_q, max_seqlen_k), float or bool
   OptionalTensor sinks{};      // (heads)
   OptionalTensor rng_state{};  // (2) int64: seed, offset
-  int64_t max_seqlen_q = 0;    // dense: q.size(1)
-  int64_t max_seqlen_k = 0;    // dense: k.size(1); paged: capacity
-  double dropout_p = 0.0;
-  double softmax_scale = 1.0;
-  double softcap = 0.0;
-  int64_t window_left = -1;   // normalised: -1 = unbounded
-  int64_t window_right = -1;  // causal is 0
 
   bool packed() const { return cu_seqlens_q.has_value(); }
   bool paged() const { return block_table.has_value(); }
-  bool purely_causal() const { return window_left < 0 && window_right == 0; }
   int64_t batch() const { return packed() ? cu_seqlens_q->size(0) - 1 : q.size(0); }
   int64_t heads() const { return q.size(q.dim() - 2); }
   int64_t heads_k() const { return k.size(k.dim() - 2); }

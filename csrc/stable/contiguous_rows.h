@@ -1,18 +1,23 @@
-// Demands on strides that back ends and kernels share.
+// What back ends and kernels ask of strides.
 #pragma once
 
 #include "stable/aten.h"
 
 namespace anyflash {
 
-// x itself where the elements of a row lie side by side, else a contiguous copy.
-inline Tensor contiguous_last_dim(const Tensor& x) {
+// Whether the elements of a row lie side by side.
+inline bool has_contiguous_rows(const Tensor& x) {
   const int64_t last = x.dim() - 1;
-  return last < 0 || x.stride(last) == 1 || x.size(last) <= 1 ? x : contiguous(x);
+  return last < 0 || x.stride(last) == 1 || x.size(last) <= 1;
 }
 
-inline OptionalTensor contiguous_last_dim(const OptionalTensor& x) {
-  return x ? OptionalTensor(contiguous_last_dim(*x)) : x;
+// x itself where they do, else a contiguous copy.
+inline Tensor contiguous_rows(const Tensor& x) {
+  return has_contiguous_rows(x) ? x : contiguous(x);
+}
+
+inline OptionalTensor contiguous_rows(const OptionalTensor& x) {
+  return x ? OptionalTensor(contiguous_rows(*x)) : x;
 }
 
 // x as rows that may lie any distance apart; `storage` keeps a copy alive where one was needed.

@@ -1,0 +1,111 @@
+// The core as its two callers see it: the LibTorch operators (csrc/) and the Python ones
+// (anyflash/_core.py, by ctypes). C linkage, plain structs, no exception across.
+//
+// What can fail returns a Status; the text of the failure is anyflash_text() of the same thread.
+#pragma once
+
+#include "core/attention.h"
+#include "core/kvcache.h"
+#include "core/notice.h"
+#include "core/pieces.h"
+
+namespace anyflash {
+
+enum class Status : int32_t {
+  ok,
+  runtime_error,  // RuntimeError in Python
+  value_error,    // ValueError
+  no_memory,      // MemoryError
+};
+
+// A decision as plain data; its reasons are anyflash_text(): lines `route<tab>text`, and where no
+// route is left a last one, `refusal<tab>text`.
+struct DecisionView {
+  Choice choice;
+  bool is_measured = false;
+  Measured measured{};
+};
+
+}  // namespace anyflash
+
+extern "C" {
+
+// What the last call of this thread had to say; valid until the next.
+ANYFLASH_EXPORT const char* anyflash_text(void);
+
+// ---- Attention: normalises `call`, checks, describes, decides, tells. `grad` is null for the
+// forward.
+ANYFLASH_EXPORT anyflash::Status anyflash_prepare_attention(anyflash::AttentionCall* call,
+                                                            const anyflash::BackwardCall* grad,
+                                                            bool causal,
+                                                            const anyflash::Caller* caller,
+                                                            anyflash::Choice* choice);
+// The same for a call with a cache: `attention` is what comes after the append. `append` has the
+// route none where nothing is appended. Nothing has been written yet.
+ANYFLASH_EXPORT anyflash::Status anyflash_prepare_kvcache(
+    const anyflash::KVCacheCall* call, bool causal, const anyflash::Caller* caller,
+    anyflash::AttentionCall* attention, anyflash::Choice* choice, anyflash::Choice* append);
+// With the route `kernel`; what must have been converted: core/attention.h. `where` is a stream or
+// a CpuThreads.
+ANYFLASH_EXPORT anyflash::Status anyflash_run_forward(const anyflash::Instance* instance,
+                                                      const anyflash::AttentionCall* call,
+                                                      const anyflash::AttentionResults* results,
+                                                      void* where);
+ANYFLASH_EXPORT anyflash::Status anyflash_run_backward(const anyflash::Instance* instance,
+                                                       const anyflash::AttentionCall* call,
+                                                       const anyflash::BackwardCall* grad,
+                                                       const anyflash::AttentionResults* results,
+                                                       void* where);
+ANYFLASH_EXPORT anyflash::Status anyflash_run_append(const anyflash::Instance* instance,
+                                                     const anyflash::KVCacheCall* call,
+                                                     const anyflash::AttentionOptions* options,
+                                                     const anyflash::AppendResults* results,
+                                                     void* where);
+ANYFLASH_EXPORT int64_t anyflash_forward_workspace(const anyflash::Instance* instance,
+                                                   const anyflash::AttentionCall* call);
+
+// ---- The other families: describes, decides, tells. What their operators check stands there.
+ANYFLASH_EXPORT anyflash::Status anyflash_choose(const anyflash::TensorView* x,
+                                                 anyflash::Family family,
+                                                 anyflash::Direction direction,
+                                                 const anyflash::Caller* caller,
+                                                 anyflash::Choice* choice);
+
+// ---- How attention is cut for a routine without masks (core/pieces.h). Writes up to `capacity`
+// pieces and the rows that see a key; returns how many pieces there are.
+ANYFLASH_EXPORT int64_t anyflash_plan_pieces(int64_t seqlen_q, int64_t seqlen_k,
+                                             int64_t window_left, int64_t window_right,
+                                             anyflash::PlanFor purpose, anyflash::Piece* pieces,
+                                             int64_t capacity, int64_t* row_begin,
+                                             int64_t* row_end);
+
+// ---- The decision, for tools. `fields`: lines `name=value` of a problem, lists joined by commas.
+ANYFLASH_EXPORT anyflash::Status anyflash_decide(const char* fields,
+                                                 anyflash::DecisionView* decision);
+// The instruction set that CPU kernels may use: this machine's, or what ANYFLASH_CPU_ISA says.
+ANYFLASH_EXPORT anyflash::Status anyflash_environment_isa(const char** name);
+// ANYFLASH_CHECK=1: index tensors on a GPU are copied to the host and checked.
+ANYFLASH_EXPORT bool anyflash_checks_values(void);
+ANYFLASH_EXPORT const char* anyflash_route_name(anyflash::Route route);
+
+// Where notices go instead of stderr; null for stderr again. A sink is told everything, stderr
+// without ANYFLASH_VERBOSE=1 warnings alone.
+ANYFLASH_EXPORT void anyflash_set_notice_sink(anyflash::NoticeSink sink);
+
+// ---- Threads. torch_parallel_for for a torch that has none: on the OpenMP runtime that torch has
+// loaded, whose GOMP_parallel this takes, so that both share their threads.
+ANYFLASH_EXPORT anyflash::ParallelFor anyflash_parallel_for_by_openmp(void* gomp_parallel);
+
+// ---- What a caller in another language compares: `name size` of every struct above, in lines.
+ANYFLASH_EXPORT const char* anyflash_layout(void);
+ANYFLASH_EXPORT const char* anyflash_build_compiler(void);
+
+// ---- Shared definitions, for references and tests.
+// One byte per element of (rows, cols), 1 = kept.
+ANYFLASH_EXPORT void anyflash_dropout_keep(int64_t seed, int64_t offset, uint32_t bh, uint32_t rows,
+                                           uint32_t cols, double dropout_p, uint8_t* kept);
+// (kv_begin, kv_end) per query row.
+ANYFLASH_EXPORT void anyflash_kv_ranges(int64_t seqlen_q, int64_t seqlen_k, int64_t window_left,
+                                        int64_t window_right, int64_t* ranges);
+
+}  // extern "C"

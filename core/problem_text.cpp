@@ -1,0 +1,111 @@
+#include "core/problem_text.h"
+
+#include <cstdlib>
+#include <sstream>
+#include <stdexcept>
+
+#include "core/dispatch.h"
+#include "core/text.h"
+#include "kernels/arch.h"
+
+namespace anyflash {
+namespace {
+
+template <typename Value>
+struct Name {
+  const char* name;
+  Value value;
+};
+
+constexpr Name<Family> kFamilies[] = {{"attention", Family::attention},
+                                      {"bias_activation", Family::bias_activation},
+                                      {"kvcache_append", Family::kvcache_append},
+                                      {"rotary", Family::rotary},
+                                      {"norm", Family::norm},
+                                      {"cross_entropy", Family::cross_entropy}};
+constexpr Name<Direction> kDirections[] = {{"forward", Direction::forward},
+                                           {"backward", Direction::backward}};
+constexpr Name<Device> kDevices[] = {{"cpu", Device::cpu}, {"cuda", Device::cuda}};
+constexpr Name<Dtype> kDtypes[] = {
+    {"fp16", Dtype::fp16}, {"bf16", Dtype::bf16}, {"fp32", Dtype::fp32}, {"fp64", Dtype::fp64}};
+
+template <typename Value, size_t kCount>
+Value value_of(const char* what, const Name<Value> (&names)[kCount], const std::string& name) {
+  std::string known;
+  for (const auto& entry : names) {
+    if (name == entry.name) return entry.value;
+    known += (known.empty() ? "" : ", ") + std::string(entry.name);
+  }
+  throw std::invalid_argument(text("unknown ", what, " '", name, "'; known: ", known));
+}
+
+Features features_of(const std::string& names) {
+  Features features = 0;
+  std::istringstream list(names);
+  for (std::string name; std::getline(list, name, ',');) {
+    std::string known;
+    Features found = 0;
+    for (uint32_t i = 0; i < feature_number::count; ++i) {
+      if (name == kFeatureTexts[i].name) found = 1u << i;
+      known += (known.empty() ? "" : ", ") + std::string(kFeatureTexts[i].name);
+    }
+    if (found == 0) {
+      throw std::invalid_argument(text("unknown feature '", name, "'; known: ", known));
+    }
+    features |= found;
+  }
+  return features;
+}
+
+int32_t number_of(const std::string& field, const std::string& value) {
+  char* end = nullptr;
+  const long number = std::strtol(value.c_str(), &end, 10);
+  if (value.empty() || *end != '\0' || number != static_cast<int32_t>(number)) {
+    throw std::invalid_argument(text("problem: ", field, " cannot be '", value, "'"));
+  }
+  return static_cast<int32_t>(number);
+}
+
+}  // namespace
+
+Problem parse_problem(const std::string& lines) {
+  Problem problem;
+  int32_t isa = Isa::none;
+  std::istringstream stream(lines);
+  for (std::string line; std::getline(stream, line);) {
+    const size_t sign = line.find('=');
+    const std::string field = line.substr(0, sign);
+    const std::string value = sign == std::string::npos ? "" : line.substr(sign + 1);
+    if (field == "op") {
+      problem.family = value_of("op", kFamilies, value);
+    } else if (field == "device") {
+      problem.device = value_of("device", kDevices, value);
+    } else if (field == "sm") {
+      problem.sm = number_of(field, value);
+    } else if (field == "isa") {
+      isa = parse_isa(value);
+    } else if (field == "direction") {
+      problem.direction = value_of("direction", kDirections, value);
+    } else if (field == "dtype") {
+      problem.dtype = value_of("dtype", kDtypes, value);
+    } else if (field == "head_dim") {
+      problem.head_dim = number_of(field, value);
+    } else if (field == "head_dim_v") {
+      problem.head_dim_v = number_of(field, value);
+    } else if (field == "features") {
+      problem.features = features_of(value);
+    } else if (field == "torch_version") {
+      problem.torch_version = number_of(field, value);
+    } else if (field == "chain") {
+      problem.chain = parse_chain(value);
+    } else if (field == "explicit") {
+      problem.explicit_chain = number_of(field, value) != 0;
+    } else {
+      throw std::invalid_argument(text("problem: unknown field '", field, "'"));
+    }
+  }
+  if (problem.device == Device::cpu) problem.sm = isa;
+  return problem;
+}
+
+}  // namespace anyflash

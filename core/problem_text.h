@@ -1,0 +1,15 @@
+// A problem as text, for tools: one `name=value` per line.
+#pragma once
+
+#include <string>
+
+#include "core/problem.h"
+
+namespace anyflash {
+
+// op, device, sm, isa, direction, dtype, head_dim, head_dim_v, features (names joined by commas),
+// torch_version, chain, explicit (0 or 1). Raises std::invalid_argument for a name or value that is
+// none.
+Problem parse_problem(const std::string& lines);
+
+}  // namespace anyflash
