@@ -294,11 +294,11 @@ def raise_for(status: int) -> None:
     """
     if status == 0:
         return
-    text = _loaded().anyflash_text().decode()
+    text = loaded().anyflash_text().decode()
     raise {2: ValueError, 3: MemoryError}.get(status, RuntimeError)(text)
 
 
-def _loaded() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
     assert library is not None, "the kernel library is not loaded"
     return library
 
@@ -362,14 +362,14 @@ def open_library(path: pathlib.Path) -> str | None:
 
 @functools.cache
 def _route_names() -> tuple[str, ...]:
-    name = _loaded().anyflash_route_name
+    name = loaded().anyflash_route_name
     return tuple(name(number).decode() for number in range(7))
 
 
 @functools.cache
 def checks_values() -> bool:
     """ANYFLASH_CHECK=1."""
-    return bool(_loaded().anyflash_checks_values())
+    return bool(loaded().anyflash_checks_values())
 
 
 def cpu_isa() -> str:
@@ -379,7 +379,7 @@ def cpu_isa() -> str:
         ValueError: ANYFLASH_CPU_ISA names an unknown one, or one that this CPU does not have.
     """
     name = ctypes.c_char_p()
-    raise_for(_loaded().anyflash_environment_isa(ctypes.byref(name)))
+    raise_for(loaded().anyflash_environment_isa(ctypes.byref(name)))
     assert name.value is not None
     return name.value.decode()
 
@@ -389,7 +389,7 @@ def instances() -> list[dict[str, Any]]:
     from . import _defs
 
     count = ctypes.c_int32()
-    table = _loaded().anyflash_instances(ctypes.byref(count))
+    table = loaded().anyflash_instances(ctypes.byref(count))
     features = tuple(_defs.feature_phrases())
     rows = []
     for instance in table[: count.value]:
@@ -411,7 +411,7 @@ def instances() -> list[dict[str, Any]]:
 
 def build_info() -> dict[str, Any]:
     """What the kernel library was built with."""
-    built = _loaded()
+    built = loaded()
     return {
         "cuda_version": built.anyflash_build_cuda_version(),
         "archs": built.anyflash_build_archs().decode(),
@@ -434,8 +434,8 @@ def decide(problem: dict[str, Any]) -> dict[str, Any]:
     """
     lines = "".join(f"{name}={_field(value)}\n" for name, value in problem.items())
     view = DecisionView()
-    raise_for(_loaded().anyflash_decide(lines.encode(), ctypes.byref(view)))
-    told = [line.split("\t", 1) for line in _loaded().anyflash_text().decode().splitlines()]
+    raise_for(loaded().anyflash_decide(lines.encode(), ctypes.byref(view)))
+    told = [line.split("\t", 1) for line in loaded().anyflash_text().decode().splitlines()]
     chosen = view.choice.instance.contents.name.decode() if view.choice.instance else None
     decision: dict[str, Any] = {
         "route": view.choice.route,
@@ -458,7 +458,7 @@ def choose(x: Tensor, family: str, direction: str, backend: int) -> Choice:
     choice, asked = Choice(), caller(backend)
     number, way = FAMILIES.index(family), DIRECTIONS.index(direction)
     raise_for(
-        _loaded().anyflash_choose(
+        loaded().anyflash_choose(
             ctypes.byref(record), number, way, ctypes.byref(asked), ctypes.byref(choice)
         )
     )
@@ -478,7 +478,7 @@ def plan_pieces(
     while True:
         pieces = (Piece * room)()
         begin, end = _INT64(), _INT64()
-        count = _loaded().anyflash_plan_pieces(
+        count = loaded().anyflash_plan_pieces(
             seqlen_q, seqlen_k, window_left, window_right, purpose, pieces, room,
             ctypes.byref(begin), ctypes.byref(end),
         )  # fmt: skip
@@ -492,7 +492,7 @@ def dropout_keep(
 ) -> bytes:
     """One byte per element of (rows, cols), 1 = kept."""
     kept = ctypes.create_string_buffer(max(rows * cols, 1))
-    _loaded().anyflash_dropout_keep(seed, offset, bh, rows, cols, dropout_p, kept)
+    loaded().anyflash_dropout_keep(seed, offset, bh, rows, cols, dropout_p, kept)
     return kept.raw[: rows * cols]
 
 
@@ -501,7 +501,7 @@ def kv_ranges(
 ) -> list[tuple[int, int]]:
     """(kv_begin, kv_end) per query row."""
     ranges = (_INT64 * max(2 * seqlen_q, 1))()
-    _loaded().anyflash_kv_ranges(seqlen_q, seqlen_k, window_left, window_right, ranges)
+    loaded().anyflash_kv_ranges(seqlen_q, seqlen_k, window_left, window_right, ranges)
     return [(ranges[2 * row], ranges[2 * row + 1]) for row in range(seqlen_q)]
 
 
@@ -529,7 +529,7 @@ def _parallel_for() -> int | None:
         path = _openmp_library()
         if path is not None:
             gomp = ctypes.CDLL(str(path)).GOMP_parallel
-            return _loaded().anyflash_parallel_for_by_openmp(ctypes.cast(gomp, ctypes.c_void_p))
+            return loaded().anyflash_parallel_for_by_openmp(ctypes.cast(gomp, ctypes.c_void_p))
     return None
 
 
