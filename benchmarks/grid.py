@@ -172,11 +172,11 @@ def summary(
 
 def measure_lower() -> dict[str, list[dict[str, object]]]:
     """The smaller grid by instruction set below this machine's, each in a process of its own."""
-    from anyflash import _native
+    from anyflash import _core
 
     results = {}
     for isa, limits in LOWER.items():
-        if isa == _native.cpu_isa():
+        if isa == _core.cpu_isa():
             continue
         print(f"{isa} ...", file=sys.stderr, flush=True)
         done = subprocess.run(
@@ -231,10 +231,10 @@ def main() -> None:
             worst, median = summary(results, direction, dtype, range(1, 513))
             print(f"{direction} {dtype}: worst {worst:.2f}x, median {median:.2f}x of aten_cpu")
     if options.table:
-        from anyflash import _native
+        from anyflash import _core
 
-        by_isa = {_native.cpu_isa(): results, **measure_lower()}
-        if _native.cpu_isa() == "avx512bf16":  # has kernels of its own for bf16 alone
+        by_isa = {_core.cpu_isa(): results, **measure_lower()}
+        if _core.cpu_isa() == "avx512bf16":  # has kernels of its own for bf16 alone
             by_isa["avx512"] += [r for r in results if r["dtype"] != "bf16"]
         write_table(by_isa)
 

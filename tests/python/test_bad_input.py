@@ -8,6 +8,7 @@ with it. Run as a program, this file prints what each entry raised: how the othe
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from support import REPOSITORY, run_python
 
 import anyflash
+from anyflash import _core, _records
 
 pytestmark = pytest.mark.providers
 
@@ -303,16 +305,20 @@ def test_both_providers_say_the_same(provider):
 
 
 def test_device_mix(device):
-    """With a GPU through the operators; without one the check itself, which meta tensors reach."""
+    """With a GPU through the operators; without one the core, which sees a meta tensor."""
     if device == "cuda":
         kind, text = _raised(lambda: _dense(q=_t(2, 7, 4, 16).cuda()))
         assert kind == "RuntimeError"
         assert text == "k must be on CUDA: expected cuda:0 like q, got cpu"
         return
-    from anyflash._python_ops import validate
-
-    kind, text = _raised(lambda: validate.check_same_device(_t(1), "q", _meta(1), "v"))
-    assert (kind, text) == ("RuntimeError", "v must be on cpu: expected cpu like q, got meta")
+    call, choice = _records.new(_records.AttentionCall), _records.Choice()
+    for name, x in (("q", _t(2, 7, 4, 16)), ("k", _t(2, 7, 4, 16)), ("v", _meta(2, 7, 4, 16))):
+        _records.put(call, name, x)
+    records = [ctypes.byref(x) for x in (call, _core.caller(0), choice)]
+    prepare = _core.loaded().anyflash_prepare_attention
+    kind, text = _raised(lambda: _core.raise_for(prepare(records[0], None, False, *records[1:])))
+    expected = "v must be on cpu: expected cpu like q, got another device"
+    assert (kind, text) == ("RuntimeError", expected)
 
 
 ZERO_SIZES = [(0, 7, 9, 4), (2, 0, 9, 4), (2, 7, 0, 4), (0, 0, 0, 4)]

@@ -76,12 +76,11 @@ def test_operators_include_only_stable_headers_of_torch():
                 assert name.startswith(STABLE_HEADERS), f"{path}: {name}"
 
 
-def test_decision_and_native_module_are_free_of_torch():
-    decision = ("problem.h", "dispatch.h", "dispatch_tables.h", "dispatch.cpp", "environment.cpp")
-    for name in (*decision, "native.cpp"):
-        path = REPOSITORY / "csrc" / name
-        assert path.is_file(), path
-        assert not [i for i in _includes(path) if i.startswith(("torch/", "ATen/", "c10/"))], path
+def test_the_core_is_free_of_torch_and_knows_nothing_above_it():
+    for path in _sources("core"):
+        for name in _includes(path):
+            assert not name.startswith(("torch/", "ATen/", "c10/", "csrc/", "tests/")), path
+            assert name.startswith(("core/", "kernels/")) or "/" not in name, f"{path}: {name}"
 
 
 def test_only_the_stable_folder_meets_the_registrar_macros():
@@ -92,7 +91,7 @@ def test_only_the_stable_folder_meets_the_registrar_macros():
 
 
 def test_no_libraries_of_cuda_are_included():
-    for path in _sources("csrc") + _sources("kernels"):
+    for path in _sources("core") + _sources("csrc") + _sources("kernels"):
         for name in _includes(path):
             assert not re.match(r"(cublas|cudnn|cusparse|cusolver|nccl)", name), f"{path}: {name}"
 
@@ -154,8 +153,8 @@ def test_dropin_has_no_algorithms():
 
 # Who may read a tensor on the host: checks that ANYFLASH_CHECK asks for, and CPU code.
 HOST_READERS = {
-    "validate.py": "_check_values",
-    "kvcache.py": "_check_values",
+    "_core.py": "put_with_values",
+    "without_core.py": "_check_lengths",
     "parts.py": "_sequences",
 }
 

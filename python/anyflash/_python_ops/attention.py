@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import _core
+from .. import _core, _records
 from . import aten_cpu, aten_cudnn, aten_efficient, aten_flash, kernel, math, without_core
 from .arguments import AttentionArgs, BackwardArgs, Gradients
 
@@ -21,14 +21,14 @@ _ROUTES: dict[str, ModuleType] = {
 }
 _TENSORS = ("q", "k", "v", "alibi_slopes", "bias", "sinks", "rng_state")
 _INDEX_TENSORS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k", "block_table")
-_OPTIONS = tuple(name for name, _ in _core.AttentionOptions._fields_)
+_OPTIONS = tuple(name for name, _ in _records.AttentionOptions._fields_)
 
 
-def views_of(args: AttentionArgs, copies: list[Tensor]) -> _core.AttentionCall:
+def views_of(args: AttentionArgs, copies: list[Tensor]) -> _records.AttentionCall:
     """The arguments as the core sees them; ``copies`` lives as long as the views."""
-    call = _core.new(_core.AttentionCall)
+    call = _records.new(_records.AttentionCall)
     for name in _TENSORS:
-        _core.put(call, name, getattr(args, name))
+        _records.put(call, name, getattr(args, name))
     for name in _INDEX_TENSORS:
         _core.put_with_values(call, name, getattr(args, name), copies)
     for name in _OPTIONS:
@@ -36,7 +36,7 @@ def views_of(args: AttentionArgs, copies: list[Tensor]) -> _core.AttentionCall:
     return call
 
 
-def take_options(args: AttentionArgs, options: _core.AttentionOptions) -> None:
+def take_options(args: AttentionArgs, options: _records.AttentionOptions) -> None:
     """Numbers as the core has normalised them."""
     for name in _OPTIONS:
         setattr(args, name, getattr(options, name))
@@ -44,18 +44,18 @@ def take_options(args: AttentionArgs, options: _core.AttentionOptions) -> None:
 
 def _prepare(
     args: AttentionArgs,
-    call: _core.AttentionCall,
-    grad_call: _core.BackwardCall | None,
+    call: _records.AttentionCall,
+    grad_call: _records.BackwardCall | None,
     causal: bool,
     backend: int,
-) -> _core.Choice:
+) -> _records.Choice:
     """Checks and decides; ``args`` and ``call`` have normalised numbers afterwards.
 
     Raises:
         RuntimeError: what cannot be computed, or no back end of the chain can.
         ValueError: a back end that does not exist.
     """
-    choice = _core.Choice()
+    choice = _records.Choice()
     _core.raise_for(
         _core.loaded().anyflash_prepare_attention(
             ctypes.byref(call),
@@ -70,7 +70,7 @@ def _prepare(
 
 
 def run_forward(
-    choice: _core.Choice, args: AttentionArgs, call: _core.AttentionCall
+    choice: _records.Choice, args: AttentionArgs, call: _records.AttentionCall
 ) -> tuple[Tensor, Tensor]:
     route = choice.route
     if route == "kernel":
@@ -168,17 +168,15 @@ def attention_backward(
     return result.dq, result.dk, result.dv, dbias, dsinks
 
 
-def _run_backward(
-    args: AttentionArgs, grad: BackwardArgs, causal: bool, backend: int
-) -> Gradients:
+def _run_backward(args: AttentionArgs, grad: BackwardArgs, causal: bool, backend: int) -> Gradients:
     if _core.library is None:
         without_core.prepare(args, causal, backend)
         return math.backward(args, grad)
     copies: list[Tensor] = []
     call = views_of(args, copies)
-    grad_call = _core.new(_core.BackwardCall)
+    grad_call = _records.new(_records.BackwardCall)
     for name in ("dout", "out", "lse", "dlse"):
-        _core.put(grad_call, name, getattr(grad, name))
+        _records.put(grad_call, name, getattr(grad, name))
     for name in ("deterministic", "bias_requires_grad", "sinks_requires_grad"):
         setattr(grad_call, name, getattr(grad, name))
     choice = _prepare(args, call, grad_call, causal, backend)

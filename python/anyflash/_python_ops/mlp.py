@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from .. import _core
 from . import without_core
-from .checks import check, check_same_device, dtype_text, shape_text
 from .arguments import DTYPE_NAMES
+from .checks import check, check_same_device, dtype_text, shape_text
 
 #: Names in the order of their numbers in the schemas.
 ACTIVATIONS = ("gelu_tanh", "gelu_erf", "relu", "squared_relu", "silu_gate")

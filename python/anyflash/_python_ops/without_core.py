@@ -6,9 +6,6 @@ from __future__ import annotations
 import functools
 import logging
 
-import torch
-from torch import Tensor
-
 from .. import _loader, backends
 from .arguments import AttentionArgs
 
@@ -55,15 +52,26 @@ def decide(problem: dict[str, object]) -> dict[str, object]:
     return {"route": route, "instance": None, "measured": None, "reasons": reasons}
 
 
-def _check_cumulative(name: str, cu: Tensor | None, longest: int, rows: int) -> None:
-    if cu is None or cu.device.type != "cpu":
-        return
-    lengths = cu.diff()
-    if cu[0] != 0 or (lengths < 0).any() or (lengths > longest).any() or cu[-1] > rows:
-        raise RuntimeError(
-            f"{name}: expected to rise from 0 to at most {rows} in steps of at most {longest}, "
-            f"got {cu.tolist()}"
-        )
+def _check_lengths(args: AttentionArgs) -> None:
+    """Lengths on the CPU that slices would shorten without a word."""
+    starts = (
+        ("cu_seqlens_q", args.cu_seqlens_q, args.max_seqlen_q, args.q.shape[0]),
+        ("cu_seqlens_k", args.cu_seqlens_k, args.max_seqlen_k, args.k.shape[0]),
+    )
+    for name, cu, longest, rows in starts:
+        if cu is None or cu.device.type != "cpu" or (name[-1] == "k" and args.paged):
+            continue
+        begin, *ends = cu.tolist()
+        lengths = [end - start for start, end in zip([begin, *ends], ends)]
+        if begin != 0 or min(lengths, default=0) < 0 or max(ends, default=0) > rows:
+            raise RuntimeError(f"{name}: expected to rise from 0 to at most {rows}, got {ends}")
+        if args.seqused_k is None and max(lengths, default=0) > longest:
+            raise RuntimeError(f"max_seqlen_{name[-1]}: expected {max(lengths)}, got {longest}")
+    used = args.seqused_k
+    if used is not None and used.device.type == "cpu":
+        most = max(used.tolist(), default=0)
+        if most > args.max_seqlen_k:
+            raise RuntimeError(f"seqused_k: expected at most {args.max_seqlen_k}, got {most}")
 
 
 def normalise(args: AttentionArgs, causal: bool) -> None:
@@ -89,7 +97,8 @@ def prepare(args: AttentionArgs, causal: bool, backend: int) -> None:
     """
     q, k, v = args.q, args.k, args.v
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise RuntimeError(f"q, k, v: expected one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+        got = f"{q.dtype}, {k.dtype}, {v.dtype}"
+        raise RuntimeError(f"q, k, v: expected one floating dtype, got {got}")
     if q.dim() != (3 if args.packed else 4) or k.shape[:-1] != v.shape[:-1]:
         raise RuntimeError(
             f"q, k, v: shapes do not fit together, got {tuple(q.shape)}, {tuple(k.shape)}, "
@@ -104,12 +113,4 @@ def prepare(args: AttentionArgs, causal: bool, backend: int) -> None:
         raise RuntimeError(f"rng_state: missing, dropout_p is {args.dropout_p}")
     normalise(args, causal)
     choose("attention", backend)
-    _check_cumulative("cu_seqlens_q", args.cu_seqlens_q, args.max_seqlen_q, q.shape[0])
-    if not args.paged and args.seqused_k is None:
-        _check_cumulative("cu_seqlens_k", args.cu_seqlens_k, args.max_seqlen_k, k.shape[0])
-    used = args.seqused_k
-    if used is not None and used.device.type == "cpu" and bool((used > args.max_seqlen_k).any()):
-        raise RuntimeError(
-            f"seqused_k: expected at most {args.max_seqlen_k}, got {used.tolist()}"
-        )
-    torch._assert(args.softcap >= 0.0, f"softcap: expected 0 or more, got {args.softcap}")
+    _check_lengths(args)
