@@ -74,21 +74,6 @@ def _check_lengths(args: AttentionArgs) -> None:
             raise RuntimeError(f"seqused_k: expected at most {args.max_seqlen_k}, got {most}")
 
 
-def normalise(args: AttentionArgs, causal: bool) -> None:
-    """Lengths from the shapes, windows that reach every key unbounded, causal as a window."""
-    if not args.packed:
-        args.max_seqlen_q = args.q.shape[1]
-    if args.block_table is not None:
-        args.max_seqlen_k = args.block_table.shape[1] * args.k.shape[1]
-    elif args.k.dim() == 4:
-        args.max_seqlen_k = args.k.shape[1]
-    for side in ("window_left", "window_right"):
-        window = getattr(args, side)
-        setattr(args, side, -1 if window < 0 or window >= args.max_seqlen_k else window)
-    if causal:
-        args.window_right = 0
-
-
 def prepare(args: AttentionArgs, causal: bool, backend: int) -> None:
     """Refuses what plain operators would compute wrongly instead of refusing it.
 
@@ -111,6 +96,6 @@ def prepare(args: AttentionArgs, causal: bool, backend: int) -> None:
         )
     if args.dropout_p > 0.0 and args.rng_state is None:
         raise RuntimeError(f"rng_state: missing, dropout_p is {args.dropout_p}")
-    normalise(args, causal)
+    args.normalise(causal)
     choose("attention", backend)
     _check_lengths(args)
