@@ -9,21 +9,11 @@ import torch
 from torch import Tensor
 
 from . import _autocast, backends
+from ._activations import activation_number
 from ._autograd import apply_bias_activation, apply_fused_mlp, needs_autograd
-
-#: Names in the order of their numbers in the schemas.
-ACTIVATIONS = ("gelu_tanh", "gelu_erf", "relu", "squared_relu", "silu_gate")
 
 _bias_activation = torch.ops.anyflash.bias_activation.default
 _fused_mlp_forward = torch.ops.anyflash.fused_mlp_forward.default
-
-
-def _number(activation: str) -> int:
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"activation: expected one of {', '.join(ACTIVATIONS)}, got '{activation}'"
-        )
-    return ACTIVATIONS.index(activation)
 
 
 @torch.jit.unused
@@ -40,7 +30,7 @@ def _fused_mlp(
     for name, tensor in (("x", x), ("weight1", weight1), ("weight2", weight2)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    number, code = _number(activation), backends.resolve(backend)
+    number, code = activation_number(activation), backends.resolve(backend)
     if _autocast.is_enabled(x):
         x, weight1, bias1, weight2, bias2 = _autocast.cast(x, weight1, bias1, weight2, bias2)
     if needs_autograd(x, weight1, bias1, weight2, bias2):
@@ -112,7 +102,7 @@ def bias_activation(
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
-    number, code = _number(activation), backends.resolve(backend)
+    number, code = activation_number(activation), backends.resolve(backend)
     if needs_autograd(x, bias):
         return apply_bias_activation(x, bias, number, code)
     return _bias_activation(x, bias, number, code)
