@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _loader
+from . import _core, _loader
 from ._autograd import inside_kernel, needs_autograd
 from ._guards import BelowAutograd, BelowWriteCounts, count_write, isolated
 from ._operators import cross_entropy, norm, rotary
@@ -294,8 +294,11 @@ def _version_counting_kernel(name: str) -> Callable[..., None]:
 
 
 def _register_family(library: torch.library.Library, family: Any) -> None:
-    """What a family of _operators/ says of itself. On the CPU key the binary's kernel goes before
-    its math."""
+    """What a family of _operators/ says of itself. On the CPU key a kernel goes before its math:
+    the binary's, or here that of the Python provider."""
+    if _loader.provider == "python" and _core.library is not None:
+        for name, kernel in family.KERNELS.items():
+            library.impl(name, isolated(kernel), "CPU")
     for name, math in family.MATH.items():
         library.impl(name, isolated(math), "CompositeExplicitAutograd")
         if name.endswith("_"):
