@@ -1,4 +1,4 @@
-// Attention over a key/value cache: what attention_kvcache_ was called with.
+// Attention over a key/value cache: what _flash_attn_kvcache_ was called with.
 #pragma once
 
 #include "attention.h"

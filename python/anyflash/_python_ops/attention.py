@@ -1,10 +1,11 @@
-"""attention_forward and attention_backward: describe, validate, decide, run, return."""
+"""_flash_attn_forward and _flash_attn_backward: describe, validate, decide, run, return."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from .._rng_state import draw_rng_state
 from . import aten_cpu, aten_cudnn, aten_efficient, aten_flash, dispatch, math
 from .notice import note_choice
 from .problem import AttentionArgs, BackwardArgs, describe
@@ -41,7 +42,7 @@ def run_forward(route: str, args: AttentionArgs) -> tuple[Tensor, Tensor]:
     return _ROUTES[route].forward(args)
 
 
-def attention_forward(
+def _flash_attn_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -62,9 +63,14 @@ def attention_forward(
     window_left: int,
     window_right: int,
     softcap: float,
+    deterministic: bool,
     backend: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """schemas.def."""
+    if not dropout_p > 0.0:
+        rng_state = None
+    else:
+        rng_state = draw_rng_state(q.device) if rng_state is None else rng_state.clone()
     args = AttentionArgs(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k,
         block_table, alibi_slopes, bias, sinks, rng_state, dropout_p, softmax_scale, window_left,
@@ -72,14 +78,17 @@ def attention_forward(
     )  # fmt: skip
     args.normalise(causal)
     validate_forward(args)
-    return run_forward(choose_forward(args, backend), args)
+    out, softmax_lse = run_forward(choose_forward(args, backend), args)
+    if rng_state is None:
+        rng_state = q.new_empty(0, dtype=torch.int64)
+    return out, softmax_lse, rng_state
 
 
 def _contiguous_last_dim(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def attention_backward(
+def _flash_attn_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -131,11 +140,3 @@ def attention_backward(
 def refuse_gradient(gradient: Tensor, size: list[int], why: str) -> Tensor:
     """schemas.def."""
     raise RuntimeError(why)
-
-
-def random_state(q: Tensor, dropout_p: float) -> Tensor | None:
-    """Seed and offset of a call's dropout, drawn from the default generator; None without
-    dropout."""
-    if dropout_p <= 0.0:
-        return None
-    return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=q.device)

@@ -15,7 +15,7 @@ from .problem import AttentionArgs
 
 @dataclass
 class KVCacheCall:
-    """What attention_kvcache_ was called with. Shapes: schemas.def."""
+    """What _flash_attn_kvcache_ was called with. Shapes: schemas.def."""
 
     q: Tensor
     k_cache: Tensor
@@ -311,7 +311,7 @@ def _append_and_rotate(call: KVCacheCall, args: AttentionArgs) -> None:
     args.seqused_k = first + k.shape[1]
 
 
-def attention_kvcache_(
+def _flash_attn_kvcache_(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
