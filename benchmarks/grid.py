@@ -87,15 +87,15 @@ def measure(point: dict[str, object], seconds: float) -> dict[str, object]:
     mask = (1 / math.sqrt(head_dim), point["causal"], -1, -1, 0.0)
     ops = torch.ops.anyflash
 
-    def forward(backend: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return ops.attention_forward(q, k, v, *size, *[None] * 7, 0.0, *mask, backend)
+    def forward(backend: int) -> tuple[torch.Tensor, ...]:
+        return ops._flash_attn_forward(q, k, v, *size, *[None] * 7, 0.0, *mask, False, backend)
 
-    out, lse = forward(KERNEL)
+    out, lse, _ = forward(KERNEL)
 
     def backward(backend: int) -> object:
         given = (dout, q, k, v, out, lse, None)
         asked = (False, False, False)
-        return ops.attention_backward(*given, *size, *[None] * 6, 0.0, *mask, *asked, backend)
+        return ops._flash_attn_backward(*given, *size, *[None] * 6, 0.0, *mask, *asked, backend)
 
     result = dict(point)
     for name, run in (("forward", forward), ("backward", backward)):

@@ -164,8 +164,8 @@ Activation activation_of(const std::string& name) {
   throw std::invalid_argument(text("activation: expected one of ", known, ", got '", name, "'"));
 }
 
-Tensor bias_activation(const Tensor& x, const OptionalTensor& bias, int64_t activation,
-                       int64_t backend) {
+Tensor _bias_activation_forward(const Tensor& x, const OptionalTensor& bias, int64_t activation,
+                                int64_t backend) {
   const NoGrad no_grad;
   const Activation act = activation_of(activation);
   validate(x, bias, act);
@@ -176,9 +176,9 @@ Tensor bias_activation(const Tensor& x, const OptionalTensor& bias, int64_t acti
   return contiguous(to_dtype(activated(activation_input(x, bias), act), x.scalar_type()));
 }
 
-std::tuple<Tensor, Tensor> bias_activation_backward(const Tensor& dy, const Tensor& x,
-                                                    const OptionalTensor& bias, int64_t activation,
-                                                    int64_t backend) {
+std::tuple<Tensor, Tensor> _bias_activation_backward(const Tensor& dy, const Tensor& x,
+                                                     const OptionalTensor& bias, int64_t activation,
+                                                     int64_t backend) {
   const NoGrad no_grad;
   const Activation act = activation_of(activation);
   validate(x, bias, act);

@@ -10,92 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _loader
-from ._autograd import inside_kernel, needs_autograd
+from . import _defs, _loader
+from ._autograd import NO_SECOND_DERIVATIVE, forward_only, inside_kernel, needs_autograd
 from ._guards import BelowAutograd, BelowWriteCounts, count_write, isolated
-from ._operators import cross_entropy, norm, rotary
+from ._operators import attention, cross_entropy, kvcache, mlp, norm, rotary
+from ._operators.attention import out_like
 
 _keep_alive: list[torch.library.Library] = []
-
-
-def _lse_like(q: Tensor, packed: bool) -> Tensor:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    shape = (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
-    return q.new_empty(shape, dtype=dtype)
-
-
-def _out_like(q: Tensor, v: Tensor) -> Tensor:
-    if v.shape[-1] == q.shape[-1]:
-        return torch.empty_like(q)
-    return q.new_empty((*q.shape[:-1], v.shape[-1]))
-
-
-def _attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    return _out_like(q, v), _lse_like(q, cu_seqlens_q is not None)
-
-
-def _attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-    bias, sinks = rest[10], rest[11]
-    bias_requires_grad, sinks_requires_grad = rest[20], rest[21]
-    return (
-        torch.empty_like(q),
-        torch.empty_like(k),
-        torch.empty_like(v),
-        torch.empty_like(bias) if bias_requires_grad else q.new_empty(0),
-        torch.empty_like(sinks) if sinks_requires_grad else q.new_empty(0),
-    )
-
-
-def _attention_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> Any:
-    return _out_like(q, v_cache), _lse_like(q, False)
-
-
-def _bias_activation(x: Tensor, bias: Tensor | None, activation: int, backend: int) -> Tensor:
-    per_output = 2 if activation == 4 else 1
-    return x.new_empty((*x.shape[:-1], x.shape[-1] // per_output))
-
-
-def _bias_activation_backward(
-    dy: Tensor, x: Tensor, bias: Tensor | None, activation: int, backend: int
-) -> tuple[Tensor, Tensor]:
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, x.new_empty(0 if bias is None else bias.shape)
-
-
-def _fused_mlp_forward(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    activation: int,
-    save_hidden: bool,
-    backend: int,
-) -> tuple[Tensor, Tensor]:
-    out = x.new_empty((*x.shape[:-1], weight2.shape[0]))
-    return out, x.new_empty((*x.shape[:-1], weight1.shape[0]) if save_hidden else 0)
-
-
-def _fused_mlp_backward(
-    dout: Tensor,
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    hidden: Tensor,
-    bias2_requires_grad: bool,
-    activation: int,
-    backend: int,
-) -> tuple[Tensor, ...]:
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(weight1.shape),
-        x.new_empty(0 if bias1 is None else bias1.shape),
-        x.new_empty(weight2.shape),
-        x.new_empty(weight2.shape[0] if bias2_requires_grad else 0),
-    )
 
 
 def _refuse_gradient(gradient: Tensor, size: Sequence[int], why: str) -> Tensor:
@@ -103,7 +24,7 @@ def _refuse_gradient(gradient: Tensor, size: Sequence[int], why: str) -> Tensor:
 
 
 def _like_q(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-    return _out_like(q, v)
+    return out_like(q, v)
 
 
 def _like_q_of_kvpacked(q: Tensor, *rest: Any) -> Tensor:
@@ -119,13 +40,6 @@ def _fused_mlp(x: Tensor, weight1: Tensor, bias1: Any, weight2: Tensor, *rest: A
 
 
 FAKES: dict[str, Callable[..., Any]] = {
-    "attention_forward": _attention_forward,
-    "attention_backward": _attention_backward,
-    "attention_kvcache_": _attention_kvcache,
-    "bias_activation": _bias_activation,
-    "bias_activation_backward": _bias_activation_backward,
-    "fused_mlp_forward": _fused_mlp_forward,
-    "fused_mlp_backward": _fused_mlp_backward,
     "refuse_gradient": _refuse_gradient,
     "flash_attn_func": _like_q,
     "flash_attn_kvpacked_func": _like_q_of_kvpacked,
@@ -274,7 +188,7 @@ def _register_fake(library: torch.library.Library, name: str, fake: Callable[...
 
 
 #: The families of _operators/.
-FAMILIES: tuple[Any, ...] = (rotary, norm, cross_entropy)
+FAMILIES: tuple[Any, ...] = (attention, kvcache, mlp, rotary, norm, cross_entropy)
 
 
 def _version_counting_kernel(name: str) -> Callable[..., None]:
@@ -293,10 +207,23 @@ def _version_counting_kernel(name: str) -> Callable[..., None]:
     return kernel
 
 
+def _draws_random_numbers(name: str) -> bool:
+    """Whether a call of the operator may draw from torch's generator."""
+    return "flash_attn" in name and "backward" not in name and "kvcache" not in name
+
+
+def _tag(name: str) -> None:
+    """Tells the compiler, which then neither merges calls nor repeats one with other numbers. Tags
+    cannot be part of a definition in C++."""
+    tags = getattr(getattr(torch.ops.anyflash, name).default, "tags", None)  # torch 2.1
+    if tags is not None and torch.Tag.nondeterministic_seeded not in tags:
+        tags.append(torch.Tag.nondeterministic_seeded)
+
+
 def _register_family(library: torch.library.Library, family: Any) -> None:
     """What a family of _operators/ says of itself. On the CPU key the binary's kernel goes before
     its math."""
-    for name, math in family.MATH.items():
+    for name, math in getattr(family, "MATH", {}).items():
         library.impl(name, isolated(math), "CompositeExplicitAutograd")
         if name.endswith("_"):
             library.impl(name, _version_counting_kernel(name), "ADInplaceOrView")
@@ -318,6 +245,14 @@ def register() -> None:
             library.impl(name, _autograd_kernel(name, differentiable), "Autograd")
         for family in FAMILIES:
             _register_family(library, family)
+        differentiable = {name for family in FAMILIES for name in family.DIFFERENTIABLE}
+        for operator in _defs.operators():
+            if operator.group == "leaf" and operator.name not in differentiable:
+                refusal = forward_only(operator.name, NO_SECOND_DERIVATIVE)
+                library.impl(operator.name, _autograd_kernel(operator.name, refusal), "Autograd")
+        for operator in _defs.operators():
+            if _draws_random_numbers(operator.name):
+                _tag(operator.name)
     except Exception as error:  # noqa: BLE001 - without them the operators still run
         _loader.reasons.append(
             f"the operators have no fake or autograd kernels: {type(error).__name__}: {error}"

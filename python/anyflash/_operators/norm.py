@@ -276,7 +276,8 @@ class NormFunction(Function):
         has_residual, has_x1 = ctx.options[3:5]
         if dy is None:
             dy = torch.zeros_like(z, dtype=None if dy1 is None else dy1.dtype)
-        dx, dx1, dresidual, *gradients = torch.ops.anyflash.norm_backward.default(
+        dx, dx1, dresidual, *gradients = below_autograd(
+            torch.ops.anyflash.norm_backward.default,
             dy, dy1 if weight1 is not None else None, dz if ctx.stored else None, z, mean, rstd,
             *rest, *ctx.options,
         )  # fmt: skip
