@@ -42,8 +42,8 @@ def test_commands_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_paths_exist(page):
-    pattern = r"`((?:csrc|kernels|python|tests|scripts|docs|benchmarks|examples|tools)/[\w./-]*)`"
-    for path in re.findall(pattern, read(page)):
+    folders = "csrc|kernels|python|emulator|tests|scripts|docs|benchmarks|examples|tools"
+    for path in re.findall(rf"`((?:{folders})/[\w./-]*)`", read(page)):
         if "results" not in path:
             assert (REPOSITORY / path).exists(), path
 

@@ -204,7 +204,10 @@ def test_no_debts_in_the_code():
 LONGEST_FILE, LONGEST_FUNCTION = 420, 80
 
 
-@pytest.mark.parametrize("folder", ["python", "tests/python", "tools", "scripts", "benchmarks"])
+@pytest.mark.parametrize(
+    "folder",
+    ["python", "emulator", "tests/python", "tests/emulated", "tools", "scripts", "benchmarks"],
+)
 def test_files_and_functions_stay_readable(folder):
     for path in (REPOSITORY / folder).rglob("*.py"):
         if {"testing_cases.py", "build"} & set(path.parts):  # data
