@@ -8,13 +8,11 @@ import subprocess
 import sys
 
 import pytest
-from support import REPOSITORY
+from tree import REPOSITORY, tracked
 
 from anyflash.__main__ import _parser
 
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *sorted(
-    str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md")
-)]  # fmt: skip
+PAGES = [path.relative_to(REPOSITORY).as_posix() for path in tracked("*.md", "docs/**/*.md")]
 
 
 def read(page: str) -> str:
