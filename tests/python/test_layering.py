@@ -36,6 +36,20 @@ def test_kernels_know_nothing_of_torch():
             assert not name.startswith("csrc/"), f"{path} looks up: {name}"
 
 
+@pytest.mark.parametrize("folder", ["kernels", "csrc"])
+def test_what_ships_knows_nothing_of_its_tests(folder):
+    for path in _sources(folder):
+        found = re.search(r"\b(tests|emulator)/.*", path.read_text())
+        assert not found, f"{path}: {found[0]}"
+
+
+def test_emulator_knows_nothing_of_the_library():
+    for path in _sources("emulator"):
+        for name in _includes(path):
+            assert not name.startswith(("kernels/", "csrc/")), f"{path}: {name}"
+            assert not name.startswith("tests/") or name == "tests/cpp/catch.h", f"{path}: {name}"
+
+
 def test_kernels_use_no_standard_headers_on_the_device():
     """They must compile with NVRTC too."""
     for path in tracked("kernels/**/*.cuh"):
