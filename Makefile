@@ -43,12 +43,12 @@ emulate: $(VENV)/.packages   ## every CUDA kernel on the emulator, with random p
 	$(CPP_BUILD) -S . -B $(BUILD)
 	cmake --build $(BUILD)
 	ctest --test-dir $(BUILD) --output-on-failure -j $$(nproc) -R emulat
-	$(BUILD)/tests/emulator/emulate_attention --case none --random 40 --seed $$(date +%s)
+	$(BUILD)/tests/emulated/emulate_attention --case none --random 40 --seed $$(date +%s)
 
 mutate: $(VENV)/.packages   ## breaks the CUDA kernels in every place that keeps order or bounds, and demands that it shows
 	$(CPP_BUILD) -S . -B $(BUILD)
 	cmake --build $(BUILD)
-	$(BIN)/python tests/emulator/mutate.py $(BUILD)
+	$(BIN)/python tests/emulated/mutate.py $(BUILD)
 
 fuzz: $(VENV)/.packages build-address   ## 100000 random attention problems on the CPU kernels, 10000 under AddressSanitizer
 	$(CPP_BUILD) -S . -B $(BUILD)

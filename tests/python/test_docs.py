@@ -8,13 +8,11 @@ import subprocess
 import sys
 
 import pytest
-from support import REPOSITORY
+from tree import REPOSITORY, tracked
 
 from anyflash.__main__ import _parser
 
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *sorted(
-    str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md")
-)]  # fmt: skip
+PAGES = [path.relative_to(REPOSITORY).as_posix() for path in tracked("*.md", "docs/**/*.md")]
 
 
 def read(page: str) -> str:
@@ -42,8 +40,8 @@ def test_commands_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_paths_exist(page):
-    pattern = r"`((?:csrc|kernels|python|tests|scripts|docs|benchmarks|examples|tools)/[\w./-]*)`"
-    for path in re.findall(pattern, read(page)):
+    folders = "csrc|kernels|python|emulator|tests|scripts|docs|benchmarks|examples|tools"
+    for path in re.findall(rf"`((?:{folders})/[\w./-]*)`", read(page)):
         if "results" not in path:
             assert (REPOSITORY / path).exists(), path
 
