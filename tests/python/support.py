@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,27 @@ ROUTES = {
     "cuda": (None, "kernel", "aten_flash", "aten_efficient", "aten_cudnn", "math"),
 }
 ALL_ROUTES = (None, "kernel", "aten_cpu", "aten_flash", "aten_efficient", "aten_cudnn", "math")
+
+
+@functools.cache
+def tracked_files() -> tuple[Path, ...]:
+    """What git knows; in a source tree without git, everything that is no build output."""
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True)
+    if done.returncode == 0:
+        files = [REPOSITORY / name for name in done.stdout.split("\0") if name]
+    else:
+        skipped = re.compile(r"(build|out|dist|\.(?!ci|clang|git|pre).*)/")
+        every = REPOSITORY.rglob("*")
+        files = [p for p in every if not skipped.match(p.relative_to(REPOSITORY).as_posix())]
+    return tuple(path for path in files if path.is_file())
+
+
+def text_of(path: Path) -> str | None:
+    """The text of a file; None where it holds something else."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return None
 
 
 def torch_version() -> int:

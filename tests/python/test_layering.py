@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
-from support import REPOSITORY
+from support import REPOSITORY, text_of, tracked_files
 
 CODE = {".h", ".cpp", ".cu", ".cuh", ".in"}
 STABLE_HEADERS = ("torch/csrc/stable/", "torch/csrc/inductor/aoti_torch/", "torch/headeronly/")
@@ -23,29 +22,6 @@ def _sources(folder: str) -> list[Path]:
 
 def _includes(path: Path) -> list[str]:
     return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.M)
-
-
-def _tracked() -> list[Path]:
-    """What git would commit; in a source tree without git, everything that is no build output."""
-    done = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode == 0:
-        names = done.stdout.split("\0")
-        return [REPOSITORY / n for n in names if n and (REPOSITORY / n).is_file()]
-    skipped = re.compile(r"(build|out|dist|\.(?!ci|clang|git|pre).*)/")
-    files = [p for p in REPOSITORY.rglob("*") if p.is_file()]
-    return [p for p in files if not skipped.match(p.relative_to(REPOSITORY).as_posix())]
-
-
-def _text_of(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        return None
 
 
 def test_kernels_know_nothing_of_torch():
@@ -181,8 +157,8 @@ MACHINE = r"(?<![\w./-])/(?:root|home/\w+|work|tmp)/\w|(?<![\w])C:\\\\Users"
 
 def test_no_machine_paths_or_registry_hosts():
     found = []
-    for path in _tracked():
-        text = _text_of(path)
+    for path in tracked_files():
+        text = text_of(path)
         if text is None or path == Path(__file__):
             continue
         for number, line in enumerate(text.splitlines(), 1):
@@ -194,8 +170,8 @@ def test_no_machine_paths_or_registry_hosts():
 def test_no_debts_in_the_code():
     """What is committed is done."""
     words = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X|HA" + r"CK)\b")
-    for path in _tracked():
-        text = _text_of(path)
+    for path in tracked_files():
+        text = text_of(path)
         if text is None or path.suffix not in {".py", ".h", ".cpp", ".cu", ".cuh", ".def", ".txt"}:
             continue
         assert not words.search(text), path
