@@ -9,7 +9,7 @@ function(anyflash_binary target)
   target_sources(${target} PRIVATE "${PROJECT_SOURCE_DIR}/cmake/floor/single_threaded.cpp"
                                    "${PROJECT_SOURCE_DIR}/cmake/floor/libstdcxx.cpp")
   target_compile_options(${target} PRIVATE
-    "$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wno-maybe-uninitialized;-ffunction-sections;-fmacro-prefix-map=${PROJECT_SOURCE_DIR}/=>")
+    "$<$<COMPILE_LANGUAGE:CXX>:-ffunction-sections;-fmacro-prefix-map=${PROJECT_SOURCE_DIR}/=>")
   if(ANYFLASH_GLIBC_STUBS)
     target_link_libraries(${target} PRIVATE -Wl,--push-state,--no-as-needed ${ANYFLASH_GLIBC_STUBS} -Wl,--pop-state)
   endif()
