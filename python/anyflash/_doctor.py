@@ -224,7 +224,7 @@ def _major(version: str) -> int:
 
 def _cpu(report: Report) -> dict[str, Any]:
     """The instruction set that kernels use here, and the attention kernels that calls get."""
-    kernels = []
+    kernels: list[str] = []
     if _wrong_variables():
         return {"isa": "none", "kernels": kernels}
     for dtype in ("bf16", "fp16", "fp32"):
