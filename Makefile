@@ -11,7 +11,7 @@ MUST_BUILD := $(if $(shell command -v c++ g++ clang++),ANYFLASH_BUILD=1 ANYFLASH
 CPP_BUILD := cmake -G Ninja -DANYFLASH_TORCH=OFF -DANYFLASH_PYTHON=OFF -DANYFLASH_TESTS=ON -DANYFLASH_WERROR=ON
 SOURCES := $(shell find csrc kernels cmake tools -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: help setup demo test test-cpp test-python emulate mutate fuzz sanitize build-address build-thread bench test-matrix test-consumers wheels lint format clean
+.PHONY: help setup demo test test-cpp test-python emulate mutate fuzz sanitize build-address build-thread bench test-matrix test-consumers wheels lint types format clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -91,6 +91,10 @@ lint: $(VENV)/.packages   ## ruff, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+types: $(VENV)/.packages   ## mypy: the package, then the drop-in under the names that its users import
+	$(BIN)/mypy -p anyflash --exclude anyflash/dropin/
+	$(BIN)/mypy -p flash_attn $(addprefix -m ,$(notdir $(basename $(wildcard python/anyflash/dropin/*.py))))
 
 format: $(VENV)/.packages   ## the same tools, writing
 	$(BIN)/ruff check --fix .
