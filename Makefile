@@ -5,13 +5,13 @@ BUILD ?= build/dev
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PATH := $(abspath $(BIN)):$(PATH)
-# Where there is a compiler, everything is built, the kernels of absent GPUs too, and a failing build is an error; without one the
-# install is pure Python.
-MUST_BUILD := $(if $(shell command -v c++ g++ clang++),ANYFLASH_BUILD=1 ANYFLASH_CUDA=$${ANYFLASH_CUDA:-1})
-CPP_BUILD := cmake -G Ninja -DANYFLASH_TORCH=OFF -DANYFLASH_TESTS=ON
+# Where there is a compiler, everything is built, the kernels of absent GPUs too, and a failing build is an error, a warning as
+# well; without one the install is pure Python.
+MUST_BUILD := $(if $(shell command -v c++ g++ clang++),ANYFLASH_BUILD=1 ANYFLASH_WERROR=1 ANYFLASH_CUDA=$${ANYFLASH_CUDA:-1})
+CPP_BUILD := cmake -G Ninja -DANYFLASH_TORCH=OFF -DANYFLASH_TESTS=ON -DANYFLASH_WERROR=ON
 SOURCES := $(shell find csrc kernels cmake tools -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: help setup demo test test-cpp test-python emulate mutate fuzz sanitize build-address build-thread bench test-matrix test-consumers wheels lint format clean
+.PHONY: help setup demo test test-cpp test-python emulate mutate fuzz sanitize build-address build-thread bench test-matrix test-consumers wheels lint types format clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -91,6 +91,10 @@ lint: $(VENV)/.packages   ## ruff, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+types: $(VENV)/.packages   ## mypy: the package, then the drop-in under the names that its users import
+	$(BIN)/mypy -p anyflash --exclude anyflash/dropin/
+	$(BIN)/mypy -p flash_attn $(addprefix -m ,$(notdir $(basename $(wildcard python/anyflash/dropin/*.py))))
 
 format: $(VENV)/.packages   ## the same tools, writing
 	$(BIN)/ruff check --fix .

@@ -48,6 +48,7 @@ def cmake(cuda: bool, prefix: pathlib.Path) -> None:
         "CMAKE_INSTALL_PREFIX": str(prefix),
         "ANYFLASH_CUDA": ("ON" if setting("ANYFLASH_CUDA") else "AUTO") if cuda else "OFF",
         "ANYFLASH_PIP_CUDA_ROOT": package_root() or "",
+        "ANYFLASH_WERROR": "ON" if setting("ANYFLASH_WERROR") else "OFF",
     }
     if "ANYFLASH_CUDA_ARCHS" in os.environ:
         options["ANYFLASH_CUDA_ARCHS"] = os.environ["ANYFLASH_CUDA_ARCHS"]

@@ -6,7 +6,7 @@ execute_process(COMMAND "${Python_EXECUTABLE}" "${PROJECT_SOURCE_DIR}/tools/glib
 
 function(anyflash_compile_options target)
   target_compile_options(${target} PRIVATE
-    "$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wno-maybe-uninitialized;-ffunction-sections;-fmacro-prefix-map=${PROJECT_SOURCE_DIR}/=>")
+    "$<$<COMPILE_LANGUAGE:CXX>:-ffunction-sections;-fmacro-prefix-map=${PROJECT_SOURCE_DIR}/=>")
 endfunction()
 
 function(anyflash_binary target)

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tree import REPOSITORY, tracked
+from tree import REPOSITORY, text_of, tracked
 
 CODE = {".h", ".cpp", ".cu", ".cuh", ".in"}
 STABLE_HEADERS = ("torch/csrc/stable/", "torch/csrc/inductor/aoti_torch/", "torch/headeronly/")
@@ -20,13 +20,6 @@ def _sources(folder: str) -> list[Path]:
 
 def _includes(path: Path) -> list[str]:
     return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.M)
-
-
-def _text_of(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        return None
 
 
 def test_kernels_know_nothing_of_torch():
@@ -178,7 +171,7 @@ MACHINE = r"(?<![\w./-])/(?:root|home/\w+|work|tmp)/\w|(?<![\w])C:\\\\Users"
 def test_no_machine_paths_or_registry_hosts():
     found = []
     for path in tracked("**"):
-        text = _text_of(path)
+        text = text_of(path)
         if text is None or path == Path(__file__):
             continue
         for number, line in enumerate(text.splitlines(), 1):
@@ -191,7 +184,7 @@ def test_no_debts_in_the_code():
     """What is committed is done."""
     words = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X|HA" + r"CK)\b")
     for path in tracked("**"):
-        text = _text_of(path)
+        text = text_of(path)
         if text is None or path.suffix not in {".py", ".h", ".cpp", ".cu", ".cuh", ".def", ".txt"}:
             continue
         assert not words.search(text), path

@@ -27,7 +27,8 @@ for case in CORRECTNESS:
     out, lse = anyflash.attention(*inputs.qkv, **inputs.options, return_lse=True)
     found = {"out": out, "lse": lse}
     if graded:
-        gradients = torch.autograd.grad((out, lse), tuple(graded.values()), (inputs.dout, inputs.dlse))
+        arriving = (inputs.dout, inputs.dlse)
+        gradients = torch.autograd.grad((out, lse), tuple(graded.values()), arriving)
         found.update({name: x for name, x in zip(graded, gradients)})
     expected = expect(inputs, gradients=bool(graded))
     for name, x in found.items():

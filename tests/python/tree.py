@@ -26,3 +26,11 @@ def tracked(*patterns: str) -> list[Path]:
     found = [path for path in paths if path.is_file()]  # others are deleted and not yet committed
     assert found, f"nothing tracked matches {patterns}"
     return found
+
+
+def text_of(path: Path) -> str | None:
+    """The text of a file; None where it holds something else."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return None

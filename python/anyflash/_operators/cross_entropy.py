@@ -231,7 +231,7 @@ def _backward_(dlosses: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, *op
         logits[rows].copy_(gradient)
 
 
-MATH = {
+MATH: dict[str, Callable[..., Any]] = {
     "cross_entropy_forward": _forward,
     "cross_entropy_backward": _backward,
     "cross_entropy_backward_": _backward_,

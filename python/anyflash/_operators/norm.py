@@ -10,6 +10,7 @@ dtype of residual_out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -171,7 +172,7 @@ def has_own_dresidual(has_residual: bool, masked: bool, scaled: bool, same_dtype
     return has_residual and (masked or scaled or not same_dtype)
 
 
-MATH = {"norm_forward": _forward, "norm_backward": _backward}
+MATH: dict[str, Callable[..., Any]] = {"norm_forward": _forward, "norm_backward": _backward}
 
 
 def _forward_fake(
