@@ -9,7 +9,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # well; without one the install is pure Python.
 MUST_BUILD := $(if $(shell command -v c++ g++ clang++),ANYFLASH_BUILD=1 ANYFLASH_WERROR=1 ANYFLASH_CUDA=$${ANYFLASH_CUDA:-1})
 CPP_BUILD := cmake -G Ninja -DANYFLASH_TORCH=OFF -DANYFLASH_TESTS=ON -DANYFLASH_WERROR=ON
-SOURCES := $(shell find csrc kernels cmake tools -type f) CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find core csrc kernels cmake tools -type f) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: help setup demo test test-cpp test-python emulate mutate fuzz sanitize build-address build-thread bench test-matrix test-consumers wheels lint types format clean
 

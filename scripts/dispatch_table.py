@@ -3,8 +3,8 @@
     python scripts/dispatch_table.py           # write
     python scripts/dispatch_table.py --check   # exit 1 if a table is not current
 
-Routes come from csrc/routes.def, kernels from kernels/instances.def, their speed from
-csrc/measured.def, features from kernels/features.def, choices from `decide`.
+Routes come from core/routes.def, kernels from kernels/instances.def, their speed from
+core/measured.def, features from kernels/features.def, choices from `decide`.
 """
 
 from __future__ import annotations

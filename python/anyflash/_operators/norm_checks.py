@@ -1,4 +1,4 @@
-"""What norm_forward and norm_backward refuse, with the words of csrc/norm.cpp."""
+"""What norm_forward and norm_backward refuse, with the words of csrc/rowwise/norm.cpp."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def _check_arguments(
     cu_seqlens: Tensor | None,
     max_seqlen: int,
 ) -> None:
-    """The checks of csrc/rotary.cpp, in its words."""
+    """The checks of csrc/rowwise/rotary.cpp, in its words."""
     _check_shapes(x, cos, sin, cu_seqlens)
     if cu_seqlens is None:
         batch, seqlen = x.shape[0], x.shape[1]

@@ -1,5 +1,5 @@
 """The public operators, under the original library's names and defaults: the output alone comes
-back (csrc/flash_attn_api.cpp)."""
+back (csrc/attention/flash_attn_api.cpp)."""
 
 from __future__ import annotations
 
