@@ -16,10 +16,12 @@ from torch import Tensor
 
 from ._records import (
     MIRRORED,
+    BiasActivationCall,
     Caller,
     Choice,
     DecisionView,
     Instance,
+    MlpCall,
     Piece,
     TensorView,
     new,
@@ -44,6 +46,11 @@ def put_with_values(
     if x is not None and x.is_cuda and x.dtype == torch.int32 and checks_values():
         copies.append(x.cpu().contiguous())
         getattr(record, name).host = copies[-1].data_ptr()
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """x itself where it is what core/run.h takes for a matrix, else a contiguous copy."""
+    return x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
 
 
 @functools.cache
@@ -86,6 +93,11 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "anyflash_run_backward": (_STATUS, *5 * [_POINTER]),
     "anyflash_run_append": (_STATUS, *5 * [_POINTER]),
     "anyflash_forward_workspace": (_INT64, *2 * [_POINTER]),
+    "anyflash_prepare_bias_activation": (_STATUS, *3 * [_POINTER]),
+    "anyflash_run_bias_activation": (_STATUS, *4 * [_POINTER]),
+    "anyflash_bias_activation_workspace": (_INT64, _INT64, _INT64, ctypes.c_int32),
+    "anyflash_check_fused_mlp": (_STATUS, _POINTER),
+    "anyflash_activation": (_STATUS, ctypes.c_char_p, _POINTER),
     "anyflash_choose": (_STATUS, _POINTER, ctypes.c_int32, ctypes.c_int32, *2 * [_POINTER]),
     "anyflash_plan_pieces": (
         _INT64, *4 * [_INT64], ctypes.c_int32, _POINTER, _INT64, *2 * [_POINTER],
@@ -234,6 +246,44 @@ def choose(x: Tensor, family: str, direction: str, backend: int) -> Choice:
 
 class _OneTensor(ctypes.Structure):
     _fields_ = [("x", TensorView)]
+
+
+def prepare_bias_activation(call: BiasActivationCall, backend: int) -> Choice:
+    """Checks, decides and tells.
+
+    Raises:
+        RuntimeError: what cannot be computed.
+        ValueError: an activation or a chain of back ends that is none.
+    """
+    choice, asked = Choice(), caller(backend)
+    prepare = loaded().anyflash_prepare_bias_activation
+    raise_for(prepare(ctypes.byref(call), ctypes.byref(asked), ctypes.byref(choice)))
+    return choice
+
+
+def bias_activation_workspace(rows: int, columns: int, activation: int) -> int:
+    """Bytes of workspace for a backward that returns dbias."""
+    return int(loaded().anyflash_bias_activation_workspace(rows, columns, activation))
+
+
+def check_fused_mlp(call: MlpCall) -> None:
+    """
+    Raises:
+        RuntimeError: what cannot be computed.
+        ValueError: an activation that is none.
+    """
+    raise_for(loaded().anyflash_check_fused_mlp(ctypes.byref(call)))
+
+
+def activation_number(name: str) -> int:
+    """The number of an activation's name.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    number = _INT64()
+    raise_for(loaded().anyflash_activation(str(name).encode(), ctypes.byref(number)))
+    return number.value
 
 
 def plan_pieces(

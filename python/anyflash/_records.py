@@ -116,6 +116,27 @@ class AppendResults(ctypes.Structure):
     _fields_ = _views("q_rotated", "seqused_k")
 
 
+class BiasActivationCall(ctypes.Structure):
+    """core/mlp.h."""
+
+    _fields_ = [*_views("x", "bias", "dy"), ("activation", ctypes.c_int64)]
+
+
+class BiasActivationResults(ctypes.Structure):
+    """core/mlp.h."""
+
+    _fields_ = [*_views("y", "dx", "dbias"), ("workspace", ctypes.c_void_p)]
+
+
+class MlpCall(ctypes.Structure):
+    """core/mlp.h."""
+
+    _fields_ = [
+        *_views("x", "weight1", "bias1", "weight2", "bias2", "dout", "hidden"),
+        ("activation", ctypes.c_int64),
+    ]
+
+
 class Caller(ctypes.Structure):
     """core/describe.h."""
 
@@ -195,6 +216,9 @@ MIRRORED: tuple[type[ctypes.Structure], ...] = (
     AttentionResults,
     KVCacheCall,
     AppendResults,
+    BiasActivationCall,
+    BiasActivationResults,
+    MlpCall,
     Caller,
     Choice,
     DecisionView,

@@ -60,3 +60,10 @@ def launch_on(x: Tensor) -> Iterator[Any]:
             yield torch.cuda.current_stream().cuda_stream
     else:
         yield ctypes.byref(CpuThreads(_parallel_for(), torch.get_num_threads()))
+
+
+def run(name: str, instance: Any, x: Tensor, *records: ctypes.Structure) -> None:
+    """Launches a kernel on x's device: ``anyflash_run_<name>`` of these records."""
+    function = getattr(_core.loaded(), f"anyflash_run_{name}")
+    with launch_on(x) as where:
+        _core.raise_for(function(instance, *map(ctypes.byref, records), where))

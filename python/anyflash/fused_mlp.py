@@ -9,16 +9,9 @@ import torch
 from torch import Tensor
 
 from . import _autocast, backends
+from ._activations import activation_number
 from ._operators import mlp
-from ._operators.mlp import ACTIVATIONS, BiasActivationCall, FusedMLPCall
-
-
-def _number(activation: str) -> int:
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"activation: expected one of {', '.join(ACTIVATIONS)}, got '{activation}'"
-        )
-    return ACTIVATIONS.index(activation)
+from ._operators.mlp import BiasActivationCall, FusedMLPCall
 
 
 @torch.jit.unused
@@ -35,7 +28,7 @@ def _fused_mlp(
     for name, tensor in (("x", x), ("weight1", weight1), ("weight2", weight2)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    number, code = _number(activation), backends.resolve(backend)
+    number, code = activation_number(activation), backends.resolve(backend)
     if _autocast.is_enabled(x):
         x, weight1, bias1, weight2, bias2 = _autocast.cast(x, weight1, bias1, weight2, bias2)
     return mlp.fused_mlp(
@@ -109,5 +102,5 @@ def bias_activation(
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
-    number, code = _number(activation), backends.resolve(backend)
+    number, code = activation_number(activation), backends.resolve(backend)
     return mlp.bias_activation(BiasActivationCall(x=x, bias=bias, activation=number, backend=code))

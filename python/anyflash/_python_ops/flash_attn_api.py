@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .._activations import activation_number
 from . import mlp
 from .attention import _flash_attn_forward
 from .checks import check, shape_text
@@ -170,5 +171,5 @@ def fused_mlp(
     recompute: bool = False,
 ) -> Tensor:
     """schemas.def; no gradient flows here, so there is nothing to recompute."""
-    number = mlp.activation_number(activation)
+    number = activation_number(activation)
     return mlp._fused_mlp_forward(x, weight1, bias1, weight2, bias2, number, False, 0)[0]

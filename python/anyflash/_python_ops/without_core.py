@@ -6,6 +6,8 @@ from __future__ import annotations
 import functools
 import logging
 
+from torch import Tensor
+
 from .. import _loader, backends
 from .arguments import AttentionArgs
 
@@ -41,6 +43,62 @@ def choose(family: str, backend: int) -> None:
         )
     if names[0] == "kernel":
         _tell(family)
+
+
+#: Names in the order of their numbers in the schemas.
+_ACTIVATIONS = ("gelu_tanh", "gelu_erf", "relu", "squared_relu", "silu_gate")
+
+
+def activation_number(name: str) -> int:
+    """
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"activation: unknown name '{name}'")
+    return _ACTIVATIONS.index(name)
+
+
+def _check_rows_and_bias(x: Tensor, bias: Tensor | None, columns: int) -> None:
+    if bias is not None and (bias.shape != (columns,) or bias.dtype != x.dtype):
+        raise RuntimeError(
+            f"bias: expected ({columns},) {x.dtype}, got {tuple(bias.shape)} {bias.dtype}"
+        )
+
+
+def prepare_bias_activation(
+    x: Tensor, bias: Tensor | None, dy: Tensor | None, activation: int, backend: int
+) -> None:
+    """Refuses what plain operators would compute wrongly instead of refusing it.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit, or no back end.
+        ValueError: an activation that is none.
+    """
+    if not 0 <= activation < len(_ACTIVATIONS):
+        raise ValueError(f"activation: expected 0 to {len(_ACTIVATIONS) - 1}, got {activation}")
+    if not x.is_floating_point() or x.dim() == 0:
+        raise RuntimeError(f"x: expected floating (..., columns), got {x.dtype} {tuple(x.shape)}")
+    _check_rows_and_bias(x, bias, x.shape[-1])
+    per_output = 2 if activation == 4 else 1
+    if x.shape[-1] % per_output != 0:
+        raise RuntimeError(f"x: expected an even last dimension, got {tuple(x.shape)}")
+    if dy is not None and dy.shape != (*x.shape[:-1], x.shape[-1] // per_output):
+        raise RuntimeError(f"dy: expected the shape of y, got {tuple(dy.shape)}")
+    choose("bias_activation", backend)
+
+
+def check_fused_mlp(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None = None,
+    **gradient: Tensor,
+) -> None:
+    """The same for the fused MLP; PyTorch's matrix products refuse the rest."""
+    _check_rows_and_bias(x, bias1, weight1.shape[0])
+    _check_rows_and_bias(x, bias2, weight2.shape[0])
 
 
 def decide(problem: dict[str, object]) -> dict[str, object]:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import anyflash
 from anyflash import _autocast, backends
+from anyflash._activations import activation_number
 from anyflash._autograd import first_derivative_only
-from anyflash.fused_mlp import ACTIVATIONS
 from flash_attn.utils.distributed import all_gather_raw, all_reduce_raw, reduce_scatter_raw
 from flash_attn.utils.torch import custom_bwd, custom_fwd
 
@@ -192,7 +192,7 @@ class FusedMLPFunc(torch.autograd.Function):
         check_mlp_options(activation, checkpoint_lvl, heuristic)
         ctx.process_group = process_group
         ctx.sequence_parallel = sequence_parallel
-        number = ACTIVATIONS.index(_ACTIVATIONS[activation])
+        number = activation_number(_ACTIVATIONS[activation])
         ctx.options = (bias2 is not None, number, backends.current_code())
         x, weight1, bias1, weight2, bias2 = _cast(x, weight1, bias1, weight2, bias2)
         save_hidden = save_pre_act and checkpoint_lvl < 2
