@@ -150,7 +150,7 @@ const char* anyflash_layout(void) {
            "\nAttentionCall ", sizeof(AttentionCall), "\nBackwardCall ", sizeof(BackwardCall),
            "\nAttentionResults ", sizeof(AttentionResults), "\nKVCacheCall ", sizeof(KVCacheCall),
            "\nAppendResults ", sizeof(AppendResults), "\nCaller ", sizeof(Caller), "\nChoice ",
-           sizeof(Choice), "\nDecisionView ", sizeof(DecisionView), "\nInstance ", sizeof(Instance),
+           sizeof(Choice), "\nPiece ", sizeof(Piece), "\nDecisionView ", sizeof(DecisionView), "\nInstance ", sizeof(Instance),
            "\n");
   return lines.c_str();
 }

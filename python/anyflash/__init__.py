@@ -17,7 +17,7 @@ except ImportError as _error:
         sys.exit(f"{_text}\nWhat to do: {_REMEDIES['install_torch'].text()[0]}")
     raise ImportError(_text, name=_error.name) from _error
 
-from . import _loader  # noqa: E402  (after torch is known to be here)
+from . import _core, _loader  # noqa: E402  (after torch is known to be here)
 
 if _loader.load() == "none":
     raise ImportError(f"anyflash has no operators: {'; '.join(_loader.reasons)}")
@@ -76,7 +76,7 @@ def decide(problem: dict[str, Any]) -> dict[str, Any]:
     """Which route runs a problem, and why those before it do not.
 
     Args:
-        problem: plain data, as in csrc/problem.h: op, device, sm (of a GPU), isa (of a CPU),
+        problem: plain data, as in core/problem.h: op, device, sm (of a GPU), isa (of a CPU),
             direction, dtype, head_dim, head_dim_v, features, torch_version, chain, explicit.
 
     Returns:
@@ -88,7 +88,7 @@ def decide(problem: dict[str, Any]) -> dict[str, Any]:
         ValueError: names that do not exist.
     """
     if _loader.has_kernels():
-        return _loader.native.decide(problem)
-    from ._python_ops import dispatch
+        return _core.decide(problem)
+    from ._python_ops import without_core
 
-    return dispatch.decide(problem)
+    return without_core.decide(problem)

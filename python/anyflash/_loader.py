@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import importlib.util
 import json
 import logging
 import os
@@ -20,8 +19,10 @@ from typing import Any
 
 import torch
 
+from . import _core
+
 LIBRARY = pathlib.Path(__file__).resolve().parent / "libanyflash_ops.so"
-KERNELS = LIBRARY.with_name("libanyflash_kernels.so")  # which LIBRARY and _native open
+KERNELS = LIBRARY.with_name("libanyflash_kernels.so")  # the core and the kernels; LIBRARY opens it
 MIN_TORCH = (2, 10)  # the stable ABI that the binary is built against
 _PROVIDERS = ("auto", "binary", "python")
 _PROBE = "anyflash::attention_forward"
@@ -32,8 +33,6 @@ _LAST_PROBE = "anyflash::fused_mlp"  # the last operator of schemas.def
 provider = "none"
 #: Why the binary is not in use, and anything else that did not go as planned.
 reasons: list[str] = []
-#: The pybind11 module with the compiled decision, or None.
-native: Any = None
 
 _loaded = False
 _keep_alive: list[Any] = []  # operator definitions and callbacks live as long as these objects
@@ -72,17 +71,32 @@ def _why_not_built() -> str:
     return "; ".join(noted) or "the file was there when anyflash was installed"
 
 
+def _obstacle_to(path: pathlib.Path) -> str | None:
+    """Why a library is not opened; None: nothing speaks against it."""
+    if not path.is_file():
+        return f"{path.name} is not there: {_why_not_built()}"
+    try:
+        return _truncation(path)
+    except OSError as error:
+        return f"{path.name} cannot be read: {error}"
+
+
+def _open_core() -> str | None:
+    """Loads the core and the kernels; returns what is in the way."""
+    obstacle = _obstacle_to(KERNELS) or _core.open_library(KERNELS)
+    if obstacle is None:
+        _install_notice_sink(_core.loaded())
+    return obstacle
+
+
 def _obstacle_to_binary() -> str | None:
-    """Why the binary is not opened; None: nothing speaks against it."""
-    if not LIBRARY.is_file():
-        return f"{LIBRARY.name} is not there: {_why_not_built()}"
+    """Why the compiled operators are not opened; None: nothing speaks against them."""
+    if _core.library is None:
+        return f"{LIBRARY.name} needs {KERNELS.name}"
     if _torch_version() < MIN_TORCH:
         wanted = ".".join(map(str, MIN_TORCH))
         return f"the binary needs torch {wanted} or newer, this is {torch.__version__}"
-    try:
-        return _truncation(LIBRARY) or _truncation(KERNELS)
-    except OSError as error:
-        return f"{LIBRARY.name} and {KERNELS.name} cannot be read: {error}"
+    return _obstacle_to(LIBRARY)
 
 
 def _open_binary() -> str | None:
@@ -102,7 +116,6 @@ def _open_binary() -> str | None:
         if not was_defined:
             return text
         reasons.append(f"{text}; those that were there first are in use")
-    _install_notice_sink(library)
     return None
 
 
@@ -117,7 +130,7 @@ def show_info() -> None:
 
 
 def _install_notice_sink(library: ctypes.CDLL) -> None:
-    """Sends the binary's notices to the logger `anyflash`."""
+    """Sends the core's notices to the logger `anyflash`."""
     logger = logging.getLogger("anyflash")
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int32, ctypes.c_char_p)
@@ -125,8 +138,6 @@ def _install_notice_sink(library: ctypes.CDLL) -> None:
         logger.log(level, "%s", text.decode(errors="replace"))
 
     set_sink = library.anyflash_set_notice_sink
-    set_sink.argtypes = [ctypes.c_void_p]
-    set_sink.restype = None
     set_sink(ctypes.cast(sink, ctypes.c_void_p))
     _keep_alive.append(sink)
     atexit.register(set_sink, None)  # the interpreter ends before the library
@@ -151,6 +162,8 @@ def _define_python() -> str | None:
 
 
 def _load_operators() -> str:
+    if obstacle := _open_core():
+        reasons.append(obstacle)
     wanted = os.environ.get("ANYFLASH_PROVIDER") or "auto"
     if wanted not in _PROVIDERS:
         reasons.append(f"ANYFLASH_PROVIDER: expected {', '.join(_PROVIDERS)}, got '{wanted}'")
@@ -169,22 +182,9 @@ def _load_operators() -> str:
     return "binary" if _is_defined(_PROBE) and _is_defined(_LAST_PROBE) else "none"
 
 
-def _load_native() -> Any:
-    try:
-        spec = importlib.util.find_spec("anyflash._native")
-        files = [pathlib.Path(spec.origin), KERNELS] if spec and spec.origin else []
-        damage = next(filter(None, map(_truncation, files)), None)
-        if damage:
-            raise ImportError(damage)
-        return importlib.import_module("anyflash._native")
-    except Exception as error:  # noqa: BLE001 - optional, and doctor tells
-        reasons.append(f"anyflash._native is not available: {error}")
-        return None
-
-
 def has_kernels() -> bool:
-    """Whether the operators in use know the compiled kernels: those of the binary do."""
-    return provider == "binary" and native is not None
+    """Whether the operators in use know the compiled kernels."""
+    return _core.library is not None
 
 
 def cpu_isa() -> str:
@@ -193,17 +193,16 @@ def cpu_isa() -> str:
     Raises:
         ValueError: ANYFLASH_CPU_ISA names an unknown one, or one that this CPU does not have.
     """
-    return native.cpu_isa() if has_kernels() else "none"
+    return _core.cpu_isa() if has_kernels() else "none"
 
 
 def load() -> str:
     """Loads the operators once and returns the provider: "binary", "python" or "none"."""
-    global _loaded, native, provider
+    global _loaded, provider
     if not _loaded:
         _loaded = True
         try:
             provider = _load_operators()
         except Exception as error:  # noqa: BLE001 - an import of anyflash never fails here
             reasons.append(f"loading the operators failed: {type(error).__name__}: {error}")
-        native = _load_native()
     return provider

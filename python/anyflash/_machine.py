@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import _loader
+from . import _core, _loader
 
 FOLDER = Path(__file__).resolve().parent
 LIBRARIES = ("libanyflash_ops.so", "libanyflash_kernels.so")
@@ -103,11 +103,10 @@ def source() -> str:
     )
 
 
-def native_state() -> dict[str, Any]:
-    """The introspection module: available, error, build facts, compiled instances."""
-    native = _loader.native
-    if native is None:
-        error = next((reason for reason in _loader.reasons if "_native" in reason), "not loaded")
+def kernel_state() -> dict[str, Any]:
+    """The kernel library: available, error, build facts, compiled instances."""
+    if _core.library is None:
+        error = next((reason for reason in _loader.reasons if "kernels" in reason), "not loaded")
         return {"available": False, "error": error, "build": {}, "instances": []}
-    build, instances = dict(native.build_info()), list(native.instances())
+    build, instances = _core.build_info(), _core.instances()
     return {"available": True, "error": None, "build": build, "instances": instances}

@@ -8,12 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import pieces
+from .. import _core
 from .math import empty_results
 from .parts import INFINITY, ViewPart, covers_everything, parts_of
-from .pieces import Piece
-from .problem import AttentionArgs, BackwardArgs, Gradients, torch_version
+from .arguments import AttentionArgs, BackwardArgs, Gradients
 
+_CAUSAL, _INTERVAL = 1, 2  # Piece::Mask of core/pieces.h
+_FORWARD, _BACKWARD, _BIAS = range(3)  # PlanFor
 _NATIVE_GQA = 210  # torch that takes fewer key heads than query heads
 
 
@@ -24,7 +25,7 @@ def _computable(x: Tensor) -> Tensor:
 
 def _expanded(x: Tensor, heads: int) -> Tensor:
     """Key heads repeated for their query heads, for a torch that cannot share them."""
-    if x.shape[2] == heads or torch_version() >= _NATIVE_GQA:
+    if x.shape[2] == heads or _core.torch_version() >= _NATIVE_GQA:
         return x
     return x.repeat_interleave(heads // x.shape[2], dim=2)
 
@@ -46,12 +47,14 @@ class Block(NamedTuple):
 class PartProblem:
     """One part of a problem, where lengths are plain numbers."""
 
-    def __init__(self, args: AttentionArgs, part: ViewPart) -> None:
+    def __init__(self, args: AttentionArgs, part: ViewPart, purpose: int) -> None:
         self.scale = args.softmax_scale
-        self.mask = pieces.IntervalMask(
-            part.seqlen_q, part.seqlen_k, args.window_left, args.window_right
-        )
-        self.plan = pieces.plan_pieces(self.mask, part.bias is not None)
+        self.seqlen_q, self.seqlen_k = part.seqlen_q, part.seqlen_k
+        self.window_left, self.window_right = args.window_left, args.window_right
+        self.row_begin, self.row_end, self.pieces = _core.plan_pieces(
+            part.seqlen_q, part.seqlen_k, args.window_left, args.window_right,
+            purpose if part.bias is None else _BIAS,
+        )  # fmt: skip
         self.q = _computable(part.q)
         self.k = _expanded(_computable(part.k), args.heads)
         self.v = _expanded(_computable(part.v), args.heads)
@@ -61,7 +64,11 @@ class PartProblem:
 
     @property
     def covers_all_rows(self) -> bool:
-        return (self.plan.row_begin, self.plan.row_end) == (0, self.mask.seqlen_q)
+        return (self.row_begin, self.row_end) == (0, self.seqlen_q)
+
+    def is_whole(self, piece: _core.Piece) -> bool:
+        rows, keys = (piece.row_begin, piece.row_end), (piece.key_begin, piece.key_end)
+        return rows == (0, self.seqlen_q) and keys == (0, self.seqlen_k)
 
     def _additive(self, bias: Tensor) -> Tensor:
         if bias.dtype == torch.bool:
@@ -69,9 +76,9 @@ class PartProblem:
             return mask.masked_fill_(bias, 0.0)
         return bias if bias.dtype == self.q.dtype else bias.to(self.mask_dtype)
 
-    def _explicit_mask(self, piece: Piece) -> Tensor | None:
+    def _explicit_mask(self, piece: _core.Piece) -> Tensor | None:
         mask = None
-        if piece.mask == pieces.INTERVAL:
+        if piece.mask == _INTERVAL:
             mask = self._interval_mask(piece)
         if self.bias is None:
             return mask
@@ -82,30 +89,30 @@ class PartProblem:
             bias = bias[..., piece.key_begin : piece.key_end]
         return bias if mask is None else bias + mask.to(bias.dtype)
 
-    def _interval_mask(self, piece: Piece) -> Tensor:
+    def _interval_mask(self, piece: _core.Piece) -> Tensor:
         rows = torch.arange(piece.row_begin, piece.row_end).unsqueeze(1)
-        rows += self.mask.seqlen_k - self.mask.seqlen_q
+        rows += self.seqlen_k - self.seqlen_q
         keys = torch.arange(piece.key_begin, piece.key_end)
         hidden = torch.zeros((), dtype=torch.bool)
-        if self.mask.window_left >= 0:
-            hidden = keys < rows - self.mask.window_left
-        if self.mask.window_right >= 0:
-            hidden = hidden | (keys > rows + self.mask.window_right)
+        if self.window_left >= 0:
+            hidden = keys < rows - self.window_left
+        if self.window_right >= 0:
+            hidden = hidden | (keys > rows + self.window_right)
         mask = torch.zeros((len(rows), len(keys)), dtype=self.mask_dtype)
         return mask.masked_fill_(hidden, -INFINITY)
 
-    def _cut(self, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
+    def _cut(self, piece: _core.Piece) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v of a piece as (batch, heads, seqlen, head_dim)."""
         q = self.q[:, piece.row_begin : piece.row_end].transpose(1, 2)
         keys = slice(piece.key_begin, piece.key_end)
         return q, self.k[:, keys].transpose(1, 2), self.v[:, keys].transpose(1, 2)
 
-    def attend(self, piece: Piece) -> Block:
+    def attend(self, piece: _core.Piece) -> Block:
         mask = self._explicit_mask(piece)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *self._cut(piece),
             0.0,
-            piece.mask == pieces.CAUSAL,
+            piece.mask == _CAUSAL,
             **({} if mask is None else {"attn_mask": mask}),
             scale=self.scale,
         )
@@ -117,7 +124,7 @@ class PartProblem:
         return Block(out.transpose(1, 2), lse)
 
     def differentiate(
-        self, piece: Piece, dout: Tensor, out: Tensor, lse: Tensor
+        self, piece: _core.Piece, dout: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv of one piece; ``out`` and ``lse`` are those of the whole rows."""
         mask = self._explicit_mask(piece)
@@ -128,7 +135,7 @@ class PartProblem:
             out[:, rows].transpose(1, 2),
             lse[:, :, rows],
             0.0,
-            piece.mask == pieces.CAUSAL,
+            piece.mask == _CAUSAL,
             **({} if mask is None else {"attn_mask": mask}),
             scale=self.scale,
         )
@@ -153,11 +160,11 @@ def _as_promised(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _forward_part(problem: PartProblem, out: Tensor, lse: Tensor) -> None:
-    if not problem.covers_all_rows or not problem.plan.pieces:
+    if not problem.covers_all_rows or not problem.pieces:
         out.zero_()
         lse.fill_(INFINITY)
     previous: Block | None = None
-    for piece in problem.plan.pieces:
+    for piece in problem.pieces:
         block = problem.attend(piece)
         if piece.merges and previous is not None:
             block = _merge(previous, block)
@@ -171,16 +178,16 @@ def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     dense = covers_everything(args)
     if dense:
         (part,) = parts_of(args)
-        problem = PartProblem(args, part)  # type: ignore[arg-type]
-        if len(problem.plan.pieces) == 1 and problem.covers_all_rows:
-            block = problem.attend(problem.plan.pieces[0])
+        problem = PartProblem(args, part, _FORWARD)  # type: ignore[arg-type]
+        if len(problem.pieces) == 1 and problem.covers_all_rows:
+            block = problem.attend(problem.pieces[0])
             return _as_promised(block.out, args.q), block.lse.contiguous()
     out, lse = empty_results(args)
     if args.packed:  # rows that belong to no sequence
         out.zero_()
         lse.fill_(INFINITY)
     for part in parts_of(args):
-        _forward_part(PartProblem(args, part), part.rows(out), part.stats(lse))  # type: ignore[arg-type]
+        _forward_part(PartProblem(args, part, _FORWARD), part.rows(out), part.stats(lse))  # type: ignore[arg-type]
     return out, lse
 
 
@@ -188,20 +195,19 @@ def _backward_part(
     args: AttentionArgs, grad: BackwardArgs, part: ViewPart, targets: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     """Writes the gradients of one part into views of dq, dk and dv."""
-    problem = PartProblem(args, part)
+    problem = PartProblem(args, part, _BACKWARD)
     dout, out = (_computable(part.rows(tensor)) for tensor in (grad.dout, grad.out))
     lse = part.stats(grad.lse)
-    plan = problem.plan
     heads_k = part.k.shape[2]
-    whole = (0, part.seqlen_q, 0, part.seqlen_k)
-    if len(plan.pieces) == 1 and plan.pieces[0][:4] == whole:
-        dq, dk, dv = problem.differentiate(plan.pieces[0], dout, out, lse)
+    first = problem.pieces[0] if len(problem.pieces) == 1 else None
+    if first is not None and problem.is_whole(first):
+        dq, dk, dv = problem.differentiate(first, dout, out, lse)
         gradients = (dq, _summed(dk, heads_k), _summed(dv, heads_k))
     else:
         gradients = tuple(
             torch.zeros(target.shape, dtype=lse.dtype) for target in targets
         )  # sums of pieces, not rounded to half precision between them
-        for piece in plan.pieces:
+        for piece in problem.pieces:
             dq, dk, dv = problem.differentiate(piece, dout, out, lse)
             keys = slice(piece.key_begin, piece.key_end)
             gradients[0][:, piece.row_begin : piece.row_end].add_(dq)

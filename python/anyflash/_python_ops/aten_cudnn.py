@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import math
 from .aten_flash import promised_gradients
-from .problem import AttentionArgs, BackwardArgs, Gradients
+from .arguments import AttentionArgs, BackwardArgs, Gradients
 
 
 def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import math
 from .aten_flash import promised_gradients
 from .parts import INFINITY, Storage
-from .problem import AttentionArgs, BackwardArgs, Gradients
+from .arguments import AttentionArgs, BackwardArgs, Gradients
 
 _NO_MASK, _BOTTOM_RIGHT = 0, 2
 _LSE_ROWS = 32

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import math
-from .problem import AttentionArgs, BackwardArgs, Gradients
+from .arguments import AttentionArgs, BackwardArgs, Gradients
 
 
 def _one_sided(args: AttentionArgs) -> bool:

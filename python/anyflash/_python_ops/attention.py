@@ -1,43 +1,80 @@
-"""attention_forward and attention_backward: describe, validate, decide, run, return."""
+"""attention_forward and attention_backward: prepare (check, describe, decide), run, return."""
 
 from __future__ import annotations
+
+import ctypes
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import aten_cpu, aten_cudnn, aten_efficient, aten_flash, dispatch, math
-from .notice import note_choice
-from .problem import AttentionArgs, BackwardArgs, describe
-from .validate import validate_backward, validate_forward
+from .. import _core
+from . import aten_cpu, aten_cudnn, aten_efficient, aten_flash, kernel, math, without_core
+from .arguments import AttentionArgs, BackwardArgs, Gradients
 
-_ROUTES = {
+_ROUTES: dict[str, ModuleType] = {
     "aten_cpu": aten_cpu,
     "aten_flash": aten_flash,
     "aten_efficient": aten_efficient,
     "aten_cudnn": aten_cudnn,
     "math": math,
 }
+_TENSORS = ("q", "k", "v", "alibi_slopes", "bias", "sinks", "rng_state")
+_INDEX_TENSORS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k", "block_table")
+_OPTIONS = tuple(name for name, _ in _core.AttentionOptions._fields_)
 
 
-def _route(problem: dispatch.Problem) -> str:
-    """The route that computes the problem.
+def views_of(args: AttentionArgs, copies: list[Tensor]) -> _core.AttentionCall:
+    """The arguments as the core sees them; ``copies`` lives as long as the views."""
+    call = _core.new(_core.AttentionCall)
+    for name in _TENSORS:
+        _core.put(call, name, getattr(args, name))
+    for name in _INDEX_TENSORS:
+        _core.put_with_values(call, name, getattr(args, name), copies)
+    for name in _OPTIONS:
+        setattr(call.options, name, getattr(args, name))
+    return call
+
+
+def take_options(args: AttentionArgs, options: _core.AttentionOptions) -> None:
+    """Numbers as the core has normalised them."""
+    for name in _OPTIONS:
+        setattr(args, name, getattr(options, name))
+
+
+def _prepare(
+    args: AttentionArgs,
+    call: _core.AttentionCall,
+    grad_call: _core.BackwardCall | None,
+    causal: bool,
+    backend: int,
+) -> _core.Choice:
+    """Checks and decides; ``args`` and ``call`` have normalised numbers afterwards.
 
     Raises:
-        RuntimeError: no back end of the chain can.
+        RuntimeError: what cannot be computed, or no back end of the chain can.
+        ValueError: a back end that does not exist.
     """
-    decision = dispatch.choose(problem)
-    if decision.route == "none":
-        raise RuntimeError(dispatch.refusal(problem, decision))
-    note_choice(problem, decision)
-    return decision.route
+    choice = _core.Choice()
+    _core.raise_for(
+        _core.loaded().anyflash_prepare_attention(
+            ctypes.byref(call),
+            None if grad_call is None else ctypes.byref(grad_call),
+            causal,
+            ctypes.byref(_core.caller(backend)),
+            ctypes.byref(choice),
+        )
+    )
+    take_options(args, call.options)
+    return choice
 
 
-def choose_forward(args: AttentionArgs, backend: int) -> str:
-    """The route for normalised and validated arguments; raises RuntimeError where there is none."""
-    return _route(describe(args, None, backend))
-
-
-def run_forward(route: str, args: AttentionArgs) -> tuple[Tensor, Tensor]:
+def run_forward(
+    choice: _core.Choice, args: AttentionArgs, call: _core.AttentionCall
+) -> tuple[Tensor, Tensor]:
+    route = choice.route
+    if route == "kernel":
+        return kernel.forward(choice, args, call)
     return _ROUTES[route].forward(args)
 
 
@@ -70,13 +107,18 @@ def attention_forward(
         block_table, alibi_slopes, bias, sinks, rng_state, dropout_p, softmax_scale, window_left,
         window_right, softcap,
     )  # fmt: skip
-    args.normalise(causal)
-    validate_forward(args)
-    return run_forward(choose_forward(args, backend), args)
+    if _core.library is None:
+        without_core.prepare(args, causal, backend)
+        return math.forward(args)
+    copies: list[Tensor] = []
+    call = views_of(args, copies)
+    choice = _prepare(args, call, None, causal, backend)
+    return run_forward(choice, args, call)
 
 
-def _contiguous_last_dim(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+def contiguous_rows(x: Tensor) -> Tensor:
+    """x itself where the elements of a row lie side by side, else a contiguous copy."""
+    return x if x.dim() == 0 or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def attention_backward(
@@ -114,18 +156,35 @@ def attention_backward(
         None, alibi_slopes, bias, sinks, rng_state, dropout_p, softmax_scale, window_left,
         window_right, softcap,
     )  # fmt: skip
-    grad = BackwardArgs(
-        dout, out, lse, dlse, deterministic, bias_requires_grad, sinks_requires_grad
-    )
-    args.normalise(causal)
-    validate_backward(args, grad)
     # What autograd hands over may be expanded or transposed; the routes read rows of contiguous
     # elements.
-    grad.dout, grad.out = _contiguous_last_dim(dout), _contiguous_last_dim(out)
-    result = _ROUTES[_route(describe(args, grad, backend))].backward(args, grad)
+    grad = BackwardArgs(
+        contiguous_rows(dout), contiguous_rows(out), lse, dlse, deterministic, bias_requires_grad,
+        sinks_requires_grad,
+    )  # fmt: skip
+    result = _run_backward(args, grad, causal, backend)
     dbias = q.new_empty(0) if result.dbias is None else result.dbias
     dsinks = q.new_empty(0) if result.dsinks is None else result.dsinks
     return result.dq, result.dk, result.dv, dbias, dsinks
+
+
+def _run_backward(
+    args: AttentionArgs, grad: BackwardArgs, causal: bool, backend: int
+) -> Gradients:
+    if _core.library is None:
+        without_core.prepare(args, causal, backend)
+        return math.backward(args, grad)
+    copies: list[Tensor] = []
+    call = views_of(args, copies)
+    grad_call = _core.new(_core.BackwardCall)
+    for name in ("dout", "out", "lse", "dlse"):
+        _core.put(grad_call, name, getattr(grad, name))
+    for name in ("deterministic", "bias_requires_grad", "sinks_requires_grad"):
+        setattr(grad_call, name, getattr(grad, name))
+    choice = _prepare(args, call, grad_call, causal, backend)
+    if choice.route == "kernel":
+        return kernel.backward(choice, args, grad, call, grad_call)
+    return _ROUTES[choice.route].backward(args, grad)
 
 
 def refuse_gradient(gradient: Tensor, size: list[int], why: str) -> Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import checks, validate
-from .attention import choose_forward, run_forward
-from .checks import check, check_same_device, dtype_text, shape_text
-from .problem import AttentionArgs
+from .. import _core
+from .._guards import count_write
+from . import math, without_core
+from .arguments import AttentionArgs
+from .attention import contiguous_rows, run_forward, take_options
 
 
 @dataclass
@@ -80,169 +82,6 @@ class KVCacheCall:
         )
 
 
-def _check_new_keys(call: KVCacheCall, k: Tensor) -> None:
-    q, v = call.q, call.v
-    check(v is not None, "If key is supplied, value must also be passed in, got k without v")
-    check(
-        call.cache_seqlens is not None,
-        "If key is supplied, seqlens_k must also be passed in, got k without cache_seqlens",
-    )
-    assert v is not None
-    for tensor, name, word in ((k, "k", "key"), (v, "v", "value")):
-        check(
-            tensor.dtype == q.dtype,
-            f"{word} must have the same dtype as query, got {name} of {dtype_text(tensor)} ",
-            f"and q of {dtype_text(q)}",
-        )
-    check_same_device(q, "q", k, "k")
-    check_same_device(q, "q", v, "v")
-    heads_k = call.k_cache.shape[2]
-    seqlen: object = "seqlen_new"
-    for tensor, name, cache in ((k, "k", call.k_cache), (v, "v", call.v_cache)):
-        want = (call.batch, seqlen, heads_k, cache.shape[3])
-        fits = tensor.dim() == 4 and all(
-            size == wanted for size, wanted in zip(tensor.shape, want) if wanted != "seqlen_new"
-        )
-        check(
-            fits,
-            f"{name} must have shape (batch_size, seqlen_knew, num_heads_k, head_size); ",
-            f"{name}: expected ({', '.join(map(str, want))}), got {shape_text(tensor)}",
-        )
-        seqlen = k.shape[1]
-    check(
-        k.shape[1] <= call.capacity,
-        "If key is supplied, it must have seqlen <= the seqlen of the KV cache, got ",
-        f"{k.shape[1]} new keys for a cache of {call.capacity}",
-    )
-
-
-def _check_rotary(call: KVCacheCall) -> None:
-    cos, sin, q = call.rotary_cos, call.rotary_sin, call.q
-    if cos is None or sin is None:
-        given, missing = ("cos", "sin") if sin is None else ("sin", "cos")
-        check(False, f"If rotary {given} is provided, rotary {missing} must also be provided")
-        return
-    check(
-        call.k is not None,
-        "If rotary cos/sin are provided, new key / value to be appended to KV cache must also be ",
-        "provided",
-    )
-    check(
-        cos.dim() == 2,
-        f"rotary_cos: expected (seqlen_rotary, rotary_dim / 2), got {shape_text(cos)}",
-    )
-    check(
-        sin.shape == cos.shape,
-        f"rotary_sin: expected the shape of rotary_cos, {shape_text(cos)}, got {shape_text(sin)}",
-    )
-    check(
-        2 * cos.shape[1] <= q.shape[3],
-        f"rotary_dim must be <= headdim, got rotary_dim {2 * cos.shape[1]} ",
-        f"and head_dim {q.shape[3]}",
-    )
-    check(
-        cos.shape[0] >= call.capacity,
-        f"cos/sin seqlen must be at least the seqlen of KV cache, got {cos.shape[0]} rows ",
-        f"for a cache of {call.capacity}",
-    )
-    for table, name in ((cos, "rotary_cos"), (sin, "rotary_sin")):
-        check(
-            table.dtype == q.dtype,
-            f"{name} must have the same dtype as query, got {name} of {dtype_text(table)} ",
-            f"and q of {dtype_text(q)}",
-        )
-        check_same_device(q, "q", table, name)
-
-
-def _check_lengths(call: KVCacheCall) -> None:
-    vectors = (
-        (call.cache_seqlens, "cache_seqlens"),
-        (call.cache_leftpad, "cache_leftpad"),
-        (call.cache_batch_idx, "cache_batch_idx"),
-    )
-    for tensor, name in vectors:
-        if tensor is None:
-            continue
-        paged = call.block_table is not None
-        check(
-            not (paged and name == "cache_leftpad"),
-            "We don't support Paged KV and leftpad_k running at the same time yet, ",
-            "got block_table and cache_leftpad",
-        )
-        check(
-            not (paged and name == "cache_batch_idx"),
-            "Paged KVcache does not support cache_batch_idx",
-        )
-        checks.check_index_vector(tensor, name, call.q, call.batch, "(batch_size)")
-
-
-def _check_length(call: KVCacheCall, b: int, length: int) -> int:
-    """The keys that sequence b uses, checked against the capacity."""
-    capacity, added = call.capacity, call.seqlen_new
-    check(length >= 0, f"cache_seqlens: expected 0 or more, got {length} for sequence {b}")
-    used = length + added
-    check(
-        used <= capacity or call.block_table is None,
-        f"Paged KV cache: max(seqlens_k) + seqlen_new = {used} exceeds the capacity addressable ",
-        f"by block_table, {capacity} (cache_seqlens is {length} for sequence {b})",
-    )
-    check(
-        used <= capacity,
-        f"cache_seqlens: expected at most {capacity - added} (k_cache holds {capacity}, ",
-        f"k adds {added}), got {length} for sequence {b}",
-    )
-    return used
-
-
-def _check_values(call: KVCacheCall) -> None:
-    def numbers(tensor: Tensor | None) -> list | None:
-        return None if tensor is None else tensor.tolist()
-
-    lengths, rows = numbers(call.cache_seqlens), numbers(call.cache_batch_idx)
-    leftpad, table = numbers(call.cache_leftpad), numbers(call.block_table)
-    num_rows, page_size = call.k_cache.shape[:2]
-    for b in range(call.batch):
-        used = call.capacity if lengths is None else _check_length(call, b, lengths[b])
-        if rows is not None:
-            check(
-                0 <= rows[b] < num_rows,
-                f"cache_batch_idx: expected 0 to {num_rows - 1}, the rows of k_cache, ",
-                f"got {rows[b]} for sequence {b}",
-            )
-        if leftpad is not None:
-            check(
-                leftpad[b] >= 0,
-                f"cache_leftpad: expected 0 or more, got {leftpad[b]} for sequence {b}",
-            )
-        if table is not None:
-            checks.check_block_table_row(table[b], b, used, page_size, num_rows)
-
-
-def validate_kvcache(call: KVCacheCall) -> None:
-    """The checks of csrc/validate_kvcache.cpp."""
-    # Shapes as the caller wrote them: cache_batch_idx picks rows from a cache of any size.
-    paged = call.block_table is not None or call.cache_batch_idx is not None
-    layout = validate.Layout(paged=paged, spare_rows=True, k="k_cache", v="v_cache")
-    validate.check_query_and_keys(call.q, call.k_cache, call.v_cache, layout, False, "forward")
-    if call.block_table is not None:
-        checks.check_block_table(call.block_table, call.q, call.batch)
-    _check_lengths(call)
-    if call.k is not None:
-        _check_new_keys(call, call.k)
-    check(call.k is not None or call.v is None, "v: given without k")
-    if call.rotary_cos is not None or call.rotary_sin is not None:
-        _check_rotary(call)
-    checks.check_window_and_scale(call.softmax_scale, call.softcap)
-    heads = call.q.shape[2]
-    if call.alibi_slopes is not None:
-        checks.check_alibi_slopes(call.alibi_slopes, call.q, call.batch, heads)
-    if call.sinks is not None:
-        checks.check_sinks(call.sinks, call.q, heads)
-    has_values = (call.cache_seqlens, call.cache_batch_idx, call.block_table, call.cache_leftpad)
-    if any(x is not None for x in has_values) and checks.values_are_checked(call.q):
-        _check_values(call)
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
     """x (batch, seqlen, heads, head_dim) turned by the angles of its positions.
 
@@ -287,8 +126,29 @@ def _append(call: KVCacheCall, k: Tensor, v: Tensor, positions: Tensor) -> None:
     call.v_cache.index_put_(where, v)
 
 
-def _append_and_rotate(call: KVCacheCall, args: AttentionArgs) -> None:
-    """Appends the new keys and values; q comes back rotated where rotary tables are given."""
+def _append_by_kernel(
+    choice: _core.Choice,
+    call: KVCacheCall,
+    record: _core.KVCacheCall,
+    args: AttentionArgs,
+    options: _core.AttentionOptions,
+) -> None:
+    """By the kernel: one launch. q comes back rotated where rotary tables are given."""
+    count_write(call.k_cache)
+    count_write(call.v_cache)
+    args.seqused_k = call.q.new_empty(call.batch, dtype=torch.int32)
+    results = _core.new(_core.AppendResults)
+    _core.put(results, "seqused_k", args.seqused_k)
+    if call.rotary_cos is not None and call.rotary_cos.shape[1] > 0:
+        args.q = torch.empty_like(call.q, memory_format=torch.contiguous_format)
+        _core.put(results, "q_rotated", args.q)
+    records = tuple(map(ctypes.byref, (record, options, results)))
+    with _core.launch_on(call.q) as where:
+        _core.raise_for(_core.loaded().anyflash_run_append(choice.instance, *records, where))
+
+
+def _append_by_operators(call: KVCacheCall, args: AttentionArgs) -> None:
+    """By plain operators; q comes back rotated where rotary tables are given."""
     k, v, first = call.k, call.v, call.cache_seqlens
     assert k is not None and v is not None and first is not None
 
@@ -335,14 +195,54 @@ def attention_kvcache_(
 ) -> tuple[Tensor, Tensor]:
     """schemas.def."""
     call = KVCacheCall(
-        q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
-        cache_leftpad, block_table, alibi_slopes, sinks, softmax_scale, softcap,
+        q, k_cache, v_cache, *map(_readable, (k, v, rotary_cos, rotary_sin)), cache_seqlens,
+        cache_batch_idx, cache_leftpad, block_table, alibi_slopes, sinks, softmax_scale, softcap,
         rotary_interleaved,
     )  # fmt: skip
-    validate_kvcache(call)
+    if _core.library is None:
+        args = call.attention(window_left, window_right)
+        without_core.prepare(args, causal, backend)
+        if call.seqlen_new > 0 and call.batch > 0:
+            _append_by_operators(call, args)
+        return math.forward(args)
+    copies: list[Tensor] = []
+    record = _views_of(call, copies)
+    record.options.window_left, record.options.window_right = window_left, window_right
+    attention_call = _core.new(_core.AttentionCall)
+    choice, append_choice = _core.Choice(), _core.Choice()
+    _core.raise_for(
+        _core.loaded().anyflash_prepare_kvcache(
+            ctypes.byref(record),
+            causal,
+            ctypes.byref(_core.caller(backend)),
+            ctypes.byref(attention_call),
+            ctypes.byref(choice),
+            ctypes.byref(append_choice),
+        )
+    )
     args = call.attention(window_left, window_right)
-    args.normalise(causal)
-    route = choose_forward(args, backend)  # who refuses leaves the caches alone
-    if call.seqlen_new > 0 and call.batch > 0:
-        _append_and_rotate(call, args)
-    return run_forward(route, args)
+    take_options(args, attention_call.options)
+    if append_choice.route != "none":
+        if append_choice.route == "kernel":
+            _append_by_kernel(append_choice, call, record, args, attention_call.options)
+        else:
+            _append_by_operators(call, args)
+        _core.put(attention_call, "q", args.q)
+        _core.put(attention_call, "seqused_k", args.seqused_k)
+    return run_forward(choice, args, attention_call)
+
+
+def _readable(x: Tensor | None) -> Tensor | None:
+    return None if x is None else contiguous_rows(x)
+
+
+def _views_of(call: KVCacheCall, copies: list[Tensor]) -> _core.KVCacheCall:
+    """The arguments as the core sees them; ``copies`` lives as long as the views."""
+    record = _core.new(_core.KVCacheCall)
+    for name, kind in record._fields_:
+        if kind is _core.TensorView:
+            _core.put_with_values(record, name, getattr(call, name), copies)
+    record.options.softmax_scale = call.softmax_scale
+    record.options.softcap = call.softcap
+    record.rotary_interleaved = call.rotary_interleaved
+    return record

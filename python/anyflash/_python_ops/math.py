@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import philox
 from .parts import INFINITY, Part, ViewPart, bias_of, covers_everything, parts_of
-from .problem import AttentionArgs, BackwardArgs, Gradients
+from .arguments import AttentionArgs, BackwardArgs, Gradients
 
 _BLOCK_BYTES = 64 << 20  # of one block of scores
 

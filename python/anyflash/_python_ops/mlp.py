@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import dispatch
+from .. import _core
+from . import without_core
 from .checks import check, check_same_device, dtype_text, shape_text
-from .notice import note_choice
-from .problem import DTYPE_NAMES, describe_bias_activation
+from .arguments import DTYPE_NAMES
 
 #: Names in the order of their numbers in the schemas.
 ACTIVATIONS = ("gelu_tanh", "gelu_erf", "relu", "squared_relu", "silu_gate")
@@ -75,11 +75,10 @@ def _validate_bias_activation(x: Tensor, bias: Tensor | None, activation: int) -
 
 def _decide(x: Tensor, direction: str, backend: int) -> None:
     """There is one way to compute it here; a chain without it is refused, and the fallback told."""
-    problem = describe_bias_activation(x, direction, backend)
-    decision = dispatch.choose(problem)
-    if decision.route == "none":
-        raise RuntimeError(dispatch.refusal(problem, decision))
-    note_choice(problem, decision)
+    if _core.library is None:
+        without_core.choose("bias_activation", backend)
+    else:
+        _core.choose(x, "bias_activation", direction, backend)
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .problem import AttentionArgs
+from .arguments import AttentionArgs
 
 INFINITY = float("inf")
 

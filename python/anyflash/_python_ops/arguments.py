@@ -1,0 +1,103 @@
+"""One attention problem, as every back end of this provider reads it
+(csrc/attention/arguments.h)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DTYPE_NAMES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
+
+
+@dataclass
+class AttentionArgs:
+    """The arguments of a call; its numbers are normalised by prepare(). Shapes and semantics:
+    schemas.def."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int
+    max_seqlen_k: int
+    seqused_k: Tensor | None
+    leftpad_k: Tensor | None
+    block_table: Tensor | None
+    alibi_slopes: Tensor | None
+    bias: Tensor | None
+    sinks: Tensor | None
+    rng_state: Tensor | None
+    dropout_p: float
+    softmax_scale: float
+    window_left: int  # -1: unbounded
+    window_right: int  # -1: unbounded, 0: causal
+    softcap: float
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    @property
+    def paged(self) -> bool:
+        return self.block_table is not None
+
+    @property
+    def purely_causal(self) -> bool:
+        return self.window_left < 0 and self.window_right == 0
+
+    @property
+    def batch(self) -> int:
+        return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[-2]
+
+    @property
+    def heads_k(self) -> int:
+        return self.k.shape[-2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.q.shape[-1]
+
+    @property
+    def head_dim_v(self) -> int:
+        return self.v.shape[-1]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What scores and log-sum-exp are computed in."""
+        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class BackwardArgs:
+    """What the backward has beside the forward's arguments."""
+
+    dout: Tensor
+    out: Tensor
+    lse: Tensor
+    dlse: Tensor | None
+    deterministic: bool
+    bias_requires_grad: bool
+    sinks_requires_grad: bool
+
+
+@dataclass
+class Gradients:
+    """What a back end's backward returns; ``dbias`` and ``dsinks`` only when asked for."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbias: Tensor | None = None
+    dsinks: Tensor | None = None

@@ -1,0 +1,129 @@
+"""The route ``kernel`` (csrc/attention/kernel.cpp): results are allocated, what no kernel reads is
+converted, the core launches."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import _core
+from .arguments import AttentionArgs, BackwardArgs, Gradients
+from .math import empty_results
+from .parts import INFINITY
+
+_PACK = 8  # CUDA kernels move 16 bytes at a time
+
+
+def _is_readable(x: Tensor) -> bool:
+    """Whether a kernel on x's device takes its rows as they lie."""
+    if not x.is_cuda:
+        return x.stride(-1) == 1 or x.shape[-1] <= 1
+    whole = x.stride(-1) == 1 and x.shape[-1] % _PACK == 0 and x.data_ptr() % 16 == 0
+    return whole and all(stride % _PACK == 0 for stride in x.stride()[:-1])
+
+
+class _Converted:
+    """Makes the views what a kernel reads; keeps the copies that it takes."""
+
+    def __init__(self, args: AttentionArgs, call: _core.AttentionCall) -> None:
+        self.call = call
+        self._kept: list[Tensor] = []
+        if args.q.is_cuda:
+            for name, x in (("q", args.q), ("k", args.k), ("v", args.v)):
+                if not _is_readable(x):
+                    self.replace(name, F.pad(x, (0, -x.shape[-1] % _PACK)).contiguous())
+        if args.bias is not None and args.bias.dtype == torch.float64:
+            self.replace("bias", args.bias.float())
+        if args.sinks is not None:
+            self.replace("sinks", args.sinks.float().contiguous())
+
+    def replace(self, name: str, x: Tensor) -> None:
+        self._kept.append(x)
+        _core.put(self.call, name, x)
+
+
+class _Output:
+    """A result in the layout that the operators promise, and the tensor that the kernel writes:
+    the same, or one with other strides and perhaps more columns."""
+
+    def __init__(self, promised: Tensor) -> None:
+        self.promised = self.written = promised
+        if not _is_readable(promised):
+            columns = promised.shape[-1] + (-promised.shape[-1] % _PACK if promised.is_cuda else 0)
+            self.written = promised.new_empty((*promised.shape[:-1], columns))
+
+    def finish(self) -> Tensor:
+        if self.written is not self.promised:
+            self.promised.copy_(self.written[..., : self.promised.shape[-1]])
+        return self.promised
+
+
+def forward(
+    choice: _core.Choice, args: AttentionArgs, call: _core.AttentionCall
+) -> tuple[Tensor, Tensor]:
+    """out and lse of schemas.def."""
+    promised, lse = empty_results(args)
+    if lse.numel() == 0:
+        return promised, lse
+    out = _Output(promised)
+    if args.q.is_cuda and args.packed:  # how many rows belong to no sequence, the device knows
+        out.written.zero_()
+        lse.fill_(INFINITY)
+    converted = _Converted(args, call)
+    results = _core.new(_core.AttentionResults)
+    _core.put(results, "out", out.written)
+    _core.put(results, "lse", lse)
+    library, records = _core.loaded(), (ctypes.byref(call), ctypes.byref(results))
+    with _core.launch_on(args.q) as where:
+        room = library.anyflash_forward_workspace(choice.instance, records[0])
+        workspace = args.q.new_empty(room, dtype=torch.uint8) if room else None
+        results.workspace = None if workspace is None else workspace.data_ptr()
+        _core.raise_for(library.anyflash_run_forward(choice.instance, *records, where))
+    del converted
+    return out.finish(), lse
+
+
+def backward(
+    choice: _core.Choice,
+    args: AttentionArgs,
+    grad: BackwardArgs,
+    call: _core.AttentionCall,
+    grad_call: _core.BackwardCall,
+) -> Gradients:
+    """dq, dk, dv of schemas.def, from the out and lse that are given."""
+    converted = _Converted(args, call)
+    lse = grad.lse if _is_readable(grad.lse) else grad.lse.contiguous()
+    _core.put(grad_call, "lse", lse)
+    dlse = None if grad.dlse is None else grad.dlse.float()
+    if dlse is not None:
+        dlse = dlse if _is_readable(dlse) else dlse.contiguous()
+        _core.put(grad_call, "dlse", dlse)
+    outputs = [_Output(torch.empty_like(x)) for x in (args.q, args.k, args.v)]
+    results = _core.new(_core.AttentionResults)
+    for name, output in zip(("dq", "dk", "dv"), outputs):
+        _core.put(results, name, output.written)
+    dbias = _sums(args.bias, grad.bias_requires_grad)
+    dsinks = _sums(args.sinks, grad.sinks_requires_grad)
+    _core.put(results, "dbias", dbias)
+    _core.put(results, "dsinks", dsinks)
+    records: tuple[Any, ...] = tuple(map(ctypes.byref, (call, grad_call, results)))
+    with _core.launch_on(args.q) as where:
+        _core.raise_for(_core.loaded().anyflash_run_backward(choice.instance, *records, where))
+    del converted
+    gradients = Gradients(*(output.finish() for output in outputs))
+    if dbias is not None and args.bias is not None:
+        gradients.dbias = dbias.to(args.bias.dtype)
+    if dsinks is not None and args.sinks is not None:
+        gradients.dsinks = dsinks.to(args.sinks.dtype)
+    return gradients
+
+
+def _sums(x: Tensor | None, wanted: bool) -> Tensor | None:
+    """fp32 zeros in x's shape, contiguous, to add a gradient up in."""
+    if x is None or not wanted:
+        return None
+    return torch.zeros(x.shape, dtype=torch.float32, device=x.device)
