@@ -137,7 +137,7 @@ def _operators(report: Report) -> dict[str, Any]:
         "provider": _loader.provider,
         "reasons": list(_loader.reasons),
         "files": _machine.library_files(),
-        "build": _machine.build_facts(),
+        "build": _loader.build_facts(),
         "kernels": _machine.kernel_state(),
     }
     if _loader.provider == "none":
