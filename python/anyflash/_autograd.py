@@ -20,13 +20,15 @@ _ops = torch.ops.anyflash
 NO_SECOND_DERIVATIVE = "anyflash has no second derivative, but a gradient was differentiated"
 
 
-def _is_compiling() -> Callable[[], bool]:
+def _of_compiler(name: str) -> Callable[[], bool]:
     compiler = getattr(torch, "compiler", None)  # torch 2.1
-    return getattr(compiler, "is_compiling", None) or (lambda: False)
+    return getattr(compiler, name, None) or (lambda: False)
 
 
 #: True while torch.compile or torch.export traces.
-is_compiling = _is_compiling()
+is_compiling = _of_compiler("is_compiling")
+#: True while torch.export traces, as far as torch tells (2.7).
+is_exporting = _of_compiler("is_exporting")
 
 
 #: True inside a transform of torch.func.
@@ -186,6 +188,14 @@ def is_seen() -> bool:
     )
 
 
+def is_watched() -> bool:
+    """Whether a TorchDispatchMode looks at operators that compute something, now."""
+    if is_compiling() or torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    mode, kind = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
+    return mode(kind.PROXY) is None and mode(kind.FUNCTIONAL) is None
+
+
 def call_operator(
     operator: Callable[..., Any],
     recorded: Callable[..., Any],
@@ -210,7 +220,7 @@ def call_operator(
 
 
 class ForwardOnlyFunction(Function):
-    """An operator that has no derivative: (its name, what to tell who asks for one, *arguments).
+    """An operator that has no derivative: (it, what to tell who asks for one, *arguments).
 
     The results are bound to the arguments, so that a backward raises instead of leaving gradients
     out.
@@ -219,8 +229,8 @@ class ForwardOnlyFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(name: str, why: str, *arguments: Any) -> Any:
-        return below_autograd(getattr(_ops, name).default, *arguments)
+    def forward(operator: Callable[..., Any], why: str, *arguments: Any) -> Any:
+        return below_autograd(operator, *arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -242,9 +252,9 @@ class ForwardOnlyFunction(Function):
 _apply_forward_only = applier(ForwardOnlyFunction)
 
 
-def forward_only(name: str, why: str) -> Callable[..., Any]:
+def forward_only(operator: Callable[..., Any], why: str) -> Callable[..., Any]:
     """The operator as autograd records it where it has no derivative: a backward raises ``why``."""
-    return functools.partial(_apply_forward_only, name, why)
+    return functools.partial(_apply_forward_only, operator, why)
 
 
 def refuse_gradient(gradient: Tensor, like: Tensor, why: str) -> Tensor:

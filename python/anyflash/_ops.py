@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from . import _defs, _loader
 from ._autograd import NO_SECOND_DERIVATIVE, forward_only, inside_kernel, needs_autograd
@@ -145,24 +146,24 @@ DIFFERENTIABLE: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _autograd_kernel(name: str, differentiable: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def autograd_kernel(operator: OpOverload, differentiable: Callable[..., Any]) -> Callable[..., Any]:
     """The operator under autograd: recorded through the autograd.Functions where a gradient is
     asked for."""
 
-    def kernel(*args: Any) -> Tensor:
+    def kernel(*args: Any) -> Any:
         if needs_autograd(*(arg for arg in args if isinstance(arg, Tensor))):
             with inside_kernel():
                 return differentiable(*args)
         with BelowAutograd():
-            return getattr(torch.ops.anyflash, name).default(*args)
+            return operator(*args)
 
     return kernel
 
 
-def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+def _on_one_device(operator: OpOverload, fake: Callable[..., Any]) -> Callable[..., Any]:
     """The fake, but for a meta tensor beside others: that would choose it, and what it allocates
     would pass for a result."""
-    names = [a.name for a in getattr(torch.ops.anyflash, name).default._schema.arguments]
+    names = [a.name for a in operator._schema.arguments]
 
     @functools.wraps(fake)
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -177,32 +178,36 @@ def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _register_fake(library: torch.library.Library, name: str, fake: Callable[..., Any]) -> None:
-    fake = _on_one_device(name, fake)
+def register_fake(
+    library: torch.library.Library, operator: OpOverload, fake: Callable[..., Any]
+) -> None:
+    """Registers what an operator's results look like."""
+    fake, name = _on_one_device(operator, fake), operator._schema.name
     if hasattr(torch.library, "register_fake"):  # torch 2.4
-        torch.library.register_fake(f"anyflash::{name}", fake, lib=library)
+        torch.library.register_fake(name, fake, lib=library)
     elif hasattr(torch.library, "impl_abstract"):  # torch 2.1
-        torch.library.impl_abstract(f"anyflash::{name}", fake, lib=library)
+        torch.library.impl_abstract(name, fake, lib=library)
     else:
-        library.impl(name, fake, "Meta")
+        library.impl(name.partition("::")[2], fake, "Meta")
 
 
 #: The families of _operators/.
 FAMILIES: tuple[Any, ...] = (attention, kvcache, mlp, rotary, norm, cross_entropy)
 
 
-def _version_counting_kernel(name: str) -> Callable[..., None]:
+def version_counting_kernel(operator: OpOverload) -> Callable[..., Any]:
     """An operator that writes into arguments, and then tells autograd so: what was saved of them
     before the write is no longer valid."""
-    operator = getattr(torch.ops.anyflash, name).default
     aliases = (argument.alias_info for argument in operator._schema.arguments)
     written = [i for i, alias in enumerate(aliases) if alias is not None and alias.is_write]
 
-    def kernel(*args: Any) -> None:
+    def kernel(*args: Any) -> Any:
         with BelowWriteCounts():
-            operator(*args)
+            result = operator(*args)
         for i in written:
-            count_write(args[i])
+            if args[i] is not None:
+                count_write(args[i])
+        return result
 
     return kernel
 
@@ -212,10 +217,14 @@ def _draws_random_numbers(name: str) -> bool:
     return "flash_attn" in name and "backward" not in name and "kvcache" not in name
 
 
+def _overload(name: str) -> OpOverload:
+    return getattr(torch.ops.anyflash, name).default
+
+
 def _tag(name: str) -> None:
     """Tells the compiler, which then neither merges calls nor repeats one with other numbers. Tags
     cannot be part of a definition in C++."""
-    tags = getattr(getattr(torch.ops.anyflash, name).default, "tags", None)  # torch 2.1
+    tags = getattr(_overload(name), "tags", None)  # torch 2.1
     if tags is not None and torch.Tag.nondeterministic_seeded not in tags:
         tags.append(torch.Tag.nondeterministic_seeded)
 
@@ -226,11 +235,11 @@ def _register_family(library: torch.library.Library, family: Any) -> None:
     for name, math in getattr(family, "MATH", {}).items():
         library.impl(name, isolated(math), "CompositeExplicitAutograd")
         if name.endswith("_"):
-            library.impl(name, _version_counting_kernel(name), "ADInplaceOrView")
+            library.impl(name, version_counting_kernel(_overload(name)), "ADInplaceOrView")
     for name, fake in family.FAKES.items():
-        _register_fake(library, name, fake)
+        register_fake(library, _overload(name), fake)
     for name, differentiable in family.DIFFERENTIABLE.items():
-        library.impl(name, _autograd_kernel(name, differentiable), "Autograd")
+        library.impl(name, autograd_kernel(_overload(name), differentiable), "Autograd")
 
 
 def register() -> None:
@@ -240,16 +249,17 @@ def register() -> None:
     _keep_alive.append(library)
     try:
         for name, fake in FAKES.items():
-            _register_fake(library, name, fake)
+            register_fake(library, _overload(name), fake)
         for name, differentiable in DIFFERENTIABLE.items():
-            library.impl(name, _autograd_kernel(name, differentiable), "Autograd")
+            library.impl(name, autograd_kernel(_overload(name), differentiable), "Autograd")
         for family in FAMILIES:
             _register_family(library, family)
         differentiable = {name for family in FAMILIES for name in family.DIFFERENTIABLE}
         for operator in _defs.operators():
             if operator.group == "leaf" and operator.name not in differentiable:
-                refusal = forward_only(operator.name, NO_SECOND_DERIVATIVE)
-                library.impl(operator.name, _autograd_kernel(operator.name, refusal), "Autograd")
+                overload = _overload(operator.name)
+                refusal = forward_only(overload, NO_SECOND_DERIVATIVE)
+                library.impl(operator.name, autograd_kernel(overload, refusal), "Autograd")
         for operator in _defs.operators():
             if _draws_random_numbers(operator.name):
                 _tag(operator.name)

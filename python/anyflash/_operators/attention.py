@@ -15,8 +15,11 @@ from .._autograd import (
     below_autograd,
     call_operator,
     first_derivative_only,
+    is_exporting,
+    is_seen,
     refuse_gradient,
 )
+from . import known_names
 
 _ops = torch.ops.anyflash
 _PAGED = (
@@ -129,7 +132,7 @@ FAKES = {"_flash_attn_forward": _forward_fake, "_flash_attn_backward": _backward
 # ---- The derivative.
 
 
-class _Saved(NamedTuple):
+class Saved(NamedTuple):
     """The tensors that a backward needs; rng_state is the one of the forward's results."""
 
     q: Tensor
@@ -167,7 +170,7 @@ def remember(
     ctx: Any, call: AttentionCall, out: Tensor, softmax_lse: Tensor, rng_state: Tensor
 ) -> None:
     """Keeps in a Function's context what ``differentiate`` needs."""
-    saved = _Saved(
+    saved = Saved(
         q=call.q, k=call.k, v=call.v, cu_seqlens_q=call.cu_seqlens_q,
         cu_seqlens_k=call.cu_seqlens_k, seqused_k=call.seqused_k, leftpad_k=call.leftpad_k,
         block_table=call.block_table, alibi_slopes=call.alibi_slopes, bias=call.bias,
@@ -187,7 +190,7 @@ def differentiate(
     ctx: Any, dout: Tensor | None, dsoftmax_lse: Tensor | None, wanted: Mapping[str, bool]
 ) -> dict[str, Tensor]:
     """The gradients of the arguments whose names are wanted; a refusal where there is none."""
-    saved, numbers = _Saved(*ctx.saved_tensors), ctx.numbers
+    saved, numbers = Saved(*ctx.saved_tensors), ctx.numbers
     if dout is None:
         dout = torch.zeros_like(saved.out)
     if saved.block_table is not None:
@@ -251,8 +254,43 @@ apply_attention = applier(AttentionFunction)
 DIFFERENTIABLE = {"_flash_attn_forward": apply_attention}
 
 
+def _has_known_name(call: AttentionCall) -> bool:
+    """Whether the call is to go by the original library's operators: they can say it, and trainers
+    may look at it. What is written to a file has operators that C++ programs have too."""
+    if is_exporting() or torch._C._get_tracing_state() is not None:
+        return False
+    if call.cu_seqlens_q is None and not (
+        call.seqused_k is None and call.leftpad_k is None and call.block_table is None
+    ):
+        return False
+    unknown = (call.bias, call.sinks, call.rng_state)
+    is_plain = not call.deterministic and call.backend == 0
+    return is_plain and all(x is None for x in unknown) and known_names.are_ours()
+
+
+def _by_known_name(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
+    """The call through the operator that trainers know."""
+    qkv = (call.q, call.k, call.v)
+    options = (
+        call.dropout_p, call.softmax_scale, call.causal, call.window_size_left,
+        call.window_size_right, call.softcap, call.alibi_slopes, False,
+    )  # fmt: skip
+    names = torch.ops.flash_attn
+    if call.cu_seqlens_q is None:
+        results = names._flash_attn_forward.default(*qkv, *options)
+    else:
+        results = names._flash_attn_varlen_forward.default(
+            *qkv, call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q, call.max_seqlen_k,
+            *options, call.block_table, call.leftpad_k, call.seqused_k,
+        )  # fmt: skip
+    out, softmax_lse, _, rng_state = results
+    return out, softmax_lse, rng_state
+
+
 def attend(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     """(out, softmax_lse, rng_state) of a public function's call."""
+    if is_seen() and _has_known_name(call):
+        return _by_known_name(call)
     return call_operator(
         _ops._flash_attn_forward.default, apply_attention, call,
         call.q, call.k, call.v, call.bias, call.sinks, call.alibi_slopes,

@@ -49,7 +49,7 @@ def _fake(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
 
 FAKES = {"_flash_attn_kvcache_": _fake}
 
-_without_gradient = forward_only("_flash_attn_kvcache_", _NO_GRADIENT)
+_without_gradient = forward_only(_ops._flash_attn_kvcache_.default, _NO_GRADIENT)
 DIFFERENTIABLE = {"_flash_attn_kvcache_": _without_gradient}
 
 
