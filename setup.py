@@ -8,18 +8,28 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import zlib
 from typing import Any
 
-from setuptools import Distribution, Extension, setup
+from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
+NAME = "anyflash"
 ROOT = pathlib.Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT / "tools"))
 
-from build_plan import no_binary_reason, no_cuda_reason, setting  # noqa: E402
+from build_plan import (  # noqa: E402
+    host_compiler,
+    no_binary_reason,
+    no_cuda_reason,
+    setting,
+    zig,
+)
 from cuda_pins import package_root  # noqa: E402
 from shared_lists import write_lists  # noqa: E402
+from wheel_tag import platform_tag  # noqa: E402
 
 
 class BuildFailed(Exception):
@@ -42,13 +52,17 @@ def run(*command: str) -> None:
 
 def cmake(cuda: bool, prefix: pathlib.Path) -> None:
     """Configures, builds and installs the libraries into the folder of the package `anyflash`."""
-    build = ROOT / "build" / f"py{sys.version_info[0]}{sys.version_info[1]}"
+    build = ROOT / "build/install"
     options = {
         "Python_EXECUTABLE": sys.executable,
         "CMAKE_INSTALL_PREFIX": str(prefix),
         "ANYFLASH_CUDA": ("ON" if setting("ANYFLASH_CUDA") else "AUTO") if cuda else "OFF",
         "ANYFLASH_PIP_CUDA_ROOT": package_root() or "",
+        "ANYFLASH_WERROR": "ON" if setting("ANYFLASH_WERROR") else "OFF",
     }
+    if host_compiler() is None:
+        options |= {"CMAKE_CXX_COMPILER": ";".join(zig() or ()), "ANYFLASH_TORCH": "OFF"}
+        os.environ["ZIG_GLOBAL_CACHE_DIR"] = str(build / "zig")  # its C++ library, compiled
     if "ANYFLASH_CUDA_ARCHS" in os.environ:
         options["ANYFLASH_CUDA_ARCHS"] = os.environ["ANYFLASH_CUDA_ARCHS"]
     fresh = (
@@ -79,6 +93,8 @@ def build_binary(prefix: pathlib.Path) -> dict[str, Any]:
     """
     no_cuda = no_cuda_reason()
     reasons = [f"cuda: {no_cuda}"] if no_cuda else []
+    if host_compiler() is None:
+        reasons.append("operators: there was no g++ or clang++, and zig builds the kernels alone")
     for cuda in (False,) if no_cuda else (True, False):
         try:
             cmake(cuda, prefix)
@@ -93,11 +109,10 @@ def build_binary(prefix: pathlib.Path) -> dict[str, Any]:
 
 def write_facts(package: pathlib.Path, facts: dict[str, Any]) -> None:
     """Leaves word for ``python -m anyflash doctor`` and says aloud what is missing."""
-    facts["python"] = ".".join(map(str, sys.version_info[:2]))
     package.mkdir(parents=True, exist_ok=True)
     (package / "_build.json").write_text(json.dumps(facts, indent=1) + "\n")
     if facts["reasons"]:
-        kind = "without CUDA kernels" if facts["binary"] else "without its compiled operators"
+        kind = "without a part of its binary" if facts["binary"] else "without its binary"
         print(
             f"\n*** anyflash is being installed {kind}:",
             *facts["reasons"],
@@ -107,19 +122,35 @@ def write_facts(package: pathlib.Path, facts: dict[str, Any]) -> None:
         )
 
 
+def checksums(package: pathlib.Path) -> dict[str, int]:
+    """Of every library, for the loader to compare."""
+    return {path.name: zlib.crc32(path.read_bytes()) for path in sorted(package.glob("*.so"))}
+
+
 class CMakeBuild(build_ext):
-    """Drives CMake; there is nothing for setuptools to compile."""
+    """Drives CMake; there is nothing for setuptools to compile.
+
+    A wheel's libraries get checksums. Those of an editable install are rebuilt by hand as well.
+    """
 
     def run(self) -> None:
-        prefix = (
-            ROOT / "python"
-            if self.editable_mode or self.inplace
-            else pathlib.Path(self.build_lib).resolve()
-        )
-        write_facts(prefix / "anyflash", build_binary(prefix))
+        in_tree = self.editable_mode or self.inplace
+        package = (ROOT / "python" if in_tree else pathlib.Path(self.build_lib).resolve()) / NAME
+        facts = build_binary(package.parent)
+        if not in_tree:
+            facts["crc32"] = checksums(package)
+        write_facts(package, facts)
 
     def get_outputs(self) -> list[str]:
         return []
+
+
+class Wheel(bdist_wheel):
+    """One wheel for every Python: no library of ours knows which one runs it."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        built = pathlib.Path(self.get_finalized_command("build").build_lib) / NAME
+        return "py3", "none", platform_tag(built)
 
 
 class BuildPy(build_py):
@@ -131,9 +162,9 @@ class BuildPy(build_py):
 
     def run(self) -> None:
         if self.editable_mode:
-            package = ROOT / "python/anyflash"
+            package = ROOT / "python" / NAME
         else:
-            package = pathlib.Path(self.build_lib) / "anyflash"
+            package = pathlib.Path(self.build_lib) / NAME
             shutil.rmtree(self.build_lib, ignore_errors=True)  # nothing of a former build comes in
         super().run()
         write_lists(package)
@@ -142,6 +173,10 @@ class BuildPy(build_py):
 
 
 class Dist(Distribution):
+    def has_ext_modules(self) -> bool:
+        """With the binary the wheel belongs to a platform, and `build_ext` runs."""
+        return NO_BINARY is None
+
     def has_data(self) -> bool:
         """Editable installs take the start-up files only if this method exists."""
         return self.has_data_files()
@@ -154,8 +189,7 @@ if NO_BINARY and setting("ANYFLASH_BUILD"):
 
 setup(
     distclass=Dist,
-    ext_modules=[] if NO_BINARY else [Extension("anyflash._native", [])],
-    cmdclass={"build_py": BuildPy, "build_ext": CMakeBuild},
+    cmdclass={"build_py": BuildPy, "build_ext": CMakeBuild, "bdist_wheel": Wheel},
     # <name>.data/data/../purelib is the root of site-packages, where Python looks for start-up
     # files
     data_files=[("../purelib", ["startup/anyflash.pth", "startup/anyflash.start"])],

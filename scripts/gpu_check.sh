@@ -120,7 +120,7 @@ build() {
     -L"$library" -lanyflash_kernels -Xlinker "-rpath=$library" || return
   local arch="${ARCH:-90a}" options=()
   [[ "$arch" == 90a ]] || options=(-DCONFORMANCE_SM80)
-  nvcc -std=c++17 -gencode "arch=compute_$arch,code=sm_$arch" "${options[@]}" -I. tests/emulator/conf.cu -o "$WORK/conformance"
+  nvcc -std=c++17 -gencode "arch=compute_$arch,code=sm_$arch" "${options[@]}" -I. emulator/tests/conf.cu -o "$WORK/conformance"
 }
 
 # What single instructions return, for the emulator to be compared with.

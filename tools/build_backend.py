@@ -1,7 +1,7 @@
 """setuptools' build backend, which also asks for what this machine lacks.
 
-That is cmake, ninja, and CUDA's compiler where there is no nvcc. Never torch: its headers are all
-the build needs (torch_headers.py).
+That is cmake, ninja, a C++ compiler where there is none, and CUDA's where there is no nvcc. Never
+torch: its headers are all the build needs (torch_headers.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
 
 import torch_headers
-from build_plan import announce, no_binary_reason, no_cuda_reason
+from build_plan import ZIG, announce, host_compiler, needs_zig, no_binary_reason, no_cuda_reason
 from cuda_pins import PINS, has_nvcc
 
 OLDEST_CMAKE = (3, 24)
@@ -32,16 +32,16 @@ def _version(tool: str) -> tuple[int, ...]:
 
 
 def _missing_tools() -> list[str]:
-    if no_binary_reason():
+    missing = [ZIG] if needs_zig() else []
+    if no_binary_reason() and not missing:
         return []
-    missing = []
     if _version("cmake") < OLDEST_CMAKE:
         missing.append("cmake>=3.24")
     if not _version("ninja"):
         missing.append("ninja")
     if not no_cuda_reason() and not has_nvcc():
         missing += PINS
-    if torch_headers.find() is None and importlib.util.find_spec("pip") is None:
+    if host_compiler() and torch_headers.find() is None and importlib.util.find_spec("pip") is None:
         missing.append("pip")  # fetches torch's headers
     return missing
 

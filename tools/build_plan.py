@@ -1,20 +1,30 @@
-"""What to build on this machine: the binary with CUDA, without, or pure Python.
+"""What to build on this machine and with which compiler: the binary with CUDA, without, or pure
+Python.
+
+A machine without a C++ compiler gets one from the package index: zig, which builds the kernels for
+every Linux since glibc 2.17. The operators for LibTorch are left out there: exceptions pass from
+them into libtorch, which only a compiler with libstdc++ can give; the Python operators call the
+same kernels.
 
 Environment:
     ANYFLASH_BUILD  0: pure Python; 1: the binary, and an error where it cannot be built; unset: the
                     binary if possible
     ANYFLASH_CUDA   0: no CUDA kernels; 1: with them, or an error; unset: where there is a GPU, if
                     possible
+    ANYFLASH_WERROR 1: a compiler's warning is an error
 """
 
 from __future__ import annotations
 
 import glob
+import importlib.util
 import os
 import platform
 import shutil
 import sys
 
+ZIG = "ziglang>=0.17.1,<0.18"
+_ZIG_MACHINES = ("x86_64", "aarch64")
 _NO = ("0", "off", "no", "false")
 
 
@@ -24,22 +34,47 @@ def setting(name: str) -> bool | None:
     return None if not value else value not in _NO
 
 
-def compiler() -> str | None:
-    """The C++ compiler that CMake will use, if there is one."""
+def host_compiler() -> str | None:
+    """This machine's C++ compiler, which CMake will use, if there is one."""
     candidates = (
         [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     )
     return next(filter(None, map(shutil.which, candidates)), None)
 
 
-def no_binary_reason() -> str | None:
-    """Why no binary can or shall be built here; None if nothing speaks against it."""
+def zig() -> list[str] | None:
+    """The C++ compiler of the package ziglang as a command, if that is installed."""
+    spec = importlib.util.find_spec("ziglang")
+    if spec is None or spec.origin is None or platform.machine() not in _ZIG_MACHINES:
+        return None
+    program = os.path.join(os.path.dirname(spec.origin), "zig")
+    return [program, "c++", "-target", f"{platform.machine()}-linux-gnu.2.17"]
+
+
+def _forbidden_reason() -> str | None:
     if setting("ANYFLASH_BUILD") is False:
         return "ANYFLASH_BUILD=0 asked for the pure-Python install"
     if not sys.platform.startswith("linux"):
         return f"the binary is built on Linux only, this is {platform.system()}"
-    if compiler() is None:
-        return "no C++ compiler (g++ or clang++) was found"
+    return None
+
+
+def needs_zig() -> bool:
+    """Whether ziglang is to be fetched: something shall be compiled and nothing here can."""
+    unserved = host_compiler() is None and not os.environ.get("CXX") and zig() is None
+    return unserved and _forbidden_reason() is None and platform.machine() in _ZIG_MACHINES
+
+
+def no_binary_reason() -> str | None:
+    """Why no binary can or shall be built here; None if nothing speaks against it."""
+    if reason := _forbidden_reason():
+        return reason
+    if host_compiler():
+        return None
+    if os.environ.get("CXX"):
+        return f"there is no C++ compiler {os.environ['CXX']}, which CXX names"
+    if zig() is None:
+        return "no C++ compiler (g++, clang++, or zig of the package ziglang) was found"
     return None
 
 
@@ -55,6 +90,8 @@ def no_cuda_reason() -> str | None:
         return "ANYFLASH_CUDA=0 asked for none"
     if asked:
         return None
+    if host_compiler() is None:
+        return "nvcc needs g++ or clang++, and neither is here"
     if platform.machine() not in ("x86_64", "aarch64"):
         return f"no CUDA compiler exists for {platform.machine()}"
     return None if _has_gpu() else "there is no GPU here; ANYFLASH_CUDA=1 builds them all the same"
@@ -66,11 +103,16 @@ def announcement() -> str:
         return f"anyflash: nothing to compile: {reason}"
     cuda = no_cuda_reason() is None
     cores = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    minutes = max(0.5, (5.5 if cuda else 2.5) / cores)  # measured: CPU minutes of a whole build
-    what = "CPU and CUDA kernels" if cuda else "CPU kernels"
+    # Measured: CPU minutes of a whole build.
+    if host_compiler() is None:
+        what, minutes = "CPU kernels with zig (no g++ or clang++ is here)", 1.7
+    elif cuda:
+        what, minutes = "operators and CPU and CUDA kernels", 5.5
+    else:
+        what, minutes = "operators and CPU kernels", 2.5
     return (
-        f"anyflash: compiling operators and {what} on {cores} cores, about {minutes:.1f} minutes "
-        "(pip shows nothing meanwhile; pip install -v does)"
+        f"anyflash: compiling {what} on {cores} cores, about {max(0.5, minutes / cores):.1f} "
+        "minutes (pip shows nothing meanwhile; pip install -v does)"
     )
 
 

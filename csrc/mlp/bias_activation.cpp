@@ -114,8 +114,8 @@ Tensor activation_gradient(const Tensor& dy, const Tensor& z, Activation activat
 
 }  // namespace
 
-Tensor bias_activation(const Tensor& x, const OptionalTensor& bias, int64_t activation,
-                       int64_t backend) {
+Tensor _bias_activation_forward(const Tensor& x, const OptionalTensor& bias, int64_t activation,
+                                int64_t backend) {
   const NoGrad no_grad;
   const BiasActivationCall call{view_of(x), view_of(bias), {}, activation};
   const Choice choice = prepare(call, backend);
@@ -126,9 +126,9 @@ Tensor bias_activation(const Tensor& x, const OptionalTensor& bias, int64_t acti
   return contiguous(to_dtype(y, x.scalar_type()));
 }
 
-std::tuple<Tensor, Tensor> bias_activation_backward(const Tensor& dy, const Tensor& x,
-                                                    const OptionalTensor& bias, int64_t activation,
-                                                    int64_t backend) {
+std::tuple<Tensor, Tensor> _bias_activation_backward(const Tensor& dy, const Tensor& x,
+                                                     const OptionalTensor& bias, int64_t activation,
+                                                     int64_t backend) {
   const NoGrad no_grad;
   const BiasActivationCall call{view_of(x), view_of(bias), view_of(dy), activation};
   const Choice choice = prepare(call, backend);

@@ -42,9 +42,9 @@ Gradients differentiate(const Tensor& drows, const Tensor& rows, Tensor z, const
                         const OptionalTensor& bias1, const Tensor& weight2, int64_t activation,
                         int64_t backend) {
   const Tensor dweight2 =
-      mm(transpose(drows, 0, 1), bias_activation(z, bias1, activation, backend));
+      mm(transpose(drows, 0, 1), _bias_activation_forward(z, bias1, activation, backend));
   const auto [dz, dbias1] =
-      bias_activation_backward(mm(drows, weight2), z, bias1, activation, backend);
+      _bias_activation_backward(mm(drows, weight2), z, bias1, activation, backend);
   z = Tensor();
   return {mm(dz, weight1), mm(transpose(dz, 0, 1), rows), dbias1, dweight2};
 }
@@ -103,22 +103,22 @@ MlpCall views_of(const Tensor& x, const Tensor& weight1, const OptionalTensor& b
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> fused_mlp_forward(const Tensor& x, const Tensor& weight1,
-                                             const OptionalTensor& bias1, const Tensor& weight2,
-                                             const OptionalTensor& bias2, int64_t activation,
-                                             bool save_hidden, int64_t backend) {
+std::tuple<Tensor, Tensor> _fused_mlp_forward(const Tensor& x, const Tensor& weight1,
+                                              const OptionalTensor& bias1, const Tensor& weight2,
+                                              const OptionalTensor& bias2, int64_t activation,
+                                              bool save_hidden, int64_t backend) {
   const NoGrad no_grad;
   MlpCall call = views_of(x, weight1, bias1, weight2, activation);
   call.bias2 = view_of(bias2);
   check_status(anyflash_check_fused_mlp(&call));
   const ScalarType dtype = x.scalar_type();
   Tensor hidden = linear(widen(x), widen(weight1), std::nullopt);
-  const Tensor activated = bias_activation(hidden, widen(bias1), activation, backend);
+  const Tensor activated = _bias_activation_forward(hidden, widen(bias1), activation, backend);
   hidden = save_hidden ? to_dtype(hidden, dtype) : empty({0}, x, dtype);
   return {to_dtype(linear(activated, widen(weight2), widen(bias2)), dtype), hidden};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_mlp_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> _fused_mlp_backward(
     const Tensor& dout, const Tensor& x, const Tensor& weight1, const OptionalTensor& bias1,
     const Tensor& weight2, const Tensor& hidden, bool bias2_requires_grad, int64_t activation,
     int64_t backend) {
@@ -150,7 +150,7 @@ Tensor fused_mlp(const Tensor& x, const Tensor& weight1, const OptionalTensor& b
   int64_t number = 0;
   check_status(anyflash_activation(activation.c_str(), &number));
   return std::get<0>(
-      fused_mlp_forward(x, weight1, bias1, weight2, bias2, number, /*save_hidden=*/false, 0));
+      _fused_mlp_forward(x, weight1, bias1, weight2, bias2, number, /*save_hidden=*/false, 0));
 }
 
 }  // namespace anyflash

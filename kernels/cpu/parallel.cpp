@@ -1,16 +1,11 @@
-// The caller's threads, and what this CPU is.
+// The caller's threads.
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
 
-#include "kernels/arch.h"
 #include "kernels/cpu/plan.h"
 #include "kernels/cpu/work.h"
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 
 namespace anyflash::cpu {
 namespace {
@@ -72,25 +67,3 @@ int32_t run_parallel(const CpuThreads* threads, int64_t max_threads, int64_t cou
 }
 
 }  // namespace anyflash::cpu
-
-int32_t anyflash_cpu_isa(void) {
-  namespace Isa = anyflash::Isa;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  constexpr unsigned kF16c = 1u << 29, kAmxBf16 = 1u << 22;  // CPUID 1 ECX, CPUID 7.0 EDX
-  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & kF16c) != 0;
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !f16c) return Isa::none;
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq")) {
-    return Isa::avx2;
-  }
-  if (!__builtin_cpu_supports("avx512bf16")) return Isa::avx512;
-  const bool amx = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kAmxBf16) != 0;
-  return amx ? Isa::amx : Isa::avx512bf16;
-#elif defined(__aarch64__)
-  return Isa::neon;
-#else
-  return Isa::none;
-#endif
-}

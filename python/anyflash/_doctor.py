@@ -49,6 +49,7 @@ ENVIRONMENT = {
     "ANYFLASH_BUILD": "when installing; 0: no compiled operators, 1: an error without them",
     "ANYFLASH_CUDA": "when installing; 0: no CUDA kernels, 1: with them, without a GPU too",
     "ANYFLASH_CUDA_ARCHS": "when installing: GPU architectures to compile for",
+    "ANYFLASH_WERROR": "when installing; 1: a compiler's warning is an error",
     "ANYFLASH_TORCH_INCLUDE": "when installing: the folder with torch's headers",
     "ANYFLASH_COMPANION_VERSION": "when building the flash-attn wheel: its version",
 }
@@ -136,7 +137,7 @@ def _operators(report: Report) -> dict[str, Any]:
         "provider": _loader.provider,
         "reasons": list(_loader.reasons),
         "files": _machine.library_files(),
-        "build": _machine.build_facts(),
+        "build": _loader.build_facts(),
         "kernels": _machine.kernel_state(),
     }
     if _loader.provider == "none":
@@ -222,7 +223,7 @@ def _major(version: str) -> int:
 
 def _cpu(report: Report) -> dict[str, Any]:
     """The instruction set that kernels use here, and the attention kernels that calls get."""
-    kernels = []
+    kernels: list[str] = []
     if _wrong_variables():
         return {"isa": "none", "kernels": kernels}
     for dtype in ("bf16", "fp16", "fp32"):

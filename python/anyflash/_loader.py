@@ -14,7 +14,7 @@ import logging
 import os
 import pathlib
 import re
-import struct
+import zlib
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ LIBRARY = pathlib.Path(__file__).resolve().parent / "libanyflash_ops.so"
 KERNELS = LIBRARY.with_name("libanyflash_kernels.so")  # the core and the kernels; LIBRARY opens it
 MIN_TORCH = (2, 10)  # the stable ABI that the binary is built against
 _PROVIDERS = ("auto", "binary", "python")
-_PROBE = "anyflash::attention_forward"
+_PROBE = "anyflash::_flash_attn_forward"
 _LAST_PROBE = "anyflash::fused_mlp"  # the last operator of schemas.def
 
 #: Whose operators are in use: "binary", "python", or "none": before load(), or when even Python's
@@ -38,7 +38,7 @@ _loaded = False
 _keep_alive: list[Any] = []  # operator definitions and callbacks live as long as these objects
 
 
-def _torch_version() -> tuple[int, int]:
+def torch_version() -> tuple[int, int]:
     match = re.match(r"(\d+)\.(\d+)", torch.__version__)
     return (int(match.group(1)), int(match.group(2))) if match else (0, 0)
 
@@ -47,28 +47,37 @@ def _is_defined(operator: str) -> bool:
     return bool(torch._C._jit_get_schemas_for_operator(operator))
 
 
-def _truncation(path: pathlib.Path) -> str | None:
-    """What is wrong with an ELF file that was cut; opening such a file could end the process."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header = file.read(64)
-    if len(header) < 64 or header[:4] != b"\x7fELF":
-        return f"{path.name} is not a shared library ({size} bytes)"
-    (section_offset,) = struct.unpack_from("<Q", header, 40)
-    entry_size, entries = struct.unpack_from("<HH", header, 58)
-    expected = section_offset + entry_size * entries
-    if size < expected:
-        return f"{path.name} is truncated: {size} bytes of at least {expected}"
-    return None
+def build_facts() -> dict[str, Any]:
+    """Word that the build left: binary, cuda, reasons for what is missing, and in a wheel the
+    checksums (crc32) of the libraries; or nothing."""
+    try:
+        return json.loads(LIBRARY.with_name("_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def damage(path: pathlib.Path) -> str | None:
+    """What is wrong with the file of a library; to open a damaged one could end the process.
+
+    The whole file is read for that, which the next lines do anyway: about a millisecond.
+    """
+    noted = build_facts().get("crc32", {}).get(path.name)
+    if noted is None:  # an editable installation, whose libraries are rebuilt by hand as well
+        return None
+    content = path.read_bytes()
+    if (found := zlib.crc32(content)) == noted:
+        return None
+    return (
+        f"{path.name} is damaged: the checksum of its {len(content)} bytes is {found:08x}, that of "
+        f"the file that was built is {noted:08x}"
+    )
 
 
 def _why_not_built() -> str:
-    """What setup.py noted when anyflash was installed."""
-    try:
-        noted = json.loads(LIBRARY.with_name("_build.json").read_text())["reasons"]
-    except (OSError, ValueError, KeyError):
+    facts = build_facts()
+    if "reasons" not in facts:
         return f"{LIBRARY.parent} holds only a part of the package, as frozen or zipped ones do"
-    return "; ".join(noted) or "the file was there when anyflash was installed"
+    return "; ".join(facts["reasons"]) or "the file was there when anyflash was installed"
 
 
 def _obstacle_to(path: pathlib.Path) -> str | None:
@@ -76,7 +85,7 @@ def _obstacle_to(path: pathlib.Path) -> str | None:
     if not path.is_file():
         return f"{path.name} is not there: {_why_not_built()}"
     try:
-        return _truncation(path)
+        return damage(path)
     except OSError as error:
         return f"{path.name} cannot be read: {error}"
 
@@ -93,7 +102,7 @@ def _obstacle_to_binary() -> str | None:
     """Why the compiled operators are not opened; None: nothing speaks against them."""
     if _core.library is None:
         return f"{LIBRARY.name} needs {KERNELS.name}"
-    if _torch_version() < MIN_TORCH:
+    if torch_version() < MIN_TORCH:
         wanted = ".".join(map(str, MIN_TORCH))
         return f"the binary needs torch {wanted} or newer, this is {torch.__version__}"
     return _obstacle_to(LIBRARY)

@@ -74,17 +74,9 @@ def library_files() -> dict[str, dict[str, Any]]:
         present = path.is_file()
         files[name] = {
             "present": present, "path": str(path), "bytes": path.stat().st_size if present else 0,
-            "damage": _loader._truncation(path) if present else None,
+            "damage": _loader.damage(path) if present else None,
         }  # fmt: skip
     return files
-
-
-def build_facts() -> dict[str, Any]:
-    """Word that the build left: binary, cuda, python, reasons for what is missing; or nothing."""
-    try:
-        return json.loads((FOLDER / "_build.json").read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 def source() -> str:

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from . import _autocast, backends
 from ._activations import activation_number
-from ._autograd import apply_bias_activation, apply_fused_mlp, needs_autograd
-
-_bias_activation = torch.ops.anyflash.bias_activation.default
-_fused_mlp_forward = torch.ops.anyflash.fused_mlp_forward.default
+from ._operators import mlp
+from ._operators.mlp import BiasActivationCall, FusedMLPCall
 
 
 @torch.jit.unused
@@ -33,10 +31,12 @@ def _fused_mlp(
     number, code = activation_number(activation), backends.resolve(backend)
     if _autocast.is_enabled(x):
         x, weight1, bias1, weight2, bias2 = _autocast.cast(x, weight1, bias1, weight2, bias2)
-    if needs_autograd(x, weight1, bias1, weight2, bias2):
-        save_hidden = not recompute
-        return apply_fused_mlp(x, weight1, bias1, weight2, bias2, number, save_hidden, code)[0]
-    return _fused_mlp_forward(x, weight1, bias1, weight2, bias2, number, False, code)[0]
+    return mlp.fused_mlp(
+        FusedMLPCall(
+            x=x, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2, activation=number,
+            save_hidden=not recompute, backend=code,
+        )
+    )  # fmt: skip
 
 
 def fused_mlp(
@@ -103,6 +103,4 @@ def bias_activation(
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
     number, code = activation_number(activation), backends.resolve(backend)
-    if needs_autograd(x, bias):
-        return apply_bias_activation(x, bias, number, code)
-    return _bias_activation(x, bias, number, code)
+    return mlp.bias_activation(BiasActivationCall(x=x, bias=bias, activation=number, backend=code))

@@ -215,7 +215,7 @@ TABLE = [
     Bad("operator_packed_qkv_rank", lambda: _public("flash_attn_varlen_qkvpacked_func", _t(2, 7, 3, 4, 16), _ints(0, 7), 7), R, ("qkv: expected (total, 3, heads, head_dim)", "(2, 7, 3, 4, 16)")),
     Bad("operator_num_splits", lambda: _public("flash_attn_with_kvcache", _t(2, 3, 4, 16), _t(2, 12, 2, 16), _t(2, 12, 2, 16), num_splits=129), R, ("num_splits > 128 not supported", "129")),
     Bad("operator_activation", lambda: _public("fused_mlp", _t(3, 6), _t(10, 6), None, _t(5, 10), None, "swish"), (R, V), ("activation", "swish", "gelu_tanh")),
-    Bad("operator_dropout_without_state", lambda: _forward(dropout_p=0.5), R, ("rng_state: missing", "0.5")),
+    Bad("operator_dropout_without_state", lambda: _backward(dropout_p=0.5), R, ("rng_state: missing", "0.5")),
     Bad("backward_lse_shape", lambda: _backward(lse=_t(2, 7, 4)), R, ("lse: expected (batch, heads, seqlen_q)", "(2, 7, 4)")),
     Bad("backward_lse_dtype", lambda: _backward(lse=_t(2, 4, 7, dtype=torch.float16)), R, ("lse: expected fp32", "fp16")),
     Bad("backward_dout_shape", lambda: _backward(dout=_t(2, 7, 4, 8)), R, ("dout must have shape", "(2, 7, 4, 8)")),
@@ -252,18 +252,18 @@ def _public(name, *arguments, **options):
 
 def _forward(dropout_p=0.0, backend=0):
     q = _t(1, 3, 2, 8)
-    return torch.ops.anyflash.attention_forward(
+    return torch.ops.anyflash._flash_attn_forward(
         q, q, q, None, None, 0, 0, None, None, None, None, None, None, None, dropout_p, 1.0, False,
-        -1, -1, 0.0, backend,
+        -1, -1, 0.0, False, backend,
     )  # fmt: skip
 
 
-def _backward(dout=None, out=None, lse=None, dlse=None):
+def _backward(dout=None, out=None, lse=None, dlse=None, dropout_p=0.0):
     q, k = _t(2, 7, 4, 16), _t(2, 9, 2, 16)
     given = [q if dout is None else dout, q, k, k, q if out is None else out]
-    return torch.ops.anyflash.attention_backward(
+    return torch.ops.anyflash._flash_attn_backward(
         *given, _t(2, 4, 7) if lse is None else lse, dlse, None, None, 0, 0, None, None, None, None,
-        None, None, 0.0, 1.0, False, -1, -1, 0.0, False, False, False, 0,
+        None, None, dropout_p, 1.0, False, -1, -1, 0.0, False, False, False, 0,
     )  # fmt: skip
 
 

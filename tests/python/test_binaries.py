@@ -137,7 +137,7 @@ def damaged_package(folder: Path, name: str, content: bytes | None) -> Path:
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     defs = copy / "defs"
     defs.mkdir(exist_ok=True)
-    for source in ("csrc", "kernels"):
+    for source in ("core", "csrc", "kernels"):
         for path in (PACKAGE.parents[1] / source).glob("*.def"):
             shutil.copy(path, defs)
     (copy / name).unlink()

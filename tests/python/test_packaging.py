@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import sys
 import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
-from installations import LINUX, NOT_SOURCE, REPOSITORY, SMOKE, build, call, doctor_of
+from installations import LINUX, REPOSITORY, SMOKE, build, call, check_out, doctor_of
+from tree import tracked
 
 
 def content(wheel: Path) -> set[str]:
@@ -75,8 +75,9 @@ def test_the_drop_in_has_no_record(wheel, source):
 def test_every_module_of_the_drop_in_belongs_to_the_name():
     dropin = REPOSITORY / "python/anyflash/dropin"
     listed = (dropin / "flash_attn-2.8.3.dist-info/top_level.txt").read_text().split()
-    modules = {p.stem for p in dropin.glob("*.py")} | {
-        p.parent.name for p in dropin.glob("*/__init__.py")
+    modules = {
+        path.parent.name if path.name == "__init__.py" else path.stem
+        for path in tracked("python/anyflash/dropin/*.py", "python/anyflash/dropin/*/__init__.py")
     }
     assert modules <= set(listed)
 
@@ -187,10 +188,9 @@ def test_a_binary_that_was_asked_for_and_cannot_be_built_is_an_error(source, tmp
     assert call(*command, check=False, ANYFLASH_BUILD="1", **settings).returncode
 
 
-def test_editable_install(environment, source, tmp_path):
+def test_editable_install(environment, tmp_path):
     """The start-up files come along, and nothing that pip could follow to delete sources."""
-    tree = tmp_path / "tree"
-    shutil.copytree(source, tree, ignore=NOT_SOURCE)
+    tree = check_out(tmp_path / "tree")
     environment.install("--editable", tree, ANYFLASH_BUILD="0")
     assert {"anyflash.pth", "anyflash.start"} <= environment.files()
     assert environment.smoke()["file"] == str(

@@ -250,12 +250,12 @@ def _backward_kernel_(
     _run(call, logits, labels, lse, kernel, {"dlogits": logits})
 
 
-MATH = {
+MATH: dict[str, Callable[..., Any]] = {
     "cross_entropy_forward": _forward,
     "cross_entropy_backward": _backward,
     "cross_entropy_backward_": _backward_,
 }
-KERNELS = {
+KERNELS: dict[str, Callable[..., Any]] = {
     "cross_entropy_forward": _forward_kernel,
     "cross_entropy_backward": _backward_kernel,
     "cross_entropy_backward_": _backward_kernel_,

@@ -10,6 +10,7 @@ dtype of residual_out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -167,8 +168,11 @@ def _backward(
     )
 
 
-MATH = {"norm_forward": _forward, "norm_backward": _backward}
-KERNELS = {"norm_forward": norm_kernel.forward, "norm_backward": norm_kernel.backward}
+MATH: dict[str, Callable[..., Any]] = {"norm_forward": _forward, "norm_backward": _backward}
+KERNELS: dict[str, Callable[..., Any]] = {
+    "norm_forward": norm_kernel.forward,
+    "norm_backward": norm_kernel.backward,
+}
 
 
 def _forward_fake(
@@ -273,7 +277,8 @@ class NormFunction(Function):
         has_residual, has_x1 = ctx.options[3:5]
         if dy is None:
             dy = torch.zeros_like(z, dtype=None if dy1 is None else dy1.dtype)
-        dx, dx1, dresidual, *gradients = torch.ops.anyflash.norm_backward.default(
+        dx, dx1, dresidual, *gradients = below_autograd(
+            torch.ops.anyflash.norm_backward.default,
             dy, dy1 if weight1 is not None else None, dz if ctx.stored else None, z, mean, rstd,
             *rest, *ctx.options,
         )  # fmt: skip

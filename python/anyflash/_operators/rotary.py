@@ -3,6 +3,7 @@ that grows with the row's position."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -268,7 +269,7 @@ def _fake_(x: Tensor, *rest: Any) -> None:
     is_checked("rotary", _record(x, *rest, True))
 
 
-MATH = {"rotary": _rotary_math, "rotary_": rotate_}
-KERNELS = {"rotary": _rotary_kernel, "rotary_": _rotary_kernel_}
+MATH: dict[str, Callable[..., Any]] = {"rotary": _rotary_math, "rotary_": rotate_}
+KERNELS: dict[str, Callable[..., Any]] = {"rotary": _rotary_kernel, "rotary_": _rotary_kernel_}
 FAKES = {"rotary": _fake, "rotary_": _fake_}
 DIFFERENTIABLE = {"rotary": rotary, "rotary_": rotary_}

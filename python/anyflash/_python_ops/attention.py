@@ -1,4 +1,4 @@
-"""attention_forward and attention_backward: prepare (check, describe, decide), run, return."""
+"""_flash_attn_forward and _flash_attn_backward: prepare (check, describe, decide), run, return."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _core, _records
+from .._rng_state import draw_rng_state
 from . import aten_cpu, aten_cudnn, aten_efficient, aten_flash, kernel, math, without_core
 from .arguments import AttentionArgs, BackwardArgs, Gradients
 
@@ -78,7 +79,7 @@ def run_forward(
     return _ROUTES[route].forward(args)
 
 
-def attention_forward(
+def _flash_attn_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -99,14 +100,26 @@ def attention_forward(
     window_left: int,
     window_right: int,
     softcap: float,
+    deterministic: bool,
     backend: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """schemas.def."""
+    if not dropout_p > 0.0:
+        rng_state = None
+    else:
+        rng_state = draw_rng_state(q.device) if rng_state is None else rng_state.clone()
     args = AttentionArgs(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k,
         block_table, alibi_slopes, bias, sinks, rng_state, dropout_p, softmax_scale, window_left,
         window_right, softcap,
     )  # fmt: skip
+    out, softmax_lse = _run_forward(args, causal, backend)
+    if rng_state is None:
+        rng_state = q.new_empty(0, dtype=torch.int64)
+    return out, softmax_lse, rng_state
+
+
+def _run_forward(args: AttentionArgs, causal: bool, backend: int) -> tuple[Tensor, Tensor]:
     if _core.library is None:
         without_core.prepare(args, causal, backend)
         return math.forward(args)
@@ -121,7 +134,7 @@ def contiguous_rows(x: Tensor) -> Tensor:
     return x if x.dim() == 0 or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def attention_backward(
+def _flash_attn_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -188,11 +201,3 @@ def _run_backward(args: AttentionArgs, grad: BackwardArgs, causal: bool, backend
 def refuse_gradient(gradient: Tensor, size: list[int], why: str) -> Tensor:
     """schemas.def."""
     raise RuntimeError(why)
-
-
-def random_state(q: Tensor, dropout_p: float) -> Tensor | None:
-    """Seed and offset of a call's dropout, drawn from the default generator; None without
-    dropout."""
-    if dropout_p <= 0.0:
-        return None
-    return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=q.device)

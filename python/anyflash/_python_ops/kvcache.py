@@ -17,7 +17,7 @@ from .attention import contiguous_rows, run_forward, take_options
 
 @dataclass
 class KVCacheCall:
-    """What attention_kvcache_ was called with. Shapes: schemas.def."""
+    """What _flash_attn_kvcache_ was called with. Shapes: schemas.def."""
 
     q: Tensor
     k_cache: Tensor
@@ -171,7 +171,7 @@ def _append_by_operators(call: KVCacheCall, args: AttentionArgs) -> None:
     args.seqused_k = first + k.shape[1]
 
 
-def attention_kvcache_(
+def _flash_attn_kvcache_(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,

@@ -139,7 +139,9 @@ def _activation_gradient(dy: Tensor, z: Tensor, activation: int) -> Tensor:
     return torch.cat((dy * F.silu(gate), torch.ops.aten.silu_backward(dy * u, gate)), dim=-1)
 
 
-def bias_activation(x: Tensor, bias: Tensor | None, activation: int, backend: int) -> Tensor:
+def _bias_activation_forward(
+    x: Tensor, bias: Tensor | None, activation: int, backend: int
+) -> Tensor:
     """schemas.def."""
     call, choice = _prepare(x, bias, None, activation, backend)
     if choice is not None and choice.route == "kernel":
@@ -153,7 +155,7 @@ def _fresh(result: Tensor, x: Tensor) -> Tensor:
     return result.clone() if result is x else result
 
 
-def bias_activation_backward(
+def _bias_activation_backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, activation: int, backend: int
 ) -> tuple[Tensor, Tensor]:
     """schemas.def."""
@@ -189,7 +191,7 @@ def _widen_optional(x: Tensor | None) -> Tensor | None:
     return None if x is None else _widen(x)
 
 
-def fused_mlp_forward(
+def _fused_mlp_forward(
     x: Tensor,
     weight1: Tensor,
     bias1: Tensor | None,
@@ -203,7 +205,7 @@ def fused_mlp_forward(
     _check_mlp(activation, x=x, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
     dtype = x.dtype
     hidden = F.linear(_widen(x), _widen(weight1))
-    activated = bias_activation(hidden, _widen_optional(bias1), activation, backend)
+    activated = _bias_activation_forward(hidden, _widen_optional(bias1), activation, backend)
     hidden = hidden.to(dtype) if save_hidden else x.new_empty(0)
     return F.linear(activated, _widen(weight2), _widen_optional(bias2)).to(dtype), hidden
 
@@ -223,8 +225,8 @@ def _differentiate(
     backend: int,
 ) -> _Gradients:
     """From act's input before its bias, z (rows, per_output * hidden)."""
-    dweight2 = drows.t() @ bias_activation(z, b1, activation, backend)
-    dz, dbias1 = bias_activation_backward(drows @ w2, z, b1, activation, backend)
+    dweight2 = drows.t() @ _bias_activation_forward(z, b1, activation, backend)
+    dz, dbias1 = _bias_activation_backward(drows @ w2, z, b1, activation, backend)
     del z  # a recomputed one is held by nobody else
     return dz @ w1, dz.t() @ rows, dbias1, dweight2
 
@@ -265,7 +267,7 @@ def _recompute(
     return dx, dweight1.flatten(0, 1), dbias1.flatten(), dweight2
 
 
-def fused_mlp_backward(
+def _fused_mlp_backward(
     dout: Tensor,
     x: Tensor,
     weight1: Tensor,
