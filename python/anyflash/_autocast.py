@@ -1,6 +1,7 @@
 """Autocast as PyTorch's own attention and linear do it: the floating inputs of a call get one
 dtype. It is the autocast dtype, or that of the call's key/value cache, which lies in memory of its
-user and stays as it is."""
+user and stays as it is. ALiBi slopes and sinks, one number for each head, stay as precise as they
+are."""
 
 from __future__ import annotations
 
