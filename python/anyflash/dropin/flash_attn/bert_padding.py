@@ -96,7 +96,8 @@ def _cumulative(lengths: Tensor) -> Tensor:
 
 
 def _longest(lengths: Tensor) -> int:
-    return lengths.max().long().item() if lengths.numel() else 0  # int() would not export
+    longest: Any = lengths.max().long().item() if lengths.numel() else 0
+    return longest  # int() would not export
 
 
 def _take(hidden_states: Tensor, indices: Tensor) -> Tensor:
