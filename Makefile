@@ -5,13 +5,13 @@ BUILD ?= build/dev
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PATH := $(abspath $(BIN)):$(PATH)
-# Where there is a compiler, everything is built, the kernels of absent GPUs too, and a failing build is an error; without one the
-# install is pure Python.
-MUST_BUILD := $(if $(shell command -v c++ g++ clang++),ANYFLASH_BUILD=1 ANYFLASH_CUDA=$${ANYFLASH_CUDA:-1})
-CPP_BUILD := cmake -G Ninja -DANYFLASH_TORCH=OFF -DANYFLASH_TESTS=ON
-SOURCES := $(shell find csrc kernels cmake tools -type f) CMakeLists.txt setup.py pyproject.toml
+# Where there is a compiler, everything is built, the kernels of absent GPUs too, and a failing build is an error, a warning as
+# well; without one the install is pure Python.
+MUST_BUILD := $(if $(shell command -v c++ g++ clang++),ANYFLASH_BUILD=1 ANYFLASH_WERROR=1 ANYFLASH_CUDA=$${ANYFLASH_CUDA:-1})
+CPP_BUILD := cmake -G Ninja -DANYFLASH_TORCH=OFF -DANYFLASH_TESTS=ON -DANYFLASH_WERROR=ON
+SOURCES := $(shell find core csrc kernels cmake tools -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: help setup demo test test-cpp test-python emulate mutate fuzz sanitize build-address build-thread bench test-matrix test-consumers wheels lint format clean
+.PHONY: help setup demo test test-cpp test-python emulate mutate fuzz sanitize build-address build-thread bench test-matrix test-consumers wheels lint types format clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -43,12 +43,12 @@ emulate: $(VENV)/.packages   ## every CUDA kernel on the emulator, with random p
 	$(CPP_BUILD) -S . -B $(BUILD)
 	cmake --build $(BUILD)
 	ctest --test-dir $(BUILD) --output-on-failure -j $$(nproc) -R emulat
-	$(BUILD)/tests/emulator/emulate_attention --case none --random 40 --seed $$(date +%s)
+	$(BUILD)/tests/emulated/emulate_attention --case none --random 40 --seed $$(date +%s)
 
 mutate: $(VENV)/.packages   ## breaks the CUDA kernels in every place that keeps order or bounds, and demands that it shows
 	$(CPP_BUILD) -S . -B $(BUILD)
 	cmake --build $(BUILD)
-	$(BIN)/python tests/emulator/mutate.py $(BUILD)
+	$(BIN)/python tests/emulated/mutate.py $(BUILD)
 
 fuzz: $(VENV)/.packages build-address   ## 100000 random attention problems on the CPU kernels, 10000 under AddressSanitizer
 	$(CPP_BUILD) -S . -B $(BUILD)
@@ -91,6 +91,10 @@ lint: $(VENV)/.packages   ## ruff, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+types: $(VENV)/.packages   ## mypy: the package, then the drop-in under the names that its users import
+	$(BIN)/mypy -p anyflash --exclude anyflash/dropin/
+	$(BIN)/mypy -p flash_attn $(addprefix -m ,$(notdir $(basename $(wildcard python/anyflash/dropin/*.py))))
 
 format: $(VENV)/.packages   ## the same tools, writing
 	$(BIN)/ruff check --fix .

@@ -58,6 +58,7 @@ def cmake(cuda: bool, prefix: pathlib.Path) -> None:
         "CMAKE_INSTALL_PREFIX": str(prefix),
         "ANYFLASH_CUDA": ("ON" if setting("ANYFLASH_CUDA") else "AUTO") if cuda else "OFF",
         "ANYFLASH_PIP_CUDA_ROOT": package_root() or "",
+        "ANYFLASH_WERROR": "ON" if setting("ANYFLASH_WERROR") else "OFF",
     }
     if host_compiler() is None:
         options |= {"CMAKE_CXX_COMPILER": ";".join(zig() or ()), "ANYFLASH_TORCH": "OFF"}

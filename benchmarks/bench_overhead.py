@@ -58,12 +58,12 @@ def _over_the_aten_op() -> Iterator[Row]:
 
 
 def _over_an_unboxed_op() -> Iterator[Row]:
-    """attention_forward by one aten call, against an unboxed operator of that call alone."""
+    """_flash_attn_forward by one aten call, against an unboxed operator of that call alone."""
     twin = _build_twin()
-    ours = torch.ops.anyflash.attention_forward.default
+    ours = torch.ops.anyflash._flash_attn_forward.default
     q, k, v = (torch.randn(1, 1, 1, 8) for _ in range(3))
     aten_cpu = 7  # as a chain of back ends
-    rest = (None, None, 1, 1, *[None] * 7, 0.0, 0.35, True, -1, -1, 0.0, aten_cpu)
+    rest = (None, None, 1, 1, *[None] * 7, 0.0, 0.35, True, -1, -1, 0.0, False, aten_cpu)
     with torch.no_grad():
         times = interleaved(
             lambda: ours(q, k, v, *rest), lambda: twin(q, k, v, *rest), number=NUMBER
@@ -91,4 +91,4 @@ def _build_twin() -> torch._ops.OpOverload:
         links = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-lc10"]
         subprocess.run([compiler, *flags, str(TWIN), "-o", library, *links], check=True)
         torch.ops.load_library(library)
-    return torch.ops.anyflash_bench.attention_forward.default
+    return torch.ops.anyflash_bench._flash_attn_forward.default

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = CHECKOUT / "out/grid.json"
 PICTURE = CHECKOUT / "docs/kernels/cpu_grid.svg"
-MEASURED = CHECKOUT / "csrc/measured.def"
+MEASURED = CHECKOUT / "core/measured.def"
 
 DTYPES = ("fp32", "bf16", "fp16")
 HEAD_DIMS = (32, 64, 128, 256)
@@ -34,7 +34,7 @@ SHAPES = (
 )  # fmt: skip
 PACKED = ((7, 33, 1, 120, 64), (512, 17, 300, 1000), (2048, 1, 64), (128,) * 16)
 
-KERNEL, ATEN = 1, 7  # digits of a chain: csrc/problem.h
+KERNEL, ATEN = 1, 7  # digits of a chain: core/problem.h
 
 # Lower instruction sets, and how PyTorch and its libraries are held to them as well.
 LOWER = {
@@ -87,15 +87,15 @@ def measure(point: dict[str, object], seconds: float) -> dict[str, object]:
     mask = (1 / math.sqrt(head_dim), point["causal"], -1, -1, 0.0)
     ops = torch.ops.anyflash
 
-    def forward(backend: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return ops.attention_forward(q, k, v, *size, *[None] * 7, 0.0, *mask, backend)
+    def forward(backend: int) -> tuple[torch.Tensor, ...]:
+        return ops._flash_attn_forward(q, k, v, *size, *[None] * 7, 0.0, *mask, False, backend)
 
-    out, lse = forward(KERNEL)
+    out, lse, _ = forward(KERNEL)
 
     def backward(backend: int) -> object:
         given = (dout, q, k, v, out, lse, None)
         asked = (False, False, False)
-        return ops.attention_backward(*given, *size, *[None] * 6, 0.0, *mask, *asked, backend)
+        return ops._flash_attn_backward(*given, *size, *[None] * 6, 0.0, *mask, *asked, backend)
 
     result = dict(point)
     for name, run in (("forward", forward), ("backward", backward)):
@@ -172,11 +172,11 @@ def summary(
 
 def measure_lower() -> dict[str, list[dict[str, object]]]:
     """The smaller grid by instruction set below this machine's, each in a process of its own."""
-    from anyflash import _native
+    from anyflash import _core
 
     results = {}
     for isa, limits in LOWER.items():
-        if isa == _native.cpu_isa():
+        if isa == _core.cpu_isa():
             continue
         print(f"{isa} ...", file=sys.stderr, flush=True)
         done = subprocess.run(
@@ -191,7 +191,7 @@ def measure_lower() -> dict[str, list[dict[str, object]]]:
 
 
 def write_table(by_isa: dict[str, list[dict[str, object]]]) -> None:
-    """The ratios in the MEASURED lines of csrc/measured.def; each line covers the head dims above
+    """The ratios in the MEASURED lines of core/measured.def; each line covers the head dims above
     those of the line before it."""
     lines = MEASURED.read_text().splitlines(keepends=True)
     above: dict[tuple[str, ...], int] = {}
@@ -212,7 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--table", action="store_true", help="write csrc/measured.def as well")
+    parser.add_argument("--table", action="store_true", help="write core/measured.def as well")
     parser.add_argument("--json", action="store_true", help="a smaller grid, as JSON, nothing else")
     parser.add_argument("--redraw", action="store_true", help="the picture from out/grid.json")
     options = parser.parse_args()
@@ -231,10 +231,10 @@ def main() -> None:
             worst, median = summary(results, direction, dtype, range(1, 513))
             print(f"{direction} {dtype}: worst {worst:.2f}x, median {median:.2f}x of aten_cpu")
     if options.table:
-        from anyflash import _native
+        from anyflash import _core
 
-        by_isa = {_native.cpu_isa(): results, **measure_lower()}
-        if _native.cpu_isa() == "avx512bf16":  # has kernels of its own for bf16 alone
+        by_isa = {_core.cpu_isa(): results, **measure_lower()}
+        if _core.cpu_isa() == "avx512bf16":  # has kernels of its own for bf16 alone
             by_isa["avx512"] += [r for r in results if r["dtype"] != "bf16"]
         write_table(by_isa)
 

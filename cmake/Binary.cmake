@@ -16,8 +16,7 @@ endif()
 
 function(anyflash_compile_options target)
   target_compile_options(${target} PRIVATE
-    "$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-ffunction-sections;-fmacro-prefix-map=${PROJECT_SOURCE_DIR}/=>"
-    "$<$<COMPILE_LANG_AND_ID:CXX,GNU>:-Wno-maybe-uninitialized>")
+    "$<$<COMPILE_LANGUAGE:CXX>:-ffunction-sections;-fmacro-prefix-map=${PROJECT_SOURCE_DIR}/=>")
 endfunction()
 
 # anyflash_binary(<target> [STATIC_LIBSTDCXX]): with the word a C++ library of its own, where the system has it as an archive. Only for

@@ -96,6 +96,27 @@ int64_t anyflash_forward_workspace(const Instance* instance, const AttentionCall
   return workspace_bytes(*instance, *call);
 }
 
+Status anyflash_prepare_bias_activation(const BiasActivationCall* call, const Caller* caller,
+                                        Choice* choice) {
+  return guarded([&] {
+    check_bias_activation(*call);
+    *choice = checked_choice(describe_bias_activation(*call, *caller));
+  });
+}
+
+Status anyflash_run_bias_activation(const Instance* instance, const BiasActivationCall* call,
+                                    const BiasActivationResults* results, void* where) {
+  return guarded([&] { run_bias_activation(*instance, *call, *results, where); });
+}
+
+Status anyflash_check_fused_mlp(const MlpCall* call) {
+  return guarded([&] { check_fused_mlp(*call); });
+}
+
+Status anyflash_activation(const char* name, int64_t* number) {
+  return guarded([&] { *number = static_cast<int64_t>(activation_of(std::string(name))); });
+}
+
 Status anyflash_choose(const TensorView* x, Family family, Direction direction,
                        const Caller* caller, Choice* choice) {
   return guarded([&] { *choice = checked_choice(describe(*x, family, direction, *caller)); });
@@ -149,9 +170,11 @@ const char* anyflash_layout(void) {
       text("TensorView ", sizeof(TensorView), "\nAttentionOptions ", sizeof(AttentionOptions),
            "\nAttentionCall ", sizeof(AttentionCall), "\nBackwardCall ", sizeof(BackwardCall),
            "\nAttentionResults ", sizeof(AttentionResults), "\nKVCacheCall ", sizeof(KVCacheCall),
-           "\nAppendResults ", sizeof(AppendResults), "\nCaller ", sizeof(Caller), "\nChoice ",
-           sizeof(Choice), "\nPiece ", sizeof(Piece), "\nDecisionView ", sizeof(DecisionView), "\nInstance ", sizeof(Instance),
-           "\n");
+           "\nAppendResults ", sizeof(AppendResults), "\nBiasActivationCall ",
+           sizeof(BiasActivationCall), "\nBiasActivationResults ", sizeof(BiasActivationResults),
+           "\nMlpCall ", sizeof(MlpCall), "\nCaller ", sizeof(Caller), "\nChoice ", sizeof(Choice),
+           "\nPiece ", sizeof(Piece), "\nDecisionView ", sizeof(DecisionView), "\nInstance ",
+           sizeof(Instance), "\n");
   return lines.c_str();
 }
 

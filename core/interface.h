@@ -6,6 +6,7 @@
 
 #include "core/attention.h"
 #include "core/kvcache.h"
+#include "core/mlp.h"
 #include "core/notice.h"
 #include "core/pieces.h"
 
@@ -63,6 +64,18 @@ ANYFLASH_EXPORT anyflash::Status anyflash_run_append(const anyflash::Instance* i
                                                      void* where);
 ANYFLASH_EXPORT int64_t anyflash_forward_workspace(const anyflash::Instance* instance,
                                                    const anyflash::AttentionCall* call);
+
+// ---- Bias + activation and the fused MLP. prepare checks, describes, decides, tells; backward
+// where call->dy is given, as check_fused_mlp is where call->dout is. run: core/mlp.h.
+ANYFLASH_EXPORT anyflash::Status anyflash_prepare_bias_activation(
+    const anyflash::BiasActivationCall* call, const anyflash::Caller* caller,
+    anyflash::Choice* choice);
+ANYFLASH_EXPORT anyflash::Status anyflash_run_bias_activation(
+    const anyflash::Instance* instance, const anyflash::BiasActivationCall* call,
+    const anyflash::BiasActivationResults* results, void* where);
+ANYFLASH_EXPORT anyflash::Status anyflash_check_fused_mlp(const anyflash::MlpCall* call);
+// The number of an activation's name.
+ANYFLASH_EXPORT anyflash::Status anyflash_activation(const char* name, int64_t* number);
 
 // ---- The other families: describes, decides, tells. What their operators check stands there.
 ANYFLASH_EXPORT anyflash::Status anyflash_choose(const anyflash::TensorView* x,

@@ -153,11 +153,11 @@ void check_kvcache(const KVCacheCall& call) {
     check_alibi_slopes(call.alibi_slopes, call.q, call.batch(), heads);
   }
   if (call.sinks.given()) check_sinks(call.sinks, call.q, heads);
-  if (call.appends()) check_writes(call);
   if (are_readable(
           {&call.cache_seqlens, &call.cache_batch_idx, &call.cache_leftpad, &call.block_table})) {
     check_values(call);
   }
+  if (call.appends()) check_writes(call);
 }
 
 }  // namespace anyflash

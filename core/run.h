@@ -12,6 +12,19 @@ inline Rows rows_of(const TensorView& x) {
   return {x.data, x.strides[0], x.strides[1], x.strides[2]};
 }
 
+// A view of (..., columns): two dimensions with rows any distance apart, or contiguous.
+struct Matrix {
+  void* data;
+  int64_t rows, columns;
+  int64_t stride;  // of rows
+};
+
+inline Matrix matrix_of(const TensorView& x) {
+  const int64_t columns = x.size(-1);
+  const int64_t rows = columns == 0 ? 0 : x.numel() / columns;
+  return {x.data, rows, columns, x.rank == 2 ? x.strides[0] : columns};
+}
+
 template <class T>
 const T* data_of(const TensorView& x) {
   return x.given() ? static_cast<const T*>(x.data) : nullptr;

@@ -10,16 +10,16 @@
 
 namespace anyflash {
 
-std::tuple<Tensor, Tensor> attention_forward(
+std::tuple<Tensor, Tensor, Tensor> _flash_attn_forward(
     const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cu_seqlens_q,
     const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
     const OptionalTensor& seqused_k, const OptionalTensor& leftpad_k,
     const OptionalTensor& block_table, const OptionalTensor& alibi_slopes,
     const OptionalTensor& bias, const OptionalTensor& sinks, const OptionalTensor& rng_state,
     double dropout_p, double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
-    double softcap, int64_t backend);
+    double softcap, bool deterministic, int64_t backend);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> _flash_attn_backward(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
     const Tensor& lse, const OptionalTensor& dlse, const OptionalTensor& cu_seqlens_q,
     const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     int64_t window_left, int64_t window_right, double softcap, bool deterministic,
     bool bias_requires_grad, bool sinks_requires_grad, int64_t backend);
 
-std::tuple<Tensor, Tensor> attention_kvcache_(
+std::tuple<Tensor, Tensor> _flash_attn_kvcache_(
     const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k,
     const OptionalTensor& v, const OptionalTensor& rotary_cos, const OptionalTensor& rotary_sin,
     const OptionalTensor& cache_seqlens, const OptionalTensor& cache_batch_idx,
@@ -38,17 +38,17 @@ std::tuple<Tensor, Tensor> attention_kvcache_(
     bool causal, int64_t window_left, int64_t window_right, double softcap, bool rotary_interleaved,
     int64_t backend);
 
-Tensor bias_activation(const Tensor& x, const OptionalTensor& bias, int64_t activation,
-                       int64_t backend);
-std::tuple<Tensor, Tensor> bias_activation_backward(const Tensor& dy, const Tensor& x,
-                                                    const OptionalTensor& bias, int64_t activation,
-                                                    int64_t backend);
+Tensor _bias_activation_forward(const Tensor& x, const OptionalTensor& bias, int64_t activation,
+                                int64_t backend);
+std::tuple<Tensor, Tensor> _bias_activation_backward(const Tensor& dy, const Tensor& x,
+                                                     const OptionalTensor& bias, int64_t activation,
+                                                     int64_t backend);
 
-std::tuple<Tensor, Tensor> fused_mlp_forward(const Tensor& x, const Tensor& weight1,
-                                             const OptionalTensor& bias1, const Tensor& weight2,
-                                             const OptionalTensor& bias2, int64_t activation,
-                                             bool save_hidden, int64_t backend);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_mlp_backward(
+std::tuple<Tensor, Tensor> _fused_mlp_forward(const Tensor& x, const Tensor& weight1,
+                                              const OptionalTensor& bias1, const Tensor& weight2,
+                                              const OptionalTensor& bias2, int64_t activation,
+                                              bool save_hidden, int64_t backend);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> _fused_mlp_backward(
     const Tensor& dout, const Tensor& x, const Tensor& weight1, const OptionalTensor& bias1,
     const Tensor& weight2, const Tensor& hidden, bool bias2_requires_grad, int64_t activation,
     int64_t backend);

@@ -125,17 +125,13 @@ int64_t anyflash_bias_activation_workspace(int64_t rows, int64_t cols, Activatio
   return anyflash::bias_activation::num_partials(rows, cols) * in_cols * int64_t{sizeof(float)};
 }
 
-int64_t anyflash_attention_workspace([[maybe_unused]] const Instance* instance,
-                                     [[maybe_unused]] const anyflash::AttentionParams* params) {
 #if ANYFLASH_HAS_CUDA
-  if (instance->device == anyflash::Device::cuda) {
-    return anyflash::sm80::plan_splits(*params, anyflash::num_multiprocessors()).workspace_bytes();
-  }
-#endif
-  return 0;
-}
 
-#if ANYFLASH_HAS_CUDA
+int64_t anyflash_attention_workspace(const Instance* instance,
+                                     const anyflash::AttentionParams* params) {
+  if (instance->device != anyflash::Device::cuda) return 0;
+  return anyflash::sm80::plan_splits(*params, anyflash::num_multiprocessors()).workspace_bytes();
+}
 
 int32_t anyflash_device_sm(int32_t device) {
   int major = 0;
@@ -150,6 +146,10 @@ int32_t anyflash_device_sm(int32_t device) {
 int32_t anyflash_build_cuda_version(void) { return CUDART_VERSION; }
 
 #else
+
+int64_t anyflash_attention_workspace(const Instance*, const anyflash::AttentionParams*) {
+  return 0;
+}
 
 int32_t anyflash_device_sm(int32_t) { return anyflash::kErrorNoCuda; }
 

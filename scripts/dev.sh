@@ -2,7 +2,7 @@
 # Builds some of the attention kernels for GPUs and runs them on the emulator, where there is no GPU either.
 #
 #   scripts/dev.sh bf16_d64                     instances whose name contains this, on every case
-#   scripts/dev.sh bf16_d64 --case causal       options of tests/emulator/attention_driver.h
+#   scripts/dev.sh bf16_d64 --case causal       options of tests/emulated/attention_driver.h
 #   scripts/dev.sh sm80 --every 10 --runs 1
 #
 # The first run also builds the emulator.
@@ -21,4 +21,4 @@ build=build/dev_kernels
 cmake -G Ninja -S . -B "$build" -DANYFLASH_TORCH=OFF -DANYFLASH_TESTS=ON \
   -DANYFLASH_CUDA_ARCHS=80 -DANYFLASH_ONLY="$lines" > /dev/null
 cmake --build "$build" --target emulate_attention
-"$build/tests/emulator/emulate_attention" --instance "$filter" "${@:2}"
+"$build/tests/emulated/emulate_attention" --instance "$filter" "${@:2}"

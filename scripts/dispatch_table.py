@@ -3,15 +3,15 @@
     python scripts/dispatch_table.py           # write
     python scripts/dispatch_table.py --check   # exit 1 if a table is not current
 
-Routes come from csrc/routes.def, kernels from kernels/instances.def, their speed from
-csrc/measured.def, features from kernels/features.def, choices from `decide`.
+Routes come from core/routes.def, kernels from kernels/instances.def, their speed from
+core/measured.def, features from kernels/features.def, choices from `decide`.
 """
 
 from __future__ import annotations
 
 import pathlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CHECKOUT / "python"))
@@ -138,7 +138,8 @@ def measured() -> str:
     return _markdown(header, rows)
 
 
-PAGES = {
+Tables = dict[str, Callable[[], str]]
+PAGES: dict[str, Tables] = {
     "README.md": {"choices": choices},
     "docs/dispatch.md": {
         "choices": choices,
@@ -150,11 +151,11 @@ PAGES = {
 }
 
 
-def current(path: pathlib.Path, tables: dict[str, object]) -> str:
-    """The page with its tables made anew."""
+def current(path: pathlib.Path, tables: Tables, script: str = "dispatch_table.py") -> str:
+    """The page with the tables that a script writes made anew."""
     text = path.read_text()
     for name, make in tables.items():
-        mark = f"<!-- {name}: python scripts/dispatch_table.py -->"
+        mark = f"<!-- {name}: python scripts/{script} -->"
         head, found, rest = text.partition(mark)
         if not found:
             raise ValueError(f"{path.name} has no mark {mark}")

@@ -67,8 +67,11 @@ class Picture:
         self.lines.append(f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="#333"/>')
         self.lines.append(f'<polygon points="{head}" fill="#333"/>')
 
+    def svg(self) -> str:
+        return "\n".join([*self.lines, "</svg>", ""])
+
     def write(self, name: str) -> None:
-        (FOLDER / name).write_text("\n".join([*self.lines, "</svg>", ""]))
+        (FOLDER / name).write_text(self.svg())
 
 
 def phase(row: int, atom_chunks: int) -> int:

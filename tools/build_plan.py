@@ -11,6 +11,7 @@ Environment:
                     binary if possible
     ANYFLASH_CUDA   0: no CUDA kernels; 1: with them, or an error; unset: where there is a GPU, if
                     possible
+    ANYFLASH_WERROR 1: a compiler's warning is an error
 """
 
 from __future__ import annotations

@@ -35,6 +35,23 @@ Gradients run_backward(const Choice& choice, const AttentionArgs& args, const Ba
   }
 }
 
+// Seed and offset for one call's dropout, from torch's default generator of q's device: (2,) int64.
+Tensor draw_rng_state(const Tensor& q) {
+  constexpr int64_t kEnd = int64_t{1} << 62;  // as the Python provider draws it
+  return aten<Tensor>("aten::randint", "", kEnd, std::vector<int64_t>{2},
+                      std::optional<ScalarType>(ScalarType::Long),
+                      std::optional<torch::headeronly::Layout>(),
+                      std::optional<torch::stable::Device>(q.device()), std::optional<bool>());
+}
+
+// What the call's dropout repeats from, as a tensor of its own: drawn where none is given, empty
+// without dropout.
+Tensor rng_state_of(const Tensor& q, const OptionalTensor& given, double dropout_p) {
+  if (!(dropout_p > 0.0)) return empty({0}, q, ScalarType::Long);
+  return given ? aten<Tensor>("aten::clone", "", *given, std::optional<int64_t>())
+               : draw_rng_state(q);
+}
+
 // Checks and decides; `args` and `call` have normalised options afterwards.
 Choice prepare(AttentionArgs& args, AttentionCall& call, const BackwardCall* grad, bool causal,
                int64_t backend) {
@@ -85,14 +102,14 @@ ForwardResult run_forward(const Choice& choice, const AttentionArgs& args,
   }
 }
 
-std::tuple<Tensor, Tensor> attention_forward(
+std::tuple<Tensor, Tensor, Tensor> _flash_attn_forward(
     const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cu_seqlens_q,
     const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
     const OptionalTensor& seqused_k, const OptionalTensor& leftpad_k,
     const OptionalTensor& block_table, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& bias, const OptionalTensor& sinks, const OptionalTensor& rng_state,
+    const OptionalTensor& bias, const OptionalTensor& sinks, const OptionalTensor& given_rng_state,
     double dropout_p, double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
-    double softcap, int64_t backend) {
+    double softcap, bool /*deterministic*/, int64_t backend) {
   const NoGrad no_grad;
   AttentionArgs args{{}, q, k, v};
   args.cu_seqlens_q = cu_seqlens_q;
@@ -103,7 +120,8 @@ std::tuple<Tensor, Tensor> attention_forward(
   args.alibi_slopes = alibi_slopes;
   args.bias = bias;
   args.sinks = sinks;
-  args.rng_state = rng_state;
+  const Tensor rng_state = rng_state_of(q, given_rng_state, dropout_p);
+  args.rng_state = dropout_p > 0.0 ? OptionalTensor(rng_state) : std::nullopt;
   args.max_seqlen_q = max_seqlen_q;
   args.max_seqlen_k = max_seqlen_k;
   args.dropout_p = dropout_p;
@@ -114,10 +132,11 @@ std::tuple<Tensor, Tensor> attention_forward(
   std::vector<Tensor> host_copies;
   AttentionCall call = views_of(args, host_copies);
   const Choice choice = prepare(args, call, nullptr, causal, backend);
-  return run_forward(choice, args, call);
+  const auto [out, softmax_lse] = run_forward(choice, args, call);
+  return {out, softmax_lse, rng_state};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> _flash_attn_backward(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
     const Tensor& lse, const OptionalTensor& dlse, const OptionalTensor& cu_seqlens_q,
     const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,

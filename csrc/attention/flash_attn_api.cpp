@@ -44,27 +44,17 @@ double scale_of(const std::optional<double>& softmax_scale, const Tensor& q) {
   return 1.0 / std::sqrt(static_cast<double>(q.size(q.dim() - 1)));
 }
 
-// (seed, offset) from torch's generator of q's device.
-OptionalTensor draw_rng_state(const Tensor& q, double dropout_p) {
-  if (!(dropout_p > 0.0)) return std::nullopt;
-  constexpr int64_t kEnd = int64_t{1} << 62;  // as anyflash.attention draws it
-  return aten<Tensor>("aten::randint", "", kEnd, std::vector<int64_t>{2},
-                      std::optional<ScalarType>(ScalarType::Long),
-                      std::optional<torch::headeronly::Layout>(),
-                      std::optional<torch::stable::Device>(q.device()), std::optional<bool>());
-}
-
 Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Packing& packing,
               const Options& options) {
   const NoGrad no_grad;
   const auto [left, right] = window_of(options.window_size);
   const double scale = scale_of(options.softmax_scale, q);
-  return std::get<0>(attention_forward(
+  return std::get<0>(_flash_attn_forward(
       contiguous_rows(q), contiguous_rows(k), contiguous_rows(v), packing.cu_seqlens_q,
       packing.cu_seqlens_k, packing.max_seqlen_q, packing.max_seqlen_k, std::nullopt, std::nullopt,
       packing.block_table, options.alibi_slopes, std::nullopt, std::nullopt,
-      draw_rng_state(q, options.dropout_p), options.dropout_p, scale, options.causal, left, right,
-      options.softcap, /*backend=*/0));
+      /*rng_state=*/std::nullopt, options.dropout_p, scale, options.causal, left, right,
+      options.softcap, /*deterministic=*/false, /*backend=*/0));
 }
 
 Tensor attend_dense(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options) {
@@ -154,7 +144,7 @@ Tensor flash_attn_with_kvcache(
   const NoGrad no_grad;
   AF_CHECK(num_splits <= 128, "num_splits > 128 not supported, got ", num_splits);
   const auto [left, right] = window_of(window_size);
-  return std::get<0>(attention_kvcache_(
+  return std::get<0>(_flash_attn_kvcache_(
       contiguous_rows(q), k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens,
       cache_batch_idx, cache_leftpad, block_table, alibi_slopes, std::nullopt,
       scale_of(softmax_scale, q), causal, left, right, softcap, rotary_interleaved,

@@ -164,7 +164,7 @@ void append(const KVCacheArgs& args, const Tensor& k, const Tensor& v, const Ten
   aten<Tensor>("aten::index_put_", "", args.v_cache, where, v, false);
 }
 
-std::tuple<Tensor, Tensor> attention_kvcache_(
+std::tuple<Tensor, Tensor> _flash_attn_kvcache_(
     const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptionalTensor& k,
     const OptionalTensor& v, const OptionalTensor& rotary_cos, const OptionalTensor& rotary_sin,
     const OptionalTensor& cache_seqlens, const OptionalTensor& cache_batch_idx,

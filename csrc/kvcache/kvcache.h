@@ -1,5 +1,5 @@
-// Attention over a key/value cache: what attention_kvcache_ was called with. The core sees the same
-// as views (core/kvcache.h).
+// Attention over a key/value cache: what _flash_attn_kvcache_ was called with. The core sees the
+// same as views (core/kvcache.h).
 #pragma once
 
 #include "attention/arguments.h"

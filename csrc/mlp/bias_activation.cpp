@@ -1,10 +1,7 @@
 #include "mlp/bias_activation.h"
 
-#include <stdexcept>
-
 #include "operators.h"
 #include "stable/aten.h"
-#include "stable/check.h"
 #include "stable/dtypes.h"
 #include "stable/grad_mode.h"
 #include "stable/view.h"
@@ -12,40 +9,10 @@
 namespace anyflash {
 namespace {
 
-constexpr const char* kActivationNames[kNumActivations] = {"gelu_tanh", "gelu_erf", "relu",
-                                                           "squared_relu", "silu_gate"};
-
-void validate(const Tensor& x, const OptionalTensor& bias, Activation activation) {
-  AF_CHECK(dtypes().is_floating(dtype_of(x)), "x: expected fp16, bf16, fp32 or fp64, got ",
-           dtype_text(x));
-  AF_CHECK(x.dim() >= 1 && x.dim() <= 7, "x: expected (..., columns), 1 to 7 dimensions, got ",
-           shape_text(x));
-  const int64_t columns = x.size(x.dim() - 1);
-  AF_CHECK(columns % inputs_per_output(activation) == 0,
-           "x: silu_gate halves the last dimension, expected an even size, got ", shape_text(x));
-  if (!bias) return;
-  AF_CHECK(dtype_of(*bias) == dtype_of(x), "bias: expected x's dtype ", dtype_text(x), ", got ",
-           dtype_text(*bias));
-  AF_CHECK(bias->dim() == 1 && bias->size(0) == columns, "bias: expected (", columns,
-           ",), x's last dimension, got ", shape_text(*bias));
-  check_same_device(x, "x", *bias, "bias");
-}
-
-void validate_gradient(const Tensor& dy, const Tensor& x, Activation activation) {
-  AF_CHECK(dtype_of(dy) == dtype_of(x), "dy: expected x's dtype ", dtype_text(x), ", got ",
-           dtype_text(dy));
-  const int64_t last = x.dim() - 1;
-  bool fits = dy.dim() == x.dim() && dy.size(last) * inputs_per_output(activation) == x.size(last);
-  for (int64_t i = 0; fits && i < last; ++i) fits = dy.size(i) == x.size(i);
-  AF_CHECK(fits, "dy: expected the shape of y for x ", shape_text(x), ", got ", shape_text(dy));
-  check_same_device(x, "x", dy, "dy");
-}
-
-Choice chosen(const Tensor& x, Direction direction, int64_t backend) {
-  const TensorView view = view_of(x);
+Choice prepare(const BiasActivationCall& call, int64_t backend) {
   const Caller from = caller(backend);
   Choice choice;
-  check_status(anyflash_choose(&view, Family::bias_activation, direction, &from, &choice));
+  check_status(anyflash_prepare_bias_activation(&call, &from, &choice));
   return choice;
 }
 
@@ -147,50 +114,32 @@ Tensor activation_gradient(const Tensor& dy, const Tensor& z, Activation activat
 
 }  // namespace
 
-Activation activation_of(int64_t number) {
-  if (number < 0 || number >= kNumActivations) {
-    throw std::invalid_argument(
-        text("activation: expected 0 to ", kNumActivations - 1, ", got ", number));
-  }
-  return static_cast<Activation>(number);
-}
-
-Activation activation_of(const std::string& name) {
-  std::string known;
-  for (int32_t i = 0; i < kNumActivations; ++i) {
-    if (name == kActivationNames[i]) return static_cast<Activation>(i);
-    known += text(i == 0 ? "" : ", ", kActivationNames[i]);
-  }
-  throw std::invalid_argument(text("activation: expected one of ", known, ", got '", name, "'"));
-}
-
-Tensor bias_activation(const Tensor& x, const OptionalTensor& bias, int64_t activation,
-                       int64_t backend) {
+Tensor _bias_activation_forward(const Tensor& x, const OptionalTensor& bias, int64_t activation,
+                                int64_t backend) {
   const NoGrad no_grad;
-  const Activation act = activation_of(activation);
-  validate(x, bias, act);
-  const Choice choice = chosen(x, Direction::forward, backend);
+  const BiasActivationCall call{view_of(x), view_of(bias), {}, activation};
+  const Choice choice = prepare(call, backend);
   if (choice.route == Route::kernel) {
-    return kernel::bias_activation(*choice.instance, x, bias, act);
+    return kernel::bias_activation(*choice.instance, x, bias, call);
   }
-  return contiguous(to_dtype(activated(activation_input(x, bias), act), x.scalar_type()));
+  const Tensor y = activated(activation_input(x, bias), static_cast<Activation>(activation));
+  return contiguous(to_dtype(y, x.scalar_type()));
 }
 
-std::tuple<Tensor, Tensor> bias_activation_backward(const Tensor& dy, const Tensor& x,
-                                                    const OptionalTensor& bias, int64_t activation,
-                                                    int64_t backend) {
+std::tuple<Tensor, Tensor> _bias_activation_backward(const Tensor& dy, const Tensor& x,
+                                                     const OptionalTensor& bias, int64_t activation,
+                                                     int64_t backend) {
   const NoGrad no_grad;
-  const Activation act = activation_of(activation);
-  validate(x, bias, act);
-  validate_gradient(dy, x, act);
-  const Choice choice = chosen(x, Direction::backward, backend);
+  const BiasActivationCall call{view_of(x), view_of(bias), view_of(dy), activation};
+  const Choice choice = prepare(call, backend);
   const Tensor no_dbias = empty({0}, x, x.scalar_type());
   if (choice.route == Route::kernel) {
-    auto [dx, dbias] = kernel::bias_activation_backward(*choice.instance, dy, x, bias, act);
+    auto [dx, dbias] = kernel::bias_activation_backward(*choice.instance, dy, x, bias, call);
     return {dx, dbias.value_or(no_dbias)};
   }
   const Tensor z = activation_input(x, bias);
-  const Tensor dz = activation_gradient(to_dtype(dy, z.scalar_type()), z, act);
+  const Tensor dz =
+      activation_gradient(to_dtype(dy, z.scalar_type()), z, static_cast<Activation>(activation));
   const Tensor dx = contiguous(to_dtype(dz, x.scalar_type()));
   if (!bias) return {dx, no_dbias};
   std::vector<int64_t> leading(x.dim() - 1);

@@ -1,70 +1,66 @@
 #include "mlp/bias_activation.h"
-#include "stable/aten.h"
 #include "stable/contiguous_rows.h"
 #include "stable/launch_on.h"
+#include "stable/view.h"
 
 namespace anyflash::kernel {
 namespace {
 
-Tensor like_output(const Tensor& x, Activation activation) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() /= inputs_per_output(activation);
-  return empty(sizes, x, x.scalar_type());
-}
+// What a kernel reads; lives until it has run.
+struct Converted {
+  Converted(const Tensor& x, const OptionalTensor& bias, BiasActivationCall& call)
+      : x(as_matrix(x)), bias(bias ? OptionalTensor(contiguous(*bias)) : bias) {
+    call.x = view_of(this->x);
+    call.bias = view_of(this->bias);
+  }
+  Tensor x;
+  OptionalTensor bias;
+};
+
+int64_t columns_of(const Tensor& x) { return x.size(x.dim() - 1); }
 
 }  // namespace
 
 Tensor bias_activation(const Instance& instance, const Tensor& x, const OptionalTensor& bias,
-                       Activation activation) {
-  const Matrix in(x);
-  Tensor y = like_output(x, activation);
+                       BiasActivationCall call) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() /= inputs_per_output(static_cast<Activation>(call.activation));
+  Tensor y = empty(sizes, x, x.scalar_type());
   if (y.numel() == 0) return y;
-  const OptionalTensor packed_bias = bias ? OptionalTensor(contiguous(*bias)) : std::nullopt;
-  BiasActivationParams params{};
-  params.x = in.storage.const_data_ptr();
-  params.bias = packed_bias ? packed_bias->const_data_ptr() : nullptr;
-  params.y = y.mutable_data_ptr();
-  params.rows = in.rows;
-  params.cols = in.columns / inputs_per_output(activation);
-  params.x_row_stride = in.stride;
-  params.y_row_stride = params.cols;
-  params.activation = activation;
-  launch(instance, &params, x);
+  const Converted converted(x, bias, call);
+  BiasActivationResults results;
+  results.y = view_to_write(y);
+  const LaunchOn where(x);
+  check_status(anyflash_run_bias_activation(&instance, &call, &results, where.get()));
   return y;
 }
 
 std::pair<Tensor, OptionalTensor> bias_activation_backward(const Instance& instance,
                                                            const Tensor& dy, const Tensor& x,
                                                            const OptionalTensor& bias,
-                                                           Activation activation) {
-  const Matrix in(x), grad(dy);
+                                                           BiasActivationCall call) {
   Tensor dx = empty(x.sizes(), x, x.scalar_type());
   OptionalTensor dbias;
-  if (bias) dbias = empty({in.columns}, x, x.scalar_type());
+  if (bias) dbias = empty({columns_of(x)}, x, x.scalar_type());
   if (x.numel() == 0) {
     if (dbias) fill_(*dbias, 0.0);
     return {dx, dbias};
   }
-  const OptionalTensor packed_bias = bias ? OptionalTensor(contiguous(*bias)) : std::nullopt;
-  BiasActivationParams params{};
-  params.x = in.storage.const_data_ptr();
-  params.bias = packed_bias ? packed_bias->const_data_ptr() : nullptr;
-  params.dy = grad.storage.const_data_ptr();
-  params.dx = dx.mutable_data_ptr();
-  params.rows = in.rows;
-  params.cols = grad.columns;
-  params.x_row_stride = in.stride;
-  params.dy_row_stride = grad.stride;
-  params.dx_row_stride = in.columns;
-  params.activation = activation;
+  const Converted converted(x, bias, call);
+  const Tensor gradient = as_matrix(dy);
+  call.dy = view_of(gradient);
+  BiasActivationResults results;
+  results.dx = view_to_write(dx);
   OptionalTensor workspace;
   if (dbias) {
-    params.dbias = dbias->mutable_data_ptr();
-    const int64_t bytes = anyflash_bias_activation_workspace(params.rows, params.cols, activation);
-    workspace = empty({(bytes + 3) / 4}, x, ScalarType::Float);
-    params.workspace = workspace->mutable_data_ptr();
+    results.dbias = view_to_write(*dbias);
+    const int64_t bytes = anyflash_bias_activation_workspace(
+        x.numel() / columns_of(x), columns_of(dy), static_cast<Activation>(call.activation));
+    workspace = empty({bytes}, x, ScalarType::Byte);
+    results.workspace = workspace->mutable_data_ptr();
   }
-  launch(instance, &params, x);
+  const LaunchOn where(x);
+  check_status(anyflash_run_bias_activation(&instance, &call, &results, where.get()));
   return {dx, dbias};
 }
 

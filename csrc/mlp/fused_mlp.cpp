@@ -1,48 +1,13 @@
 #include <algorithm>
 
-#include "mlp/bias_activation.h"
 #include "operators.h"
 #include "stable/aten.h"
-#include "stable/check.h"
 #include "stable/dtypes.h"
 #include "stable/grad_mode.h"
+#include "stable/view.h"
 
 namespace anyflash {
 namespace {
-
-void check_matrix(const Tensor& matrix, const char* name, const Tensor& x) {
-  AF_CHECK(dtype_of(matrix) == dtype_of(x), name, ": expected x's dtype ", dtype_text(x), ", got ",
-           dtype_text(matrix));
-  check_same_device(x, "x", matrix, name);
-}
-
-void check_vector(const Tensor& bias, const char* name, int64_t size, const char* owner,
-                  const Tensor& x) {
-  check_matrix(bias, name, x);
-  AF_CHECK(bias.dim() == 1 && bias.size(0) == size, name, ": expected (", size, ",), the rows of ",
-           owner, ", got ", shape_text(bias));
-}
-
-void validate(const Tensor& x, const Tensor& weight1, const OptionalTensor& bias1,
-              const Tensor& weight2, const OptionalTensor& bias2, Activation activation) {
-  AF_CHECK(dtypes().is_floating(dtype_of(x)), "x: expected fp16, bf16, fp32 or fp64, got ",
-           dtype_text(x));
-  AF_CHECK(x.dim() >= 1, "x: expected (..., in_features), got ", shape_text(x));
-  const int64_t in = x.size(x.dim() - 1);
-  check_matrix(weight1, "weight1", x);
-  check_matrix(weight2, "weight2", x);
-  AF_CHECK(weight1.dim() == 2 && weight1.size(1) == in, "weight1: expected (hidden, ", in,
-           ") for x ", shape_text(x), ", got ", shape_text(weight1));
-  const int64_t per_output = inputs_per_output(activation);
-  AF_CHECK(weight1.size(0) % per_output == 0,
-           "weight1: silu_gate halves the hidden features, expected an even number of rows, got ",
-           shape_text(weight1));
-  const int64_t hidden = weight1.size(0) / per_output;
-  AF_CHECK(weight2.dim() == 2 && weight2.size(1) == hidden, "weight2: expected (out, ", hidden,
-           ") for weight1 ", shape_text(weight1), ", got ", shape_text(weight2));
-  if (bias1) check_vector(*bias1, "bias1", weight1.size(0), "weight1", x);
-  if (bias2) check_vector(*bias2, "bias2", weight2.size(0), "weight2", x);
-}
 
 // PyTorch multiplies fp16 matrices on the CPU two orders of magnitude slower than fp32 ones.
 bool is_widened(const Tensor& x) { return x.is_cpu() && dtype_of(x) == dtypes().fp16; }
@@ -77,9 +42,9 @@ Gradients differentiate(const Tensor& drows, const Tensor& rows, Tensor z, const
                         const OptionalTensor& bias1, const Tensor& weight2, int64_t activation,
                         int64_t backend) {
   const Tensor dweight2 =
-      mm(transpose(drows, 0, 1), bias_activation(z, bias1, activation, backend));
+      mm(transpose(drows, 0, 1), _bias_activation_forward(z, bias1, activation, backend));
   const auto [dz, dbias1] =
-      bias_activation_backward(mm(drows, weight2), z, bias1, activation, backend);
+      _bias_activation_backward(mm(drows, weight2), z, bias1, activation, backend);
   z = Tensor();
   return {mm(dz, weight1), mm(transpose(dz, 0, 1), rows), dbias1, dweight2};
 }
@@ -91,7 +56,7 @@ Gradients recompute(const Tensor& drows, const Tensor& rows, const Tensor& weigh
                     const OptionalTensor& bias1, const Tensor& weight2, int64_t activation,
                     int64_t backend) {
   constexpr int64_t kSlices = 4;
-  const int64_t per_output = inputs_per_output(activation_of(activation));
+  const int64_t per_output = inputs_per_output(static_cast<Activation>(activation));
   const int64_t hidden = weight2.size(1), in = rows.size(1);
   const ScalarType dtype = rows.scalar_type();
   Gradients sum{full({rows.size(0), in}, 0.0, rows, dtype),
@@ -125,37 +90,44 @@ std::vector<int64_t> with_columns(const Tensor& x, int64_t columns) {
   return sizes;
 }
 
+MlpCall views_of(const Tensor& x, const Tensor& weight1, const OptionalTensor& bias1,
+                 const Tensor& weight2, int64_t activation) {
+  MlpCall call;
+  call.x = view_of(x);
+  call.weight1 = view_of(weight1);
+  call.bias1 = view_of(bias1);
+  call.weight2 = view_of(weight2);
+  call.activation = activation;
+  return call;
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensor> fused_mlp_forward(const Tensor& x, const Tensor& weight1,
-                                             const OptionalTensor& bias1, const Tensor& weight2,
-                                             const OptionalTensor& bias2, int64_t activation,
-                                             bool save_hidden, int64_t backend) {
+std::tuple<Tensor, Tensor> _fused_mlp_forward(const Tensor& x, const Tensor& weight1,
+                                              const OptionalTensor& bias1, const Tensor& weight2,
+                                              const OptionalTensor& bias2, int64_t activation,
+                                              bool save_hidden, int64_t backend) {
   const NoGrad no_grad;
-  validate(x, weight1, bias1, weight2, bias2, activation_of(activation));
+  MlpCall call = views_of(x, weight1, bias1, weight2, activation);
+  call.bias2 = view_of(bias2);
+  check_status(anyflash_check_fused_mlp(&call));
   const ScalarType dtype = x.scalar_type();
   Tensor hidden = linear(widen(x), widen(weight1), std::nullopt);
-  const Tensor activated = bias_activation(hidden, widen(bias1), activation, backend);
+  const Tensor activated = _bias_activation_forward(hidden, widen(bias1), activation, backend);
   hidden = save_hidden ? to_dtype(hidden, dtype) : empty({0}, x, dtype);
   return {to_dtype(linear(activated, widen(weight2), widen(bias2)), dtype), hidden};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_mlp_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> _fused_mlp_backward(
     const Tensor& dout, const Tensor& x, const Tensor& weight1, const OptionalTensor& bias1,
     const Tensor& weight2, const Tensor& hidden, bool bias2_requires_grad, int64_t activation,
     int64_t backend) {
   const NoGrad no_grad;
-  validate(x, weight1, bias1, weight2, std::nullopt, activation_of(activation));
-  check_matrix(dout, "dout", x);
-  AF_CHECK(dout.dim() == x.dim() && dout.size(dout.dim() - 1) == weight2.size(0) &&
-               dout.numel() * x.size(x.dim() - 1) == x.numel() * weight2.size(0),
-           "dout: expected x's shape ", shape_text(x), " with last dimension ", weight2.size(0),
-           ", got ", shape_text(dout));
-  const int64_t hidden_size = weight1.size(0);
-  const bool is_saved =
-      hidden.numel() > 0 && hidden.dim() == x.dim() && hidden.size(hidden.dim() - 1) == hidden_size;
-  AF_CHECK(is_saved || hidden.numel() == 0, "hidden: expected x's shape ", shape_text(x),
-           " with last dimension ", hidden_size, ", or an empty tensor, got ", shape_text(hidden));
+  MlpCall call = views_of(x, weight1, bias1, weight2, activation);
+  call.dout = view_of(dout);
+  call.hidden = view_of(hidden);
+  check_status(anyflash_check_fused_mlp(&call));
+  const bool is_saved = hidden.numel() > 0;
 
   const Tensor rows = as_rows(widen(x)), drows = as_rows(widen(dout));
   const Tensor w1 = widen(weight1), w2 = widen(weight2);
@@ -175,9 +147,10 @@ Tensor fused_mlp(const Tensor& x, const Tensor& weight1, const OptionalTensor& b
                  const Tensor& weight2, const OptionalTensor& bias2, const std::string& activation,
                  bool recompute) {
   (void)recompute;  // no gradient flows through this operator in C++
-  const auto number = static_cast<int64_t>(activation_of(activation));
+  int64_t number = 0;
+  check_status(anyflash_activation(activation.c_str(), &number));
   return std::get<0>(
-      fused_mlp_forward(x, weight1, bias1, weight2, bias2, number, /*save_hidden=*/false, 0));
+      _fused_mlp_forward(x, weight1, bias1, weight2, bias2, number, /*save_hidden=*/false, 0));
 }
 
 }  // namespace anyflash

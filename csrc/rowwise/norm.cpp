@@ -183,7 +183,7 @@ class Arguments {
   template <class T = const void>
   NormRows<T> rows(const OptionalTensor& tensor) {
     if (!tensor) return {};
-    const Matrix matrix(*tensor);
+    const StoredMatrix matrix(*tensor);
     kept_.push_back(matrix.storage);
     return {static_cast<T*>(matrix.storage.const_data_ptr()), matrix.stride};
   }

@@ -20,9 +20,14 @@ inline OptionalTensor contiguous_rows(const OptionalTensor& x) {
   return x ? OptionalTensor(contiguous_rows(*x)) : x;
 }
 
+// x itself where it is what core/run.h takes for a matrix, else a contiguous copy.
+inline Tensor as_matrix(const Tensor& x) {
+  return x.dim() == 2 && has_contiguous_rows(x) ? x : contiguous(x);
+}
+
 // x as rows that may lie any distance apart; `storage` keeps a copy alive where one was needed.
-struct Matrix {
-  explicit Matrix(const Tensor& x)
+struct StoredMatrix {
+  explicit StoredMatrix(const Tensor& x)
       : storage(x.dim() == 2 && (x.stride(1) == 1 || x.size(1) <= 1) ? x : contiguous(x)),
         columns(x.size(x.dim() - 1)),
         rows(columns == 0 ? 0 : x.numel() / columns),

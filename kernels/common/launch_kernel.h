@@ -15,8 +15,6 @@ struct Grid {
 // More dynamic shared memory than this must be asked for (CUDA C++ Programming Guide, 5.0 table).
 constexpr uint32_t kSharedBytesOfAnyKernel = 48 * 1024;
 
-#if defined(__CUDACC__)
-
 int32_t launch_on_device(const void* kernel, Grid grid, void** arguments,
                          void* stream);  // launch.cpp
 
@@ -27,13 +25,5 @@ int32_t launch_kernel(void (*kernel)(Params), Grid grid, Params params, void* st
   void* arguments[] = {&params};
   return launch_on_device(reinterpret_cast<const void*>(kernel), grid, arguments, stream);
 }
-
-#else
-
-// tests/cpp/simt.h runs the kernel on the CPU.
-template <typename Params>
-int32_t launch_kernel(void (*kernel)(Params), Grid grid, Params params, void* stream);
-
-#endif
 
 }  // namespace anyflash

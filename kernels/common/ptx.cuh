@@ -1,5 +1,4 @@
 // One PTX instruction, one function; and the 16-bit number formats, which need a few of them.
-// Compiled for a CPU (tests only), the same names come from simt.h beside the tests.
 #pragma once
 
 #include "kernels/portable.h"
@@ -18,13 +17,7 @@ struct bf16 {
 };
 using fp32 = float;
 
-}  // namespace anyflash
-
-#if !defined(__CUDACC__) && !defined(__CUDACC_RTC__)
-#include "tests/cpp/simt.h"
-#else
-
-namespace anyflash::ptx {
+namespace ptx {
 
 // 2^x within 2 ulp; subnormal results are 0.
 __device__ __forceinline__ float ex2(float x) {
@@ -175,11 +168,7 @@ __device__ __forceinline__ void mma_m16n8k16(bf16, float (&c)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-}  // namespace anyflash::ptx
-
-#endif
-
-namespace anyflash {
+}  // namespace ptx
 
 __device__ __forceinline__ float to_fp32(fp16 x) { return ptx::fp16_to_fp32(x.bits); }
 __device__ __forceinline__ float to_fp32(bf16 x) { return ptx::bf16_to_fp32(x.bits); }

@@ -242,7 +242,7 @@ static void norm_gradient_rows(void* params, int64_t chunk, char* scratch) {
 constexpr int64_t kNormSumColumns = 512;
 
 // The gradients of some columns of the weights, from the sums of all chunks.
-static void sum_norm_chunks(void* params, int64_t task, char*) {
+[[maybe_unused]] static void sum_norm_chunks(void* params, int64_t task, char*) {
   const auto& p = *static_cast<const NormParams*>(params);
   const int64_t chunks = norm_chunks(p.rows), stride = norm_sums(p) * norm_padded_cols(p.cols);
   const int64_t begin = task * kNormSumColumns, end = smaller(p.cols, begin + kNormSumColumns);

@@ -1,6 +1,6 @@
 // Attention forward for sm_80 and newer: mma.sync, cp.async, one block per tile of query rows of
-// one head. The method is FlashAttention-2's (Dao, arXiv:2307.08691); docs/kernels/sm80_forward.md
-// draws tiles, pipeline and swizzle.
+// one head. The method is FlashAttention-2's (Dao, arXiv:2307.08691); docs/kernels/sm80.md draws
+// tiles, pipeline and swizzle.
 //
 // A block walks over its key tiles from the last to the first, so that the tiles in which a mask
 // hides something come first and (with a left window) last, and the loop between them has no mask.

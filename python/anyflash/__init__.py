@@ -22,7 +22,7 @@ from . import _core, _loader  # noqa: E402  (after torch is known to be here)
 if _loader.load() == "none":
     raise ImportError(f"anyflash has no operators: {'; '.join(_loader.reasons)}")
 
-from . import _ops, backends  # noqa: E402  (after the operators exist)
+from . import _flops, _ops, backends  # noqa: E402  (after the operators exist)
 from .attention import attention  # noqa: E402
 from .backends import backend  # noqa: E402
 from .cross_entropy import cross_entropy  # noqa: E402
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ._doctor import Report
 
 _ops.register()
+_flops.register_operators()
 if backends.is_set("ANYFLASH_VERBOSE"):
     _loader.show_info()
 

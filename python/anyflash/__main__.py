@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 
 from . import __version__, _doctor, _machine
@@ -17,14 +18,13 @@ def _info(options: argparse.Namespace) -> int:
 
     from . import _loader
 
-    native = _machine.native_state()
+    kernels = _machine.kernel_state()
     facts = {
         "version": anyflash.__version__,
         "operators": _loader.provider,
         "files": _machine.library_files(),
-        "build": native["build"],
-        "instances": native["instances"],
-        "native": native["error"] or "available",
+        "build": kernels["build"],
+        "instances": kernels["instances"],
     }
     if options.json:
         print(json.dumps(facts, indent=2))
@@ -34,8 +34,8 @@ def _info(options: argparse.Namespace) -> int:
     for name, file in facts["files"].items():
         size = f"{file['bytes'] // 1024} KiB" if file["present"] else "not built"
         print(f"  {name:26s} {size}")
-    if native["error"]:
-        print(f"  introspection module       not available: {native['error']}")
+    if kernels["error"]:
+        print(f"  kernels                    not available: {kernels['error']}")
     for name, value in facts["build"].items():
         text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
         print(f"  {name:26s} {text}")
@@ -93,4 +93,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # `| head` ends this program as it ends others; not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

@@ -1,11 +1,12 @@
-"""Gradients: one autograd.Function for each pair of operators, and a short cut into it."""
+"""What the derivatives of the operators have in common: short cuts into autograd.Functions, and
+refusals."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,22 +17,30 @@ from torch.autograd.function import Function
 from ._guards import BelowAutograd
 
 _ops = torch.ops.anyflash
+NO_SECOND_DERIVATIVE = "anyflash has no second derivative, but a gradient was differentiated"
 
 
-def _is_compiling() -> Callable[[], bool]:
+def _of_compiler(name: str) -> Callable[[], bool]:
     compiler = getattr(torch, "compiler", None)  # torch 2.1
-    return getattr(compiler, "is_compiling", None) or (lambda: False)
+    return getattr(compiler, name, None) or (lambda: False)
 
 
 #: True while torch.compile or torch.export traces.
-is_compiling = _is_compiling()
+is_compiling = _of_compiler("is_compiling")
+#: True while torch.export traces, as far as torch tells (2.7).
+is_exporting = _of_compiler("is_exporting")
+
+
+#: True inside a transform of torch.func.
+in_functorch: Callable[[], bool] = getattr(
+    torch._C, "_are_functorch_transforms_active", lambda: False
+)
 
 
 def in_plain_eager() -> bool:
     """Neither compiling nor inside a functorch transform: a tensor is what it says, its values can
     be read and overwritten."""
-    active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-    return not is_compiling() and not active()
+    return not is_compiling() and not in_functorch()
 
 
 def has_readable_values(tensor: Tensor) -> bool:
@@ -97,11 +106,12 @@ def applier(function: type[Function]) -> Callable[..., Any]:
         return function.apply
 
     def apply(*args: Any) -> Any:
-        if is_compiling():
+        inside = getattr(_kernel, "active", False)
+        if is_compiling() and not inside:
             return function.apply(*_distinct(args))
         if not transforms_active():
             return direct(*args)
-        if not getattr(_kernel, "active", False):
+        if not inside:
             return function.apply(*args)
         return _single_level(function)(*args)
 
@@ -124,7 +134,7 @@ class _RefuseFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        raise RuntimeError("anyflash has no second derivative, but a gradient was differentiated")
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
 def first_derivative_only(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
@@ -168,79 +178,49 @@ def below_autograd(operator: Callable[..., Any], *args: Any) -> Any:
         return operator(*args)
 
 
-class AttentionFunction(Function):
-    """attention_forward and attention_backward. Arguments: those of the forward operator without
-    ``block_table``, then ``deterministic``, ``lse_requires_grad``."""
+def is_seen() -> bool:
+    """Whether more than autograd looks at the operators of a call: a compiler, a tracer, or a
+    TorchDispatchMode. Then the call is one operator, which brings its derivative itself."""
+    return (
+        is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
 
-    generate_vmap_rule = True
 
-    @staticmethod
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        max_seqlen_q: int,
-        max_seqlen_k: int,
-        seqused_k: Tensor | None,
-        leftpad_k: Tensor | None,
-        alibi_slopes: Tensor | None,
-        bias: Tensor | None,
-        sinks: Tensor | None,
-        rng_state: Tensor | None,
-        dropout_p: float,
-        softmax_scale: float,
-        causal: bool,
-        window_left: int,
-        window_right: int,
-        softcap: float,
-        backend: int,
-        deterministic: bool,
-        lse_requires_grad: bool,
-    ) -> tuple[Tensor, Tensor]:
-        return _ops.attention_forward.default(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k,
-            None, alibi_slopes, bias, sinks, rng_state, dropout_p, softmax_scale, causal,
-            window_left, window_right, softcap, backend,
-        )  # fmt: skip
+def is_watched() -> bool:
+    """Whether a TorchDispatchMode looks at operators that compute something, now."""
+    if is_compiling() or torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    mode, kind = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
+    return mode(kind.PROXY) is None and mode(kind.FUNCTIONAL) is None
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        out, lse = output
-        tensors = (*inputs[:5], *inputs[7:13])
-        ctx.save_for_backward(*tensors, out, lse)
-        ctx.max_seqlens = inputs[5:7]
-        ctx.options = inputs[13:20]
-        ctx.deterministic = inputs[20]
-        ctx.lse_requires_grad = inputs[21]
-        ctx.set_materialize_grads(False)
-        if not ctx.lse_requires_grad:
-            ctx.mark_non_differentiable(lse)
 
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        (q, k, v, cu_q, cu_k, seqused_k, leftpad_k, alibi, bias, sinks, rng, out, lse) = (
-            ctx.saved_tensors
-        )
-        if not ctx.lse_requires_grad:
-            dlse = None
-        if dout is None:
-            dout = torch.zeros_like(out)
-        *options, backend = ctx.options
-        needs_bias, needs_sinks = ctx.needs_input_grad[10], ctx.needs_input_grad[11]
-        dq, dk, dv, dbias, dsinks = _ops.attention_backward.default(
-            dout, q, k, v, out, lse, dlse, cu_q, cu_k, *ctx.max_seqlens, seqused_k, leftpad_k,
-            alibi, bias, sinks, rng, *options, ctx.deterministic, needs_bias, needs_sinks, backend,
-        )  # fmt: skip
-        unused = (None,) * 7
-        by_bias = (dbias if needs_bias else None, dsinks if needs_sinks else None)
-        return (dq, dk, dv, *unused, *by_bias, *(None,) * 10)
+def call_operator(
+    operator: Callable[..., Any],
+    recorded: Callable[..., Any],
+    arguments: Sequence[Any],
+    *asking: Tensor | None,
+) -> Any:
+    """A public function's call of an operator: as it is where it is seen, and otherwise the short
+    way to what its autograd kernel would do.
+
+    Args:
+        operator: the operator.
+        recorded: the same as autograd records it.
+        arguments: of both.
+        asking: those among them that may ask for a gradient.
+    """
+    if is_seen():
+        return operator(*arguments)
+    if needs_autograd(*asking):
+        return recorded(*arguments)
+    with BelowAutograd():
+        return operator(*arguments)
 
 
 class ForwardOnlyFunction(Function):
-    """An operator that has no derivative: (its name, what to tell who asks for one, *arguments).
+    """An operator that has no derivative: (it, what to tell who asks for one, *arguments).
 
     The results are bound to the arguments, so that a backward raises instead of leaving gradients
     out.
@@ -249,8 +229,8 @@ class ForwardOnlyFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(name: str, why: str, *arguments: Any) -> Any:
-        return getattr(_ops, name).default(*arguments)
+    def forward(operator: Callable[..., Any], why: str, *arguments: Any) -> Any:
+        return below_autograd(operator, *arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -269,81 +249,14 @@ class ForwardOnlyFunction(Function):
         )
 
 
-class BiasActivationFunction(Function):
-    """bias_activation and its backward: (x, bias, activation, backend)."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, bias: Tensor | None, activation: int, backend: int) -> Tensor:
-        return _ops.bias_activation.default(x, bias, activation, backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
-        ctx.options = inputs[2:]
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, bias = ctx.saved_tensors
-        dx, dbias = _ops.bias_activation_backward.default(dy, x, bias, *ctx.options)
-        return dx, None if bias is None else dbias, None, None
+_apply_forward_only = applier(ForwardOnlyFunction)
 
 
-class FusedMLPFunction(Function):
-    """fused_mlp_forward and its backward: (x, weight1, bias1, weight2, bias2, activation,
-    save_hidden, backend)."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        weight1: Tensor,
-        bias1: Tensor | None,
-        weight2: Tensor,
-        bias2: Tensor | None,
-        activation: int,
-        save_hidden: bool,
-        backend: int,
-    ) -> tuple[Tensor, Tensor]:
-        return _ops.fused_mlp_forward.default(
-            x, weight1, bias1, weight2, bias2, activation, save_hidden, backend
-        )
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight1, bias1, weight2, bias2, activation, _, backend = inputs
-        hidden = output[1]
-        ctx.save_for_backward(x, weight1, bias1, weight2, hidden)
-        ctx.has_bias2 = bias2 is not None
-        ctx.options = (activation, backend)
-        ctx.mark_non_differentiable(hidden)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Any, ...]:
-        x, weight1, bias1, weight2, hidden = ctx.saved_tensors
-        if dout is None:
-            return (None,) * 8
-        dx, dweight1, dbias1, dweight2, dbias2 = _ops.fused_mlp_backward.default(
-            dout, x, weight1, bias1, weight2, hidden, ctx.has_bias2, *ctx.options
-        )
-        return (
-            dx,
-            dweight1,
-            None if bias1 is None else dbias1,
-            dweight2,
-            dbias2 if ctx.has_bias2 else None,
-            None,
-            None,
-            None,
-        )
+def forward_only(operator: Callable[..., Any], why: str) -> Callable[..., Any]:
+    """The operator as autograd records it where it has no derivative: a backward raises ``why``."""
+    return functools.partial(_apply_forward_only, operator, why)
 
 
-apply_attention = applier(AttentionFunction)
-apply_forward_only = applier(ForwardOnlyFunction)
-apply_bias_activation = applier(BiasActivationFunction)
-apply_fused_mlp = applier(FusedMLPFunction)
+def refuse_gradient(gradient: Tensor, like: Tensor, why: str) -> Tensor:
+    """In the place of ``like``'s gradient: RuntimeError(why), in a compiled graph when it runs."""
+    return _ops.refuse_gradient.default(gradient, like.shape, why)

@@ -1,262 +1,40 @@
 """The core (core/interface.h) by ctypes: what the compiled operators and Python's have in common.
 
-Structs mirror those of core/ field by field; ``open_library`` compares their sizes.
+The records that go across are those of _records.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import pathlib
 import re
-import struct
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._records import (
+    MIRRORED,
+    BiasActivationCall,
+    Caller,
+    Choice,
+    DecisionView,
+    Instance,
+    MlpCall,
+    Piece,
+    TensorView,
+    new,
+    put,
+)
+
 #: libanyflash_kernels.so; None where it is not there or cannot be used.
 library: ctypes.CDLL | None = None
-
-_MAX_RANK = 8
-_DTYPES = {
-    torch.float16: 1,
-    torch.bfloat16: 2,
-    torch.float32: 4,
-    torch.float64: 8,
-    torch.bool: 16,
-    torch.int32: 17,
-    torch.int64: 18,
-    torch.uint8: 19,
-    torch.int8: 20,
-    torch.int16: 21,
-    torch.complex64: 22,
-    torch.complex128: 23,
-    **{
-        getattr(torch, name): code
-        for name, code in (("float8_e4m3fn", 24), ("float8_e5m2", 25))
-        if hasattr(torch, name)
-    },
-}
-_CPU, _CUDA, _OTHER = range(3)
 
 FAMILIES = ("attention", "bias_activation", "kvcache_append", "rotary", "norm", "cross_entropy")
 DIRECTIONS = ("forward", "backward")
 DEVICES = ("cpu", "cuda")
 DTYPE_NAMES = {1: "fp16", 2: "bf16", 4: "fp32", 8: "fp64"}
-
-
-class TensorView(ctypes.Structure):
-    """core/tensor_view.h. A rank of -1: no tensor."""
-
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("host", ctypes.c_void_p),
-        ("storage_bytes", ctypes.c_int64),
-        ("rank", ctypes.c_int32),
-        ("dtype", ctypes.c_int32),
-        ("device", ctypes.c_int32),
-        ("device_index", ctypes.c_int32),
-        ("sizes", ctypes.c_int64 * _MAX_RANK),
-        ("strides", ctypes.c_int64 * _MAX_RANK),
-    ]
-
-
-class AttentionOptions(ctypes.Structure):
-    """core/attention.h."""
-
-    _fields_ = [
-        ("max_seqlen_q", ctypes.c_int64),
-        ("max_seqlen_k", ctypes.c_int64),
-        ("dropout_p", ctypes.c_double),
-        ("softmax_scale", ctypes.c_double),
-        ("softcap", ctypes.c_double),
-        ("window_left", ctypes.c_int64),
-        ("window_right", ctypes.c_int64),
-    ]
-
-
-def _views(*names: str) -> list[tuple[str, Any]]:
-    return [(name, TensorView) for name in names]
-
-
-class AttentionCall(ctypes.Structure):
-    """core/attention.h."""
-
-    _fields_ = [
-        *_views("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k"),
-        *_views("block_table", "alibi_slopes", "bias", "sinks", "rng_state"),
-        ("options", AttentionOptions),
-    ]
-
-
-class BackwardCall(ctypes.Structure):
-    """core/attention.h."""
-
-    _fields_ = [
-        *_views("dout", "out", "lse", "dlse"),
-        ("deterministic", ctypes.c_bool),
-        ("bias_requires_grad", ctypes.c_bool),
-        ("sinks_requires_grad", ctypes.c_bool),
-    ]
-
-
-class AttentionResults(ctypes.Structure):
-    """core/attention.h."""
-
-    _fields_ = [
-        *_views("out", "lse", "dq", "dk", "dv", "dbias", "dsinks"),
-        ("workspace", ctypes.c_void_p),
-    ]
-
-
-class KVCacheCall(ctypes.Structure):
-    """core/kvcache.h."""
-
-    _fields_ = [
-        *_views("q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin"),
-        *_views("cache_seqlens", "cache_batch_idx", "cache_leftpad", "block_table"),
-        *_views("alibi_slopes", "sinks"),
-        ("options", AttentionOptions),
-        ("rotary_interleaved", ctypes.c_bool),
-    ]
-
-
-class AppendResults(ctypes.Structure):
-    """core/kvcache.h."""
-
-    _fields_ = _views("q_rotated", "seqused_k")
-
-
-class Caller(ctypes.Structure):
-    """core/describe.h."""
-
-    _fields_ = [("backend", ctypes.c_int64), ("torch_version", ctypes.c_int32)]
-
-
-class Instance(ctypes.Structure):
-    """kernels/launch.h."""
-
-    _fields_ = [
-        ("name", ctypes.c_char_p),
-        ("family", ctypes.c_int32),
-        ("device", ctypes.c_int32),
-        ("arch", ctypes.c_char_p),
-        ("min_sm", ctypes.c_int32),
-        ("max_sm", ctypes.c_int32),
-        ("direction", ctypes.c_int32),
-        ("dtype", ctypes.c_int32),
-        ("max_head_dim", ctypes.c_int32),
-        ("head_dim_multiple", ctypes.c_int32),
-        ("features", ctypes.c_uint32),
-        ("checked_on", ctypes.c_char_p),
-        ("run", ctypes.c_void_p),
-    ]
-
-
-class Choice(ctypes.Structure):
-    """core/dispatch.h."""
-
-    _fields_ = [("route_number", ctypes.c_int32), ("instance", ctypes.POINTER(Instance))]
-
-    @property
-    def route(self) -> str:
-        """A name of routes.def, "kernel" or "none"."""
-        return _route_names()[self.route_number]
-
-    @property
-    def on_gpu(self) -> bool:
-        """With the route kernel: whether it is a GPU's."""
-        return bool(self.instance.contents.device == _CUDA)
-
-
-class DecisionView(ctypes.Structure):
-    """core/interface.h."""
-
-    _fields_ = [
-        ("choice", Choice),
-        ("is_measured", ctypes.c_bool),
-        ("worst", ctypes.c_double),
-        ("median", ctypes.c_double),
-    ]
-
-
-class Piece(ctypes.Structure):
-    """core/pieces.h."""
-
-    _fields_ = [
-        ("row_begin", ctypes.c_int64),
-        ("row_end", ctypes.c_int64),
-        ("key_begin", ctypes.c_int64),
-        ("key_end", ctypes.c_int64),
-        ("mask", ctypes.c_int32),
-        ("merges", ctypes.c_bool),
-    ]
-
-
-class CpuThreads(ctypes.Structure):
-    """kernels/params.h."""
-
-    _fields_ = [("parallel_for", ctypes.c_void_p), ("num_threads", ctypes.c_int32)]
-
-
-MIRRORED: tuple[type[ctypes.Structure], ...] = (
-    TensorView,
-    AttentionOptions,
-    AttentionCall,
-    BackwardCall,
-    AttentionResults,
-    KVCacheCall,
-    AppendResults,
-    Caller,
-    Choice,
-    DecisionView,
-    Instance,
-    Piece,
-)
-
-_PACKED = struct.Struct(f"PPq4i{2 * _MAX_RANK}q")
-_PADDING = tuple((0,) * (_MAX_RANK - rank) for rank in range(_MAX_RANK + 1))
-_ABSENT = bytes(TensorView(rank=-1))
-
-
-@functools.cache
-def _template(record: type[ctypes.Structure]) -> bytes:
-    """The record without any tensor."""
-    empty = record()
-    for name, kind in record._fields_:
-        if kind is TensorView:
-            field = getattr(record, name)
-            ctypes.memmove(ctypes.addressof(empty) + field.offset, _ABSENT, len(_ABSENT))
-    return bytes(empty)
-
-
-def new(record: type[ctypes.Structure]) -> Any:
-    """A record whose tensors are all absent."""
-    return record.from_buffer_copy(_template(record))
-
-
-def put(record: ctypes.Structure, name: str, x: Tensor | None) -> None:
-    """Writes a tensor down in the record's view of that name; None leaves it absent."""
-    if x is None:
-        return
-    rank, dtype, device, index = x.dim(), _DTYPES.get(x.dtype, 0), _CPU, -1
-    data = host = room = 0
-    if x.is_cpu or x.is_cuda:
-        data = host = x.data_ptr()
-        room = x.untyped_storage().nbytes() - x.storage_offset() * x.element_size()
-    if not x.is_cpu:
-        device, index, host = (_CUDA if is_nvidia(x) else _OTHER), x.get_device(), 0
-    sizes, strides = x.shape, x.stride()
-    if rank > _MAX_RANK:
-        sizes, strides = sizes[:_MAX_RANK], strides[:_MAX_RANK]
-    padding = _PADDING[min(rank, _MAX_RANK)]
-    _PACKED.pack_into(
-        record, getattr(type(record), name).offset, data, host, room, rank, dtype, device, index,
-        *sizes, *padding, *strides, *padding,
-    )  # fmt: skip
 
 
 def put_with_values(
@@ -270,9 +48,9 @@ def put_with_values(
         getattr(record, name).host = copies[-1].data_ptr()
 
 
-def is_nvidia(x: Tensor) -> bool:
-    """Whether a tensor lies on an NVIDIA GPU; AMD's call themselves cuda too."""
-    return x.is_cuda and torch.version.hip is None
+def as_matrix(x: Tensor) -> Tensor:
+    """x itself where it is what core/run.h takes for a matrix, else a contiguous copy."""
+    return x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
 
 
 @functools.cache
@@ -315,6 +93,11 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "anyflash_run_backward": (_STATUS, *5 * [_POINTER]),
     "anyflash_run_append": (_STATUS, *5 * [_POINTER]),
     "anyflash_forward_workspace": (_INT64, *2 * [_POINTER]),
+    "anyflash_prepare_bias_activation": (_STATUS, *3 * [_POINTER]),
+    "anyflash_run_bias_activation": (_STATUS, *4 * [_POINTER]),
+    "anyflash_bias_activation_workspace": (_INT64, _INT64, _INT64, ctypes.c_int32),
+    "anyflash_check_fused_mlp": (_STATUS, _POINTER),
+    "anyflash_activation": (_STATUS, ctypes.c_char_p, _POINTER),
     "anyflash_choose": (_STATUS, _POINTER, ctypes.c_int32, ctypes.c_int32, *2 * [_POINTER]),
     "anyflash_plan_pieces": (
         _INT64, *4 * [_INT64], ctypes.c_int32, _POINTER, _INT64, *2 * [_POINTER],
@@ -358,12 +141,6 @@ def open_library(path: pathlib.Path) -> str | None:
             )
     library = found
     return None
-
-
-@functools.cache
-def _route_names() -> tuple[str, ...]:
-    name = loaded().anyflash_route_name
-    return tuple(name(number).decode() for number in range(7))
 
 
 @functools.cache
@@ -443,7 +220,9 @@ def decide(problem: dict[str, Any]) -> dict[str, Any]:
         "measured": {"worst": view.worst, "median": view.median} if view.is_measured else None,
         "reasons": [(route, text) for route, text in told if route != "refusal"],
     }
-    decision.update({"refusal": text for route, text in told if route == "refusal"})
+    for route, text in told:
+        if route == "refusal":
+            decision["refusal"] = text
     return decision
 
 
@@ -466,7 +245,45 @@ def choose(x: Tensor, family: str, direction: str, backend: int) -> Choice:
 
 
 class _OneTensor(ctypes.Structure):
-    _fields_ = _views("x")
+    _fields_ = [("x", TensorView)]
+
+
+def prepare_bias_activation(call: BiasActivationCall, backend: int) -> Choice:
+    """Checks, decides and tells.
+
+    Raises:
+        RuntimeError: what cannot be computed.
+        ValueError: an activation or a chain of back ends that is none.
+    """
+    choice, asked = Choice(), caller(backend)
+    prepare = loaded().anyflash_prepare_bias_activation
+    raise_for(prepare(ctypes.byref(call), ctypes.byref(asked), ctypes.byref(choice)))
+    return choice
+
+
+def bias_activation_workspace(rows: int, columns: int, activation: int) -> int:
+    """Bytes of workspace for a backward that returns dbias."""
+    return int(loaded().anyflash_bias_activation_workspace(rows, columns, activation))
+
+
+def check_fused_mlp(call: MlpCall) -> None:
+    """
+    Raises:
+        RuntimeError: what cannot be computed.
+        ValueError: an activation that is none.
+    """
+    raise_for(loaded().anyflash_check_fused_mlp(ctypes.byref(call)))
+
+
+def activation_number(name: str) -> int:
+    """The number of an activation's name.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    number = _INT64()
+    raise_for(loaded().anyflash_activation(str(name).encode(), ctypes.byref(number)))
+    return number.value
 
 
 def plan_pieces(
@@ -487,9 +304,7 @@ def plan_pieces(
         room = count
 
 
-def dropout_keep(
-    seed: int, offset: int, bh: int, rows: int, cols: int, dropout_p: float
-) -> bytes:
+def dropout_keep(seed: int, offset: int, bh: int, rows: int, cols: int, dropout_p: float) -> bytes:
     """One byte per element of (rows, cols), 1 = kept."""
     kept = ctypes.create_string_buffer(max(rows * cols, 1))
     loaded().anyflash_dropout_keep(seed, offset, bh, rows, cols, dropout_p, kept)
@@ -503,46 +318,3 @@ def kv_ranges(
     ranges = (_INT64 * max(2 * seqlen_q, 1))()
     loaded().anyflash_kv_ranges(seqlen_q, seqlen_k, window_left, window_right, ranges)
     return [(ranges[2 * row], ranges[2 * row + 1]) for row in range(seqlen_q)]
-
-
-def _openmp_library() -> pathlib.Path | None:
-    """The OpenMP runtime that torch has brought into the process."""
-    try:
-        maps = pathlib.Path("/proc/self/maps").read_text()
-    except OSError:
-        return None
-    for name in ("libgomp", "libiomp5", "libomp"):
-        match = re.search(rf"\s(/\S*{name}\S*\.so\S*)$", maps, re.MULTILINE)
-        if match:
-            return pathlib.Path(match.group(1))
-    return None
-
-
-@functools.cache
-def _parallel_for() -> int | None:
-    """Torch's threads as the kernels take them; None: there is no way to them."""
-    torch_cpu = pathlib.Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    with contextlib.suppress(OSError, AttributeError):  # torch 2.10 has the function
-        function = ctypes.CDLL(str(torch_cpu)).torch_parallel_for
-        return ctypes.cast(function, ctypes.c_void_p).value
-    with contextlib.suppress(OSError, AttributeError):
-        path = _openmp_library()
-        if path is not None:
-            gomp = ctypes.CDLL(str(path)).GOMP_parallel
-            return loaded().anyflash_parallel_for_by_openmp(ctypes.cast(gomp, ctypes.c_void_p))
-    return None
-
-
-def has_threads() -> bool:
-    """Whether CPU kernels called from Python can use torch's threads."""
-    return _parallel_for() is not None
-
-
-@contextlib.contextmanager
-def launch_on(x: Tensor) -> Iterator[Any]:
-    """Where a kernel runs on x's device: torch's threads, or its current stream."""
-    if x.is_cuda:
-        with torch.cuda.device(x.device):
-            yield torch.cuda.current_stream().cuda_stream
-    else:
-        yield ctypes.byref(CpuThreads(_parallel_for(), torch.get_num_threads()))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import torch
 
-from . import _loader, _machine
+from . import _loader, _machine, _threads
 from ._remedies import REMEDIES
 from .explain import explain, torch_version
 
@@ -49,6 +49,7 @@ ENVIRONMENT = {
     "ANYFLASH_BUILD": "when installing; 0: no compiled operators, 1: an error without them",
     "ANYFLASH_CUDA": "when installing; 0: no CUDA kernels, 1: with them, without a GPU too",
     "ANYFLASH_CUDA_ARCHS": "when installing: GPU architectures to compile for",
+    "ANYFLASH_WERROR": "when installing; 1: a compiler's warning is an error",
     "ANYFLASH_TORCH_INCLUDE": "when installing: the folder with torch's headers",
     "ANYFLASH_COMPANION_VERSION": "when building the flash-attn wheel: its version",
 }
@@ -137,24 +138,23 @@ def _operators(report: Report) -> dict[str, Any]:
         "reasons": list(_loader.reasons),
         "files": _machine.library_files(),
         "build": _loader.build_facts(),
-        "native": _machine.native_state(),
+        "kernels": _machine.kernel_state(),
     }
     if _loader.provider == "none":
         report.problem(f"No operators could be loaded: {'; '.join(_loader.reasons)}.", "reinstall")
     elif _loader.provider == "python":
         _explain_python_operators(report, state)
-    elif not state["native"]["available"]:
-        report.note(
-            f"The list of compiled kernels cannot be read ({state['native']['error']}). Attention "
-            "is not affected.",
-            "reinstall",
-        )
     return state
 
 
 def _explain_python_operators(report: Report, state: dict[str, Any]) -> None:
-    times = "2 to 6" if torch_version() >= 202 else "7 to 30"
-    same = f"Results are the same, without anyflash's CPU kernels: expect {times} times the time."
+    if state["kernels"]["available"]:
+        same = "Results and CPU kernels are the same; a call costs some microseconds more."
+        if not _threads.has_threads():
+            same += " But kernels run on one thread, because torch's threads were not found."
+    else:
+        times = "2 to 6" if torch_version() >= 202 else "7 to 30"
+        same = f"Results are the same, without anyflash's kernels: expect {times} times the time."
     because = f" Reason: {'; '.join(state['reasons'])}." if state["reasons"] else ""
     build = state["build"]
     if os.environ.get("ANYFLASH_PROVIDER", "auto") == "python":
@@ -223,7 +223,7 @@ def _major(version: str) -> int:
 
 def _cpu(report: Report) -> dict[str, Any]:
     """The instruction set that kernels use here, and the attention kernels that calls get."""
-    kernels = []
+    kernels: list[str] = []
     if _wrong_variables():
         return {"isa": "none", "kernels": kernels}
     for dtype in ("bf16", "fp16", "fp32"):

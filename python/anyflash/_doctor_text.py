@@ -65,7 +65,7 @@ def heading(facts: dict[str, Any]) -> str:
 
 
 def _kernels(operators: dict[str, Any]) -> str:
-    devices = [instance["device"] for instance in operators["native"]["instances"]]
+    devices = [instance["device"] for instance in operators["kernels"]["instances"]]
     counts = [f"{devices.count(name) or 'no'} {name.upper()} kernels" for name in ("cpu", "cuda")]
     return f", {' and '.join(counts)} built"
 

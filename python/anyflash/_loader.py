@@ -25,7 +25,7 @@ LIBRARY = pathlib.Path(__file__).resolve().parent / "libanyflash_ops.so"
 KERNELS = LIBRARY.with_name("libanyflash_kernels.so")  # the core and the kernels; LIBRARY opens it
 MIN_TORCH = (2, 10)  # the stable ABI that the binary is built against
 _PROVIDERS = ("auto", "binary", "python")
-_PROBE = "anyflash::attention_forward"
+_PROBE = "anyflash::_flash_attn_forward"
 _LAST_PROBE = "anyflash::fused_mlp"  # the last operator of schemas.def
 
 #: Whose operators are in use: "binary", "python", or "none": before load(), or when even Python's
@@ -38,7 +38,7 @@ _loaded = False
 _keep_alive: list[Any] = []  # operator definitions and callbacks live as long as these objects
 
 
-def _torch_version() -> tuple[int, int]:
+def torch_version() -> tuple[int, int]:
     match = re.match(r"(\d+)\.(\d+)", torch.__version__)
     return (int(match.group(1)), int(match.group(2))) if match else (0, 0)
 
@@ -102,7 +102,7 @@ def _obstacle_to_binary() -> str | None:
     """Why the compiled operators are not opened; None: nothing speaks against them."""
     if _core.library is None:
         return f"{LIBRARY.name} needs {KERNELS.name}"
-    if _torch_version() < MIN_TORCH:
+    if torch_version() < MIN_TORCH:
         wanted = ".".join(map(str, MIN_TORCH))
         return f"the binary needs torch {wanted} or newer, this is {torch.__version__}"
     return _obstacle_to(LIBRARY)

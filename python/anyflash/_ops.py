@@ -9,93 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
-from . import _loader
-from ._autograd import inside_kernel, needs_autograd
+from . import _defs, _loader
+from ._autograd import NO_SECOND_DERIVATIVE, forward_only, inside_kernel, needs_autograd
 from ._guards import BelowAutograd, BelowWriteCounts, count_write, isolated
-from ._operators import cross_entropy, norm, rotary
+from ._operators import attention, cross_entropy, kvcache, mlp, norm, rotary
+from ._operators.attention import out_like
 
 _keep_alive: list[torch.library.Library] = []
-
-
-def _lse_like(q: Tensor, packed: bool) -> Tensor:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    shape = (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
-    return q.new_empty(shape, dtype=dtype)
-
-
-def _out_like(q: Tensor, v: Tensor) -> Tensor:
-    if v.shape[-1] == q.shape[-1]:
-        return torch.empty_like(q)
-    return q.new_empty((*q.shape[:-1], v.shape[-1]))
-
-
-def _attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    return _out_like(q, v), _lse_like(q, cu_seqlens_q is not None)
-
-
-def _attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-    bias, sinks = rest[10], rest[11]
-    bias_requires_grad, sinks_requires_grad = rest[20], rest[21]
-    return (
-        torch.empty_like(q),
-        torch.empty_like(k),
-        torch.empty_like(v),
-        torch.empty_like(bias) if bias_requires_grad else q.new_empty(0),
-        torch.empty_like(sinks) if sinks_requires_grad else q.new_empty(0),
-    )
-
-
-def _attention_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> Any:
-    return _out_like(q, v_cache), _lse_like(q, False)
-
-
-def _bias_activation(x: Tensor, bias: Tensor | None, activation: int, backend: int) -> Tensor:
-    per_output = 2 if activation == 4 else 1
-    return x.new_empty((*x.shape[:-1], x.shape[-1] // per_output))
-
-
-def _bias_activation_backward(
-    dy: Tensor, x: Tensor, bias: Tensor | None, activation: int, backend: int
-) -> tuple[Tensor, Tensor]:
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, x.new_empty(0 if bias is None else bias.shape)
-
-
-def _fused_mlp_forward(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    activation: int,
-    save_hidden: bool,
-    backend: int,
-) -> tuple[Tensor, Tensor]:
-    out = x.new_empty((*x.shape[:-1], weight2.shape[0]))
-    return out, x.new_empty((*x.shape[:-1], weight1.shape[0]) if save_hidden else 0)
-
-
-def _fused_mlp_backward(
-    dout: Tensor,
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    hidden: Tensor,
-    bias2_requires_grad: bool,
-    activation: int,
-    backend: int,
-) -> tuple[Tensor, ...]:
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(weight1.shape),
-        x.new_empty(0 if bias1 is None else bias1.shape),
-        x.new_empty(weight2.shape),
-        x.new_empty(weight2.shape[0] if bias2_requires_grad else 0),
-    )
 
 
 def _refuse_gradient(gradient: Tensor, size: Sequence[int], why: str) -> Tensor:
@@ -103,7 +25,7 @@ def _refuse_gradient(gradient: Tensor, size: Sequence[int], why: str) -> Tensor:
 
 
 def _like_q(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-    return _out_like(q, v)
+    return out_like(q, v)
 
 
 def _like_q_of_kvpacked(q: Tensor, *rest: Any) -> Tensor:
@@ -119,13 +41,6 @@ def _fused_mlp(x: Tensor, weight1: Tensor, bias1: Any, weight2: Tensor, *rest: A
 
 
 FAKES: dict[str, Callable[..., Any]] = {
-    "attention_forward": _attention_forward,
-    "attention_backward": _attention_backward,
-    "attention_kvcache_": _attention_kvcache,
-    "bias_activation": _bias_activation,
-    "bias_activation_backward": _bias_activation_backward,
-    "fused_mlp_forward": _fused_mlp_forward,
-    "fused_mlp_backward": _fused_mlp_backward,
     "refuse_gradient": _refuse_gradient,
     "flash_attn_func": _like_q,
     "flash_attn_kvpacked_func": _like_q_of_kvpacked,
@@ -231,24 +146,24 @@ DIFFERENTIABLE: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _autograd_kernel(name: str, differentiable: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def autograd_kernel(operator: OpOverload, differentiable: Callable[..., Any]) -> Callable[..., Any]:
     """The operator under autograd: recorded through the autograd.Functions where a gradient is
     asked for."""
 
-    def kernel(*args: Any) -> Tensor:
+    def kernel(*args: Any) -> Any:
         if needs_autograd(*(arg for arg in args if isinstance(arg, Tensor))):
             with inside_kernel():
                 return differentiable(*args)
         with BelowAutograd():
-            return getattr(torch.ops.anyflash, name).default(*args)
+            return operator(*args)
 
     return kernel
 
 
-def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+def _on_one_device(operator: OpOverload, fake: Callable[..., Any]) -> Callable[..., Any]:
     """The fake, but for a meta tensor beside others: that would choose it, and what it allocates
     would pass for a result."""
-    names = [a.name for a in getattr(torch.ops.anyflash, name).default._schema.arguments]
+    names = [a.name for a in operator._schema.arguments]
 
     @functools.wraps(fake)
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -263,47 +178,68 @@ def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _register_fake(library: torch.library.Library, name: str, fake: Callable[..., Any]) -> None:
-    fake = _on_one_device(name, fake)
+def register_fake(
+    library: torch.library.Library, operator: OpOverload, fake: Callable[..., Any]
+) -> None:
+    """Registers what an operator's results look like."""
+    fake, name = _on_one_device(operator, fake), operator._schema.name
     if hasattr(torch.library, "register_fake"):  # torch 2.4
-        torch.library.register_fake(f"anyflash::{name}", fake, lib=library)
+        torch.library.register_fake(name, fake, lib=library)
     elif hasattr(torch.library, "impl_abstract"):  # torch 2.1
-        torch.library.impl_abstract(f"anyflash::{name}", fake, lib=library)
+        torch.library.impl_abstract(name, fake, lib=library)
     else:
-        library.impl(name, fake, "Meta")
+        library.impl(name.partition("::")[2], fake, "Meta")
 
 
 #: The families of _operators/.
-FAMILIES: tuple[Any, ...] = (rotary, norm, cross_entropy)
+FAMILIES: tuple[Any, ...] = (attention, kvcache, mlp, rotary, norm, cross_entropy)
 
 
-def _version_counting_kernel(name: str) -> Callable[..., None]:
+def version_counting_kernel(operator: OpOverload) -> Callable[..., Any]:
     """An operator that writes into arguments, and then tells autograd so: what was saved of them
     before the write is no longer valid."""
-    operator = getattr(torch.ops.anyflash, name).default
     aliases = (argument.alias_info for argument in operator._schema.arguments)
     written = [i for i, alias in enumerate(aliases) if alias is not None and alias.is_write]
 
-    def kernel(*args: Any) -> None:
+    def kernel(*args: Any) -> Any:
         with BelowWriteCounts():
-            operator(*args)
+            result = operator(*args)
         for i in written:
-            count_write(args[i])
+            if args[i] is not None:
+                count_write(args[i])
+        return result
 
     return kernel
+
+
+def _draws_random_numbers(name: str) -> bool:
+    """Whether a call of the operator may draw from torch's generator."""
+    return "flash_attn" in name and "backward" not in name and "kvcache" not in name
+
+
+def _overload(name: str) -> OpOverload:
+    return getattr(torch.ops.anyflash, name).default
+
+
+def _tag(name: str) -> None:
+    """Tells the compiler, which then neither merges calls nor repeats one with other numbers. Tags
+    cannot be part of a definition in C++."""
+    tags = getattr(_overload(name), "tags", None)  # torch 2.1
+    if tags is not None and torch.Tag.nondeterministic_seeded not in tags:
+        tags.append(torch.Tag.nondeterministic_seeded)
 
 
 def _register_family(library: torch.library.Library, family: Any) -> None:
     """What a family of _operators/ says of itself. On the CPU key the binary's kernel goes before
     its math."""
-    for name, math in family.MATH.items():
+    for name, math in getattr(family, "MATH", {}).items():
         library.impl(name, isolated(math), "CompositeExplicitAutograd")
         if name.endswith("_"):
-            library.impl(name, _version_counting_kernel(name), "ADInplaceOrView")
+            library.impl(name, version_counting_kernel(_overload(name)), "ADInplaceOrView")
     for name, fake in family.FAKES.items():
-        _register_fake(library, name, fake)
+        register_fake(library, _overload(name), fake)
     for name, differentiable in family.DIFFERENTIABLE.items():
-        library.impl(name, _autograd_kernel(name, differentiable), "Autograd")
+        library.impl(name, autograd_kernel(_overload(name), differentiable), "Autograd")
 
 
 def register() -> None:
@@ -313,11 +249,20 @@ def register() -> None:
     _keep_alive.append(library)
     try:
         for name, fake in FAKES.items():
-            _register_fake(library, name, fake)
+            register_fake(library, _overload(name), fake)
         for name, differentiable in DIFFERENTIABLE.items():
-            library.impl(name, _autograd_kernel(name, differentiable), "Autograd")
+            library.impl(name, autograd_kernel(_overload(name), differentiable), "Autograd")
         for family in FAMILIES:
             _register_family(library, family)
+        differentiable = {name for family in FAMILIES for name in family.DIFFERENTIABLE}
+        for operator in _defs.operators():
+            if operator.group == "leaf" and operator.name not in differentiable:
+                overload = _overload(operator.name)
+                refusal = forward_only(overload, NO_SECOND_DERIVATIVE)
+                library.impl(operator.name, autograd_kernel(overload, refusal), "Autograd")
+        for operator in _defs.operators():
+            if _draws_random_numbers(operator.name):
+                _tag(operator.name)
     except Exception as error:  # noqa: BLE001 - without them the operators still run
         _loader.reasons.append(
             f"the operators have no fake or autograd kernels: {type(error).__name__}: {error}"

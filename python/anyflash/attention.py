@@ -5,17 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import _autocast, backends
-from ._autograd import apply_attention, apply_forward_only, needs_autograd
-
-_forward = torch.ops.anyflash.attention_forward.default
-_PAGED = (
-    "block_table: paged attention has no gradient, but a backward went through its result; "
-    "expected a call under torch.no_grad(), or keys and values without pages"
-)
+from ._operators.attention import AttentionCall, attend
+from ._rng_state import draw_rng_state, must_be_given
 
 
 def _require_tensors(**tensors: Any) -> None:
@@ -30,13 +24,11 @@ def contiguous_last_dim(x: Tensor) -> Tensor:
 
 
 def _longest(given: int | Tensor | None, bound: int) -> int:
-    """max_seqlen as a number; where none is given, what no sequence can exceed."""
-    return bound if given is None else int(given)
-
-
-def draw_rng_state(device: torch.device) -> Tensor:
-    """Seed and offset for one call's dropout, from torch's default generator: (2,) int64."""
-    return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=device)
+    """max_seqlen as a number, maybe a symbolic one; where none is given, what no sequence can
+    exceed."""
+    if given is None:
+        return bound
+    return given.item() if isinstance(given, Tensor) else given
 
 
 def attention(
@@ -123,29 +115,20 @@ def attention(
         max_seqlen_q = max_seqlen_k = 0
     if softmax_scale is None:
         softmax_scale = q.size(-1) ** -0.5 if q.size(-1) else 1.0
-    if dropout_p > 0.0 and rng_state is None:
+    if dropout_p > 0.0 and rng_state is None and must_be_given():
         rng_state = draw_rng_state(q.device)
     if len(window_size) != 2:
         raise RuntimeError(f"window_size: expected (left, right), got {len(window_size)} numbers")
-    window_left, window_right = window_size
-    code = backends.resolve(backend)
-    recorded = needs_autograd(q, k, v, bias, sinks)
-    if recorded and block_table is None:
-        out, lse = apply_attention(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k,
-            alibi_slopes, bias, sinks, rng_state, dropout_p, softmax_scale, causal, window_left,
-            window_right, softcap, code, deterministic, return_lse,
-        )  # fmt: skip
-    else:
-        arguments = (
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k,
-            block_table, alibi_slopes, bias, sinks, rng_state, dropout_p, softmax_scale, causal,
-            window_left, window_right, softcap, code,
-        )  # fmt: skip
-        if recorded:
-            out, lse = apply_forward_only("attention_forward", _PAGED, *arguments)
-        else:
-            out, lse = _forward(*arguments)
+    window_size_left, window_size_right = window_size
+    call = AttentionCall(
+        q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqused_k=seqused_k,
+        leftpad_k=leftpad_k, block_table=block_table, alibi_slopes=alibi_slopes, bias=bias,
+        sinks=sinks, rng_state=rng_state, dropout_p=dropout_p, softmax_scale=softmax_scale,
+        causal=causal, window_size_left=window_size_left, window_size_right=window_size_right,
+        softcap=softcap, deterministic=deterministic, backend=backends.resolve(backend),
+    )  # fmt: skip
+    out, lse, _ = attend(call)
     if single:
         out, lse = out.squeeze(0), lse.squeeze(0)
     return (out, lse) if return_lse else out

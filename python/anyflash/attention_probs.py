@@ -59,9 +59,9 @@ def signed_probabilities(
         where a key is hidden.
     """
     from ._python_ops import philox
+    from ._python_ops.arguments import AttentionArgs
     from ._python_ops.math import Scorer, blocks
     from ._python_ops.parts import parts_of
-    from ._python_ops.problem import AttentionArgs
 
     single = q.dim() == 3 and cu_seqlens_q is None
     if single:

@@ -11,7 +11,7 @@ import contextvars
 import os
 from typing import Any
 
-#: Digit of each back end in a chain code, as in csrc/problem.h.
+#: Digit of each back end in a chain code, as in core/problem.h.
 CODES: dict[str, int] = {
     "kernel": 1,
     "sdpa": 2,

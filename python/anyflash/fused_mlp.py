@@ -9,21 +9,9 @@ import torch
 from torch import Tensor
 
 from . import _autocast, backends
-from ._autograd import apply_bias_activation, apply_fused_mlp, needs_autograd
-
-#: Names in the order of their numbers in the schemas.
-ACTIVATIONS = ("gelu_tanh", "gelu_erf", "relu", "squared_relu", "silu_gate")
-
-_bias_activation = torch.ops.anyflash.bias_activation.default
-_fused_mlp_forward = torch.ops.anyflash.fused_mlp_forward.default
-
-
-def _number(activation: str) -> int:
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"activation: expected one of {', '.join(ACTIVATIONS)}, got '{activation}'"
-        )
-    return ACTIVATIONS.index(activation)
+from ._activations import activation_number
+from ._operators import mlp
+from ._operators.mlp import BiasActivationCall, FusedMLPCall
 
 
 @torch.jit.unused
@@ -40,13 +28,15 @@ def _fused_mlp(
     for name, tensor in (("x", x), ("weight1", weight1), ("weight2", weight2)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    number, code = _number(activation), backends.resolve(backend)
+    number, code = activation_number(activation), backends.resolve(backend)
     if _autocast.is_enabled(x):
         x, weight1, bias1, weight2, bias2 = _autocast.cast(x, weight1, bias1, weight2, bias2)
-    if needs_autograd(x, weight1, bias1, weight2, bias2):
-        save_hidden = not recompute
-        return apply_fused_mlp(x, weight1, bias1, weight2, bias2, number, save_hidden, code)[0]
-    return _fused_mlp_forward(x, weight1, bias1, weight2, bias2, number, False, code)[0]
+    return mlp.fused_mlp(
+        FusedMLPCall(
+            x=x, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2, activation=number,
+            save_hidden=not recompute, backend=code,
+        )
+    )  # fmt: skip
 
 
 def fused_mlp(
@@ -112,7 +102,5 @@ def bias_activation(
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
-    number, code = _number(activation), backends.resolve(backend)
-    if needs_autograd(x, bias):
-        return apply_bias_activation(x, bias, number, code)
-    return _bias_activation(x, bias, number, code)
+    number, code = activation_number(activation), backends.resolve(backend)
+    return mlp.bias_activation(BiasActivationCall(x=x, bias=bias, activation=number, backend=code))

@@ -8,14 +8,8 @@ import torch
 from torch import Tensor
 
 from . import _autocast, backends
-from ._autograd import apply_forward_only, needs_autograd
+from ._operators.kvcache import KVCacheCall, attend_over_cache
 from .attention import contiguous_last_dim
-
-_kvcache = torch.ops.anyflash.attention_kvcache_.default
-_NO_GRADIENT = (
-    "q, k, v: attention over a key/value cache has no gradient, but a backward went through its "
-    "result; expected a call under torch.no_grad(), or anyflash.attention without a cache"
-)
 
 
 def attention_kvcache(
@@ -88,13 +82,14 @@ def attention_kvcache(
         cache_seqlens = torch.full((q.size(0),), cache_seqlens, dtype=torch.int32, device=q.device)
     if softmax_scale is None:
         softmax_scale = q.size(-1) ** -0.5 if q.dim() and q.size(-1) else 1.0
-    arguments = (
-        contiguous_last_dim(q), k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens,
-        cache_batch_idx, cache_leftpad, block_table, alibi_slopes, sinks, softmax_scale, causal,
-        window_size[0], window_size[1], softcap, rotary_interleaved, backends.resolve(backend),
+    window_size_left, window_size_right = window_size
+    call = KVCacheCall(
+        q=contiguous_last_dim(q), k_cache=k_cache, v_cache=v_cache, k=k, v=v,
+        rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_seqlens=cache_seqlens,
+        cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, block_table=block_table,
+        alibi_slopes=alibi_slopes, sinks=sinks, softmax_scale=softmax_scale, causal=causal,
+        window_size_left=window_size_left, window_size_right=window_size_right, softcap=softcap,
+        rotary_interleaved=rotary_interleaved, backend=backends.resolve(backend),
     )  # fmt: skip
-    if needs_autograd(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, alibi_slopes, sinks):
-        out, lse = apply_forward_only("attention_kvcache_", _NO_GRADIENT, *arguments)
-    else:
-        out, lse = _kvcache(*arguments)
+    out, lse = attend_over_cache(call)
     return (out, lse) if return_lse else out

@@ -61,14 +61,17 @@ def rotary(
             "If cu_seqlens is passed in, then max_seqlen must be passed: expected the length of "
             "the longest sequence, got None"
         )
-    offsets, offset = seqlen_offsets, 0
-    if not isinstance(seqlen_offsets, Tensor):
-        if isinstance(seqlen_offsets, float):
-            raise TypeError(
-                f"seqlen_offsets: expected an integer or (batch,) integers, got {seqlen_offsets}"
-            )
-        offsets, offset = None, operator.index(seqlen_offsets)
-    longest = 0 if cu_seqlens is None else int(max_seqlen)
+    offsets: Tensor | None = None
+    offset = 0
+    if isinstance(seqlen_offsets, Tensor):
+        offsets = seqlen_offsets
+    elif isinstance(seqlen_offsets, float):
+        raise TypeError(
+            f"seqlen_offsets: expected an integer or (batch,) integers, got {seqlen_offsets}"
+        )
+    else:
+        offset = operator.index(seqlen_offsets)
+    longest = 0 if cu_seqlens is None or max_seqlen is None else int(max_seqlen)
     arguments = (cos, sin, offsets, offset, cu_seqlens, longest, interleaved, conjugate)
     on_kernel = runs_on_kernel("rotary", x)
     if not inplace:

@@ -216,7 +216,7 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
     moved = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in options.items()}
     return Inputs(
         case,
-        tuple(_to_device(x, device) for x in (q, k, v)),
+        (_to_device(q, device), _to_device(k, device), _to_device(v, device)),
         moved,
         dout.to(device, q.dtype),
         dlse.to(device, lse_dtype),
@@ -298,7 +298,7 @@ def assert_close(actual: Tensor, exact: Tensor, low: Tensor, what: str) -> None:
     at = int(worst.argmax())
     if worst.flatten()[at] <= bound:
         return
-    index = []
+    index: list[int] = []
     for size in reversed(exact.shape):
         index.insert(0, at % size)
         at //= size

@@ -117,6 +117,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, how: _Masking, sequence: int) -> tu
     weights = torch.where(row_sees, torch.exp(scores - lse), torch.zeros_like(scores))
     if how.dropout_p > 0:
         state = how.extra["rng_state"]
+        if state is None:
+            raise ValueError("rng_state: dropout needs the (seed, offset) that drew it, got None")
         keep = keep_mask(state, how.dropout_p, sequence, heads, seqlen_q, seqlen_k)
         weights = weights * keep.to(q) / (1 - how.dropout_p)
     out = torch.einsum("hij,jhd->ihd", weights, v)
@@ -234,16 +236,18 @@ def reference_kvcache(
     q, keys, values = q.to(compute), k_cache.clone(), v_cache.clone()
     batch, page = q.size(0), k_cache.size(1)
     capacity = page if block_table is None else page * block_table.size(1)
+    if (k is None) != (v is None) or (rotary_cos is None) != (rotary_sin is None):
+        raise ValueError("k and v, rotary_cos and rotary_sin: expected both of them or neither")
     window = options.get("window_size", (-1, -1))
     bounded = options.get("causal", False) or any(0 <= int(w) < capacity for w in window)
     lengths = [capacity] * batch if cache_seqlens is None else cache_seqlens.tolist()
     for b in range(batch):
         row = b if cache_batch_idx is None else int(cache_batch_idx[b])
-        if k is None:
+        if k is None or v is None:
             continue
         new = torch.arange(k.size(1), device=q.device) + lengths[b]
         new_key = k[b].to(compute)
-        if rotary_cos is not None:
+        if rotary_cos is not None and rotary_sin is not None:
             at = lengths[b] + torch.arange(q.size(1), device=q.device) * int(bounded)
             q = q.clone()
             q[b] = _rotate(q[b], rotary_cos, rotary_sin, at, rotary_interleaved)
@@ -258,8 +262,8 @@ def reference_kvcache(
             values[blocks, new % page] = v[b].to(values.dtype)
         lengths[b] += k.size(1)
     rows = slice(None) if cache_batch_idx is None else cache_batch_idx.long()
-    where = {"block_table": block_table, "leftpad_k": cache_leftpad}
-    where["seqused_k"] = torch.tensor(lengths, dtype=torch.int32, device=q.device)
+    options |= {"block_table": block_table, "leftpad_k": cache_leftpad, "compute": compute}
+    options["seqused_k"] = torch.tensor(lengths, dtype=torch.int32, device=q.device)
     stored = (keys, values) if block_table is not None else (keys[rows], values[rows])
-    out, lse = reference(q, *stored, compute=compute, **where, **options)
+    out, lse = reference(q, *stored, **options)
     return out, lse, keys, values

@@ -9,9 +9,9 @@
 #include <random>
 
 #include "catch.h"
-#include "kernels/common/ptx.cuh"
 #include "kernels/elementwise/bias_activation_shape.h"
 #include "kernels/launch.h"
+#include "tests/cpp/dtypes.h"
 
 namespace bias_activation_cases {
 
@@ -23,13 +23,6 @@ using anyflash::fp16;
 using anyflash::fp32;
 using anyflash::kNumActivations;
 namespace bias_activation = anyflash::bias_activation;
-
-template <typename T>
-T make(double value) {
-  T converted;
-  anyflash::from_fp32(float(value), converted);
-  return converted;
-}
 
 template <typename T>
 inline constexpr double relative_error = 1e-5;
@@ -55,7 +48,7 @@ class Matrix {
     mprotect(base_ + mapped_ - page, page, PROT_NONE);
     T* begin = reinterpret_cast<T*>(base_ + mapped_ - page - bytes);
     data_ = begin + offset;
-    for (T* p = begin; p < begin + count; ++p) *p = make<T>(NAN);
+    for (T* p = begin; p < begin + count; ++p) *p = anyflash::stored<T>(NAN);
   }
   ~Matrix() { munmap(base_, mapped_); }
   Matrix(const Matrix&) = delete;
@@ -63,15 +56,13 @@ class Matrix {
 
   T* data() const { return data_; }
   int64_t row_stride() const { return stride_; }
-  double at(int64_t row, int64_t col) const {
-    return anyflash::to_fp32(data_[row * stride_ + col]);
-  }
+  double at(int64_t row, int64_t col) const { return anyflash::number(data_[row * stride_ + col]); }
 
   void randomise(std::mt19937& generator) {
     std::normal_distribution<double> normal(0.0, 2.0);
     for (int64_t row = 0; row < rows_; ++row) {
       for (int64_t col = 0; col < cols_; ++col)
-        data_[row * stride_ + col] = make<T>(normal(generator));
+        data_[row * stride_ + col] = anyflash::stored<T>(normal(generator));
     }
   }
 

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "dispatch.h"
+#include "core/dispatch.h"
 
 namespace anyflash {
 

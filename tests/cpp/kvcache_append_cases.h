@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "catch.h"
-#include "kernels/common/ptx.cuh"
 #include "kernels/params.h"
+#include "tests/cpp/dtypes.h"
 #include "tests/fuzz/guarded.h"
 
 namespace kvcache_append_cases {
@@ -47,7 +47,7 @@ class Tensor {
         outer_stride_(rows * row_stride_),
         size_(outer * outer_stride_),
         memory_(size_ * int64_t{sizeof(T)}, true) {
-    for (int64_t i = 0; i < size_; ++i) anyflash::from_fp32(NAN, data()[i]);
+    for (int64_t i = 0; i < size_; ++i) data()[i] = anyflash::stored<T>(NAN);
   }
 
   Rows rows() { return {data(), outer_stride_, row_stride_, head_stride_}; }
@@ -55,17 +55,17 @@ class Tensor {
     return data() + outer * outer_stride_ + row * row_stride_ + head * head_stride_;
   }
   double value(int64_t outer, int64_t row, int64_t head, int64_t column) {
-    return anyflash::to_fp32(at(outer, row, head)[column]);
+    return anyflash::number(at(outer, row, head)[column]);
   }
   void randomise(std::mt19937& generator) {
     std::normal_distribution<float> normal;
     for (int64_t i = 0; i < size_; ++i) {
-      if (i % head_stride_ < columns_) anyflash::from_fp32(normal(generator), data()[i]);
+      if (i % head_stride_ < columns_) data()[i] = anyflash::stored<T>(normal(generator));
     }
   }
   int64_t written() const {
     return std::count_if(data(), data() + size_,
-                         [](T value) { return !std::isnan(anyflash::to_fp32(value)); });
+                         [](T value) { return !std::isnan(anyflash::number(value)); });
   }
   bool operator==(const Tensor& other) const { return memory_ == other.memory_; }
 

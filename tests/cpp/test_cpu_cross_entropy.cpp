@@ -17,7 +17,6 @@ using anyflash::Instance;
 using bias_activation_cases::bf16;
 using bias_activation_cases::fp16;
 using bias_activation_cases::fp32;
-using bias_activation_cases::make;
 using bias_activation_cases::Matrix;
 using bias_activation_cases::relative_error;
 using bias_activation_cases::Worst;

@@ -12,6 +12,7 @@
 using anyflash::bf16;
 using anyflash::Direction;
 using anyflash::Dtype;
+using anyflash::dtype_of;
 using anyflash::Family;
 using anyflash::fp16;
 using anyflash::fp32;
@@ -44,11 +45,6 @@ const Case kCases[] = {
     {150, 19, 0, 1, false, true, true, true, true, false, 0},
     {2500, 5, 0, 0, true, true, false, true, false, false, 0},  // chunks of more than 16 rows
 };
-
-template <typename T>
-constexpr Dtype dtype_of = std::is_same_v<T, fp32>   ? Dtype::fp32
-                           : std::is_same_v<T, bf16> ? Dtype::bf16
-                                                     : Dtype::fp16;
 
 int32_t launch(Dtype dtype, const char* arch, Direction direction, const NormParams& p,
                const anyflash::CpuThreads* threads = nullptr) {

@@ -7,8 +7,8 @@
 
 #include "catch.h"
 #include "cpu_instances.h"
-#include "kernels/common/ptx.cuh"
 #include "kernels/rotary_params.h"
+#include "tests/cpp/dtypes.h"
 #include "tests/fuzz/guarded.h"
 
 using anyflash::bf16;
@@ -60,16 +60,16 @@ template <typename T>
 struct Matrix {
   Matrix(int64_t rows, int64_t columns, int64_t gap)
       : stride(columns + gap), size(rows * stride), memory(size * int64_t{sizeof(T)}, true) {
-    for (int64_t i = 0; i < size; ++i) anyflash::from_fp32(NAN, data()[i]);
+    for (int64_t i = 0; i < size; ++i) data()[i] = anyflash::stored<T>(NAN);
   }
   T* data() const { return memory.template as<T>(); }
   double at(int64_t row, int64_t column) const {
-    return anyflash::to_fp32(data()[row * stride + column]);
+    return anyflash::number(data()[row * stride + column]);
   }
   void randomise(std::mt19937& generator, int64_t columns) {
     std::normal_distribution<float> normal;
     for (int64_t i = 0; i < size; ++i) {
-      if (i % stride < columns) anyflash::from_fp32(normal(generator), data()[i]);
+      if (i % stride < columns) data()[i] = anyflash::stored<T>(normal(generator));
     }
   }
   int64_t stride, size;

@@ -2,7 +2,7 @@
 #include <utility>
 
 #include "catch.h"
-#include "fallback/pieces.h"
+#include "core/pieces.h"
 
 using namespace anyflash;
 

@@ -13,6 +13,7 @@ namespace anyflash::fuzz {
 inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::fp32 ? 4 : 2; }
 
 inline uint16_t fp16_bits(double x) {
+  if (std::isnan(x)) return 0x7FFF;
   const double size = std::fabs(x);
   const int sign = std::signbit(x) ? 1 << 15 : 0;
   if (size == reference::kInfinity) return static_cast<uint16_t>(sign | 31 << 10);

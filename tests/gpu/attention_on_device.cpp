@@ -6,7 +6,7 @@
 // step beyond it. scripts/gpu_check.sh builds and runs it.
 #include <cuda_runtime_api.h>
 
-#include "tests/emulator/attention_driver.h"
+#include "tests/emulated/attention_driver.h"
 
 namespace anyflash::emulated {
 namespace {

@@ -15,15 +15,12 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from tree import REPOSITORY, tracked
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.append(str(REPOSITORY / "tools"))
 import cuda_pins  # noqa: E402
 
 SITE_PACKAGES = Path(sysconfig.get_paths()["purelib"])
-NOT_SOURCE = shutil.ignore_patterns(
-    ".*", "build", "out", "*.so", "__pycache__", "*.egg-info", "_build.json", "_lists.py"
-)
 CUDA = "1" if cuda_pins.has_nvcc() or cuda_pins.package_root() else "0"
 NO_COMPILER = "/nowhere/c++"  # as CXX: also where ziglang is installed
 LINUX = pytest.mark.skipif(
@@ -126,14 +123,19 @@ def environment(tmp_path, libraries) -> Environment:
     return Environment(tmp_path / "venv", libraries)
 
 
+def check_out(folder: Path) -> Path:
+    """Copies the tracked files there."""
+    for path in tracked("**"):
+        target = folder / path.relative_to(REPOSITORY)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, target)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def source(tmp_path_factory) -> Path:
     """A copy of the source tree, as a checkout has it."""
-    folder = tmp_path_factory.mktemp("source") / "anyflash"
-    shutil.copytree(REPOSITORY, folder, ignore=NOT_SOURCE)
-    for generated in ("cmake", "include"):
-        shutil.rmtree(folder / "python/anyflash" / generated, ignore_errors=True)
-    return folder
+    return check_out(tmp_path_factory.mktemp("source") / "anyflash")
 
 
 def build(folder: Path, out: Path, *options: str, **environment: str) -> Path:

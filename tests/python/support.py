@@ -6,15 +6,14 @@ import functools
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
+from tree import REPOSITORY
 
 import anyflash
 from anyflash import _loader
 from anyflash.testing import Case, Expected, Inputs, expect, make_inputs
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.append(str(REPOSITORY / "tools"))
 from shared_lists import write_lists  # noqa: E402, F401
 

@@ -89,7 +89,7 @@ def _leaf_backward(inputs, out, lse, backend, dout=None, dlse=None, k=None, v=No
     o = {**inputs.options, **changes}
     window_left, window_right = o["window_size"]
     longest = o.get("max_seqlen_k", k.size(1))
-    return torch.ops.anyflash.attention_backward(
+    return torch.ops.anyflash._flash_attn_backward(
         inputs.dout if dout is None else dout,
         q,
         k,

@@ -8,6 +8,7 @@ with it. Run as a program, this file prints what each entry raised: how the othe
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from support import REPOSITORY, run_python
 
 import anyflash
+from anyflash import _core, _records
 
 pytestmark = pytest.mark.providers
 
@@ -213,7 +215,7 @@ TABLE = [
     Bad("operator_packed_qkv_rank", lambda: _public("flash_attn_varlen_qkvpacked_func", _t(2, 7, 3, 4, 16), _ints(0, 7), 7), R, ("qkv: expected (total, 3, heads, head_dim)", "(2, 7, 3, 4, 16)")),
     Bad("operator_num_splits", lambda: _public("flash_attn_with_kvcache", _t(2, 3, 4, 16), _t(2, 12, 2, 16), _t(2, 12, 2, 16), num_splits=129), R, ("num_splits > 128 not supported", "129")),
     Bad("operator_activation", lambda: _public("fused_mlp", _t(3, 6), _t(10, 6), None, _t(5, 10), None, "swish"), (R, V), ("activation", "swish", "gelu_tanh")),
-    Bad("operator_dropout_without_state", lambda: _forward(dropout_p=0.5), R, ("rng_state: missing", "0.5")),
+    Bad("operator_dropout_without_state", lambda: _backward(dropout_p=0.5), R, ("rng_state: missing", "0.5")),
     Bad("backward_lse_shape", lambda: _backward(lse=_t(2, 7, 4)), R, ("lse: expected (batch, heads, seqlen_q)", "(2, 7, 4)")),
     Bad("backward_lse_dtype", lambda: _backward(lse=_t(2, 4, 7, dtype=torch.float16)), R, ("lse: expected fp32", "fp16")),
     Bad("backward_dout_shape", lambda: _backward(dout=_t(2, 7, 4, 8)), R, ("dout must have shape", "(2, 7, 4, 8)")),
@@ -250,18 +252,18 @@ def _public(name, *arguments, **options):
 
 def _forward(dropout_p=0.0, backend=0):
     q = _t(1, 3, 2, 8)
-    return torch.ops.anyflash.attention_forward(
+    return torch.ops.anyflash._flash_attn_forward(
         q, q, q, None, None, 0, 0, None, None, None, None, None, None, None, dropout_p, 1.0, False,
-        -1, -1, 0.0, backend,
+        -1, -1, 0.0, False, backend,
     )  # fmt: skip
 
 
-def _backward(dout=None, out=None, lse=None, dlse=None):
+def _backward(dout=None, out=None, lse=None, dlse=None, dropout_p=0.0):
     q, k = _t(2, 7, 4, 16), _t(2, 9, 2, 16)
     given = [q if dout is None else dout, q, k, k, q if out is None else out]
-    return torch.ops.anyflash.attention_backward(
+    return torch.ops.anyflash._flash_attn_backward(
         *given, _t(2, 4, 7) if lse is None else lse, dlse, None, None, 0, 0, None, None, None, None,
-        None, None, 0.0, 1.0, False, -1, -1, 0.0, False, False, False, 0,
+        None, None, dropout_p, 1.0, False, -1, -1, 0.0, False, False, False, 0,
     )  # fmt: skip
 
 
@@ -303,16 +305,20 @@ def test_both_providers_say_the_same(provider):
 
 
 def test_device_mix(device):
-    """With a GPU through the operators; without one the check itself, which meta tensors reach."""
+    """With a GPU through the operators; without one the core, which sees a meta tensor."""
     if device == "cuda":
         kind, text = _raised(lambda: _dense(q=_t(2, 7, 4, 16).cuda()))
         assert kind == "RuntimeError"
         assert text == "k must be on CUDA: expected cuda:0 like q, got cpu"
         return
-    from anyflash._python_ops import validate
-
-    kind, text = _raised(lambda: validate.check_same_device(_t(1), "q", _meta(1), "v"))
-    assert (kind, text) == ("RuntimeError", "v must be on cpu: expected cpu like q, got meta")
+    call, choice = _records.new(_records.AttentionCall), _records.Choice()
+    for name, x in (("q", _t(2, 7, 4, 16)), ("k", _t(2, 7, 4, 16)), ("v", _meta(2, 7, 4, 16))):
+        _records.put(call, name, x)
+    records = [ctypes.byref(x) for x in (call, _core.caller(0), choice)]
+    prepare = _core.loaded().anyflash_prepare_attention
+    kind, text = _raised(lambda: _core.raise_for(prepare(records[0], None, False, *records[1:])))
+    expected = "v must be on cpu: expected cpu like q, got another device"
+    assert (kind, text) == ("RuntimeError", expected)
 
 
 ZERO_SIZES = [(0, 7, 9, 4), (2, 0, 9, 4), (2, 7, 0, 4), (0, 0, 0, 4)]

@@ -13,8 +13,7 @@ import torch
 from support import REPOSITORY, run_python, torch_version
 
 import anyflash
-from anyflash import _defs, backends
-from anyflash._python_ops import dispatch
+from anyflash import _core, _defs, backends
 
 pytestmark = pytest.mark.providers
 
@@ -61,45 +60,20 @@ def _random_problem(draw: random.Random) -> dict:
     }
 
 
-def _plain(decision: dict) -> tuple:
-    return decision["route"], [tuple(reason) for reason in decision["reasons"]]
-
-
-def test_cpp_and_python_decide_alike(provider):
-    if provider != "binary":
-        pytest.skip("there is no C++ decision without the binary")
-    from anyflash import _native
-
-    draw = random.Random(0)
-    routes = set()
-    for _ in range(8000):
-        problem = _random_problem(draw)
-        # Python's operators have no kernels: an order without that name, so that none is left out.
-        problem["chain"] = [name for name in problem["chain"] if name != "kernel"] or ["math"]
-        python, cpp = dispatch.decide(problem), _native.decide(problem)
-        assert _plain(cpp) == _plain(python), problem
-        routes.add(cpp["route"])
-    assert routes == {"none", "math", "aten_cpu", "aten_flash", "aten_efficient", "aten_cudnn"}
-
-
-def test_a_kernel_is_chosen_as_its_line_says(provider):
+def test_a_kernel_is_chosen_as_its_line_says():
     """The choice in C++ against the columns of instances.def as Python reads them."""
-    if provider != "binary":
-        pytest.skip("there are no kernels without the binary")
-    from anyflash import _native
-
     lines = {}
     for entry in _defs.entries("instances"):
         if entry.macro == "ATTENTION":
             arch, direction, dtype, top, multiple, names, _ = entry.fields
             name = f"attention_{direction}_{dtype}_d{top}_{arch}"
             lines[name] = dtype, direction, int(top), int(multiple), names
-    assert {i["name"] for i in _native.instances() if i["family"] == "attention"} <= set(lines)
+    assert {i["name"] for i in _core.instances() if i["family"] == "attention"} <= set(lines)
     draw = random.Random(3)
     chosen = set()
     for _ in range(4000):
         problem = {**_random_problem(draw), "chain": ["kernel"], "explicit": True}
-        decision = _native.decide(problem)
+        decision = _core.decide(problem)
         if problem["op"] != "attention" or decision["route"] != "kernel":
             continue
         dtype, direction, top, multiple, names = lines[decision["instance"]]
@@ -108,7 +82,7 @@ def test_a_kernel_is_chosen_as_its_line_says(provider):
             assert head_dim <= top and head_dim % multiple == 0
         assert set(problem["features"]) <= _defs.features(names)
         chosen.add(decision["instance"])
-    assert chosen == {i["name"] for i in _native.instances() if i["family"] == "attention"}
+    assert chosen == {i["name"] for i in _core.instances() if i["family"] == "attention"}
 
 
 def test_measured_table():
@@ -130,13 +104,8 @@ def _kernel_reason(**problem):
     return [reason for reason in _decide(device="cpu", **problem)[1] if reason.startswith("kernel")]
 
 
-def test_what_is_said_against_the_kernels_of_a_cpu(provider):
-    if provider != "binary":
-        assert _kernel_reason() == ["kernel: this build has no attention kernel for cpu"]
-        return
-    from anyflash import _native
-
-    oldest = "neon" if "neon" in {i["arch"] for i in _native.instances()} else "avx2"
+def test_what_is_said_against_the_kernels_of_a_cpu():
+    oldest = "neon" if "neon" in {i["arch"] for i in _core.instances()} else "avx2"
     assert _kernel_reason(isa="none") == [f"kernel: needs {oldest}, this CPU has none"]
     fp64 = _kernel_reason(isa=oldest, dtype="fp64")
     assert fp64 == ["kernel: needs fp16, bf16 or fp32, got fp64"]
@@ -167,13 +136,13 @@ NAMED_ON_A_GPU = [
 
 
 @pytest.mark.parametrize(("problem", "expected"), NAMED_ON_A_GPU, ids=lambda x: str(x))
-def test_attention_kernels_named_on_a_gpu(problem, expected, provider):
+def test_attention_kernels_named_on_a_gpu(problem, expected):
     fields = dict(
         op="attention", device="cuda", direction="forward", dtype="fp16", torch_version=211
     )
     fields |= dict(head_dim=64, head_dim_v=64, features=[], chain=["kernel"], explicit=True)
     decision = anyflash.decide({**fields, **problem})
-    if not _has_gpu_kernels(provider):
+    if not _has_gpu_kernels():
         missing = f"this build has no attention kernel for sm_{problem['sm']}"
         assert decision["reasons"] == [("kernel", missing)]
     elif expected.startswith("attention_"):
@@ -182,16 +151,12 @@ def test_attention_kernels_named_on_a_gpu(problem, expected, provider):
         assert decision["reasons"] == [("kernel", expected)]
 
 
-def _has_gpu_kernels(provider: str) -> bool:
-    if provider != "binary":
-        return False
-    from anyflash import _native
-
-    return any(instance["device"] == "cuda" for instance in _native.instances())
+def _has_gpu_kernels() -> bool:
+    return any(instance["device"] == "cuda" for instance in _core.instances())
 
 
-def test_plain_16_bit_attention_on_a_cpu_with_amx(provider):
-    if provider != "binary" or not _has_x86_kernels():
+def test_plain_16_bit_attention_on_a_cpu_with_amx():
+    if not _has_x86_kernels():
         pytest.skip("no kernels for x86")
     plain = dict(device="cpu", isa="amx", dtype="bf16")
     route, reasons = _decide(**plain, features=["gqa"])
@@ -204,17 +169,7 @@ def test_plain_16_bit_attention_on_a_cpu_with_amx(provider):
 
 
 def _has_x86_kernels() -> bool:
-    from anyflash import _native
-
-    return "avx2" in {instance["arch"] for instance in _native.instances()}
-
-
-def test_cpp_and_python_have_the_same_routes(provider):
-    if provider != "binary":
-        pytest.skip("there is no C++ table without the binary")
-    from anyflash import _native
-
-    assert [row["name"] for row in _native.routes()] == [row.name for row in dispatch.routes()]
+    return "avx2" in {instance["arch"] for instance in _core.instances()}
 
 
 @pytest.mark.parametrize("key", ["op", "device", "isa", "direction", "dtype"])
@@ -318,7 +273,7 @@ def test_default_chain_never_ends_without_a_route():
 
 def test_lengths_are_no_part_of_a_decision():
     """Dynamic shapes never change it, so a compiled graph holds for all lengths."""
-    text = (REPOSITORY / "csrc" / "problem.h").read_text()
+    text = (REPOSITORY / "core" / "problem.h").read_text()
     body = re.search(r"struct Problem \{(.*?)\n\};", text, re.DOTALL).group(1)
     code = re.sub(r"//.*", "", body)
     assert not re.search(r"seqlen|batch|total", code)

@@ -1,28 +1,33 @@
-"""What the pages say exists, and their generated tables are current."""
+"""What pages and comments name exists, links lead somewhere, and generated tables are current."""
 
 from __future__ import annotations
 
+import ast
+import io
 import json
 import re
 import subprocess
 import sys
+import tokenize
+from pathlib import Path
 
 import pytest
-from support import REPOSITORY
+from tree import REPOSITORY, text_of, tracked
 
 from anyflash.__main__ import _parser
 
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *sorted(
-    str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md")
-)]  # fmt: skip
+TRACKED = {path.relative_to(REPOSITORY).as_posix() for path in tracked("**")}
+FOLDERS = {folder.as_posix() for name in TRACKED for folder in Path(name).parents}
+PAGES = sorted(name for name in TRACKED if name.endswith(".md"))
 
 
 def read(page: str) -> str:
     return (REPOSITORY / page).read_text(encoding="utf-8")
 
 
-def test_tables_are_current():
-    command = [sys.executable, "scripts/dispatch_table.py", "--check"]
+@pytest.mark.parametrize("script", ["dispatch_table.py", "readme.py"])
+def test_tables_are_current(script):
+    command = [sys.executable, f"scripts/{script}", "--check"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -40,12 +45,65 @@ def test_commands_exist(page):
         assert (REPOSITORY / f"{module.replace('.', '/')}.py").is_file(), module
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_paths_exist(page):
-    pattern = r"`((?:csrc|kernels|python|tests|scripts|docs|benchmarks|examples|tools)/[\w./-]*)`"
-    for path in re.findall(pattern, read(page)):
-        if "results" not in path:
-            assert (REPOSITORY / path).exists(), path
+# Named like files of ours, but made by a build, by a GPU run, by a reader of the page.
+MADE = {
+    *("python/anyflash/_build.json", "python/anyflash/_lists.py", "python/anyflash/cmake"),
+    *("python/anyflash/include", "benchmarks/results", "tests/cpp/fuzz_cpu_attention"),
+    *("cmake/anyflashConfig.cmake.in", "built.def", "_lists.py", "_companion.py", "train.py"),
+    "kernel.cpp",  # an example of a command
+    "csrc/xentropy",  # upstream's
+}
+PATH = re.compile(
+    rf"(?<![\w./-])((?:{'|'.join(sorted({name.split('/')[0] for name in TRACKED if '/' in name}))})"
+    r"/[\w./-]*\w)"
+)
+FILE = re.compile(
+    r"(?<![\w./<>*{}%-])(?!torch/)((?:[\w-]+/)*[A-Za-z_][\w-]*\.(?:h|cpp|cuh?|py|def|md|sh|cmake|svg))\b(?!\.\w)"
+)
+LINE_COMMENT = {
+    **dict.fromkeys((".h", ".cpp", ".cu", ".cuh", ".def"), "//"),
+    **dict.fromkeys((".cmake", ".sh", ".txt", ".toml", ".yaml"), "#"),
+}
+
+
+def comments(path: Path) -> str:
+    """What a file says to its readers: all of a page, comments and docstrings of code."""
+    text = text_of(path) or ""
+    if path.suffix == ".md":
+        return text
+    if path.suffix == ".py":
+        said = [t.string for t in tokenize.generate_tokens(io.StringIO(text).readline)
+                if t.type == tokenize.COMMENT]  # fmt: skip
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, documented)]
+        return "\n".join([*said, *(ast.get_docstring(node) or "" for node in nodes)])
+    mark = LINE_COMMENT.get(path.suffix, "#" if path.name == "Makefile" else None)
+    return "\n".join(re.findall(rf"{mark}.*", text)) if mark else ""
+
+
+def test_named_paths_exist():
+    """Wherever a path of the tree is written, in code too, it leads to a file."""
+    wrong = [
+        f"{name}: {path}"
+        for name in sorted(TRACKED)
+        for path in PATH.findall(text_of(REPOSITORY / name) or "")
+        if path not in TRACKED | FOLDERS | MADE
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_named_files_exist():
+    """A comment that names a header means one file or more of that name, wherever they lie."""
+    parts = [name.split("/") for name in TRACKED]
+    known = MADE | {"/".join(path[i:]) for path in parts for i in range(len(path))}
+    known |= {f"anyflash/{name}" for name in TRACKED}  # headers, installed
+    wrong = [
+        f"{path.relative_to(REPOSITORY)}: {name}"
+        for path in tracked("**")
+        for name in FILE.findall(comments(path))
+        if name not in known
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -56,10 +114,19 @@ def test_environment_variables_are_known(page):
         assert name in ENVIRONMENT, name
 
 
-def test_links_lead_somewhere():
-    for page in PAGES:
-        for link in re.findall(r"\]\(([^)#:]+)\)", read(page)):
-            assert (REPOSITORY / page).parent.joinpath(link).exists(), f"{page}: {link}"
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as links name them."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for link, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", read(page)):
+        target = (REPOSITORY / page).parent.joinpath(link).resolve() if link else REPOSITORY / page
+        name = target.relative_to(REPOSITORY).as_posix()
+        assert name in TRACKED | FOLDERS, f"{page}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page}: {link}#{anchor}"
 
 
 def test_the_code_of_the_readme_runs_as_pasted(capsys):

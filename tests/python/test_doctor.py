@@ -15,7 +15,7 @@ import torch
 from support import run_python, torch_version, write_lists
 
 import anyflash
-from anyflash import _clients, _doctor_text, _installs, _loader, _machine
+from anyflash import _clients, _core, _doctor_text, _installs, _loader, _machine
 from anyflash import _doctor as doctor
 from anyflash.__main__ import main
 
@@ -74,7 +74,7 @@ def test_the_cpu_is_named_with_its_kernels(capsys, provider):
     assert facts["cpu"]["isa"] == _loader.cpu_isa()
     assert facts["cpu"]["isa"] in line
     for name in facts["cpu"]["kernels"]:
-        assert name in {instance["name"] for instance in _loader.native.instances()}
+        assert name in {instance["name"] for instance in _core.instances()}
         assert name.split("_")[-1] in line
 
 

@@ -101,7 +101,7 @@ def test_pages_hold_what_seqused_says(device, held):
 def test_padded_storage_of_gappy_keys():
     """What a GPU computes, whose lengths are not read: the gathering of the Python operators."""
     from anyflash._python_ops import parts
-    from anyflash._python_ops.problem import AttentionArgs
+    from anyflash._python_ops.arguments import AttentionArgs
 
     (q, k, v), lengths = _gappy("cpu")
     names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_k")

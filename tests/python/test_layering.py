@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
-from support import REPOSITORY
+from tree import REPOSITORY, text_of, tracked
 
 CODE = {".h", ".cpp", ".cu", ".cuh", ".in"}
 STABLE_HEADERS = ("torch/csrc/stable/", "torch/csrc/inductor/aoti_torch/", "torch/headeronly/")
@@ -16,36 +15,11 @@ PACKAGE = REPOSITORY / "python/anyflash"
 
 
 def _sources(folder: str) -> list[Path]:
-    files = [p for p in (REPOSITORY / folder).rglob("*") if p.suffix in CODE and p.is_file()]
-    assert files, f"nothing found under {folder}"
-    return files
+    return [path for path in tracked(f"{folder}/**") if path.suffix in CODE]
 
 
 def _includes(path: Path) -> list[str]:
     return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.M)
-
-
-def _tracked() -> list[Path]:
-    """What git would commit; in a source tree without git, everything that is no build output."""
-    done = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode == 0:
-        names = done.stdout.split("\0")
-        return [REPOSITORY / n for n in names if n and (REPOSITORY / n).is_file()]
-    skipped = re.compile(r"(build|out|dist|\.(?!ci|clang|git|pre).*)/")
-    files = [p for p in REPOSITORY.rglob("*") if p.is_file()]
-    return [p for p in files if not skipped.match(p.relative_to(REPOSITORY).as_posix())]
-
-
-def _text_of(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        return None
 
 
 def test_kernels_know_nothing_of_torch():
@@ -55,9 +29,23 @@ def test_kernels_know_nothing_of_torch():
             assert not name.startswith("csrc/"), f"{path} looks up: {name}"
 
 
+@pytest.mark.parametrize("folder", ["kernels", "csrc"])
+def test_what_ships_knows_nothing_of_its_tests(folder):
+    for path in _sources(folder):
+        found = re.search(r"\b(tests|emulator)/.*", path.read_text())
+        assert not found, f"{path}: {found[0]}"
+
+
+def test_emulator_knows_nothing_of_the_library():
+    for path in _sources("emulator"):
+        for name in _includes(path):
+            assert not name.startswith(("kernels/", "csrc/")), f"{path}: {name}"
+            assert not name.startswith("tests/") or name == "tests/cpp/catch.h", f"{path}: {name}"
+
+
 def test_kernels_use_no_standard_headers_on_the_device():
     """They must compile with NVRTC too."""
-    for path in (REPOSITORY / "kernels").rglob("*.cuh"):
+    for path in tracked("kernels/**/*.cuh"):
         for name in _includes(path):
             assert "/" in name or name.endswith((".h", ".cuh")), f"{path}: <{name}>"
             assert name != "cuda.h", f"{path}: {name}"
@@ -76,12 +64,11 @@ def test_operators_include_only_stable_headers_of_torch():
                 assert name.startswith(STABLE_HEADERS), f"{path}: {name}"
 
 
-def test_decision_and_native_module_are_free_of_torch():
-    decision = ("problem.h", "dispatch.h", "dispatch_tables.h", "dispatch.cpp", "environment.cpp")
-    for name in (*decision, "native.cpp"):
-        path = REPOSITORY / "csrc" / name
-        assert path.is_file(), path
-        assert not [i for i in _includes(path) if i.startswith(("torch/", "ATen/", "c10/"))], path
+def test_the_core_is_free_of_torch_and_knows_nothing_above_it():
+    for path in _sources("core"):
+        for name in _includes(path):
+            assert not name.startswith(("torch/", "ATen/", "c10/", "csrc/", "tests/")), path
+            assert name.startswith(("core/", "kernels/")) or "/" not in name, f"{path}: {name}"
 
 
 def test_only_the_stable_folder_meets_the_registrar_macros():
@@ -92,7 +79,7 @@ def test_only_the_stable_folder_meets_the_registrar_macros():
 
 
 def test_no_libraries_of_cuda_are_included():
-    for path in _sources("csrc") + _sources("kernels"):
+    for path in _sources("core") + _sources("csrc") + _sources("kernels"):
         for name in _includes(path):
             assert not re.match(r"(cublas|cudnn|cusparse|cusolver|nccl)", name), f"{path}: {name}"
 
@@ -113,7 +100,7 @@ def _imports(path: Path) -> set[str]:
 
 def test_engine_never_looks_up():
     """anyflash does not import the drop-in, tools or tests; they import it."""
-    for path in PACKAGE.rglob("*.py"):
+    for path in tracked("python/anyflash/**/*.py"):
         parts = path.relative_to(PACKAGE).parts
         if parts[0] in ("dropin", "demo") or path.name in (
             "doctor.py",
@@ -128,7 +115,7 @@ def test_engine_never_looks_up():
 
 def test_python_provider_uses_nothing_above_the_operators():
     above = {"attention", "kvcache", "fused_mlp", "_autograd", "testing", "doctor"}
-    for path in (PACKAGE / "_python_ops").rglob("*.py"):
+    for path in tracked("python/anyflash/_python_ops/**/*.py"):
         for name in _imports(path):
             parts = name.split(".")
             outside = parts[0] == "anyflash" and parts[1:2] != ["_python_ops"]
@@ -136,7 +123,7 @@ def test_python_provider_uses_nothing_above_the_operators():
 
 
 def test_testing_calls_no_operator_of_the_library():
-    for path in PACKAGE.glob("testing*.py"):
+    for path in tracked("python/*/testing*.py"):
         code = ast.dump(ast.parse(path.read_text()))
         assert "attr='ops'" not in code, path
         for name in _imports(path):
@@ -146,16 +133,18 @@ def test_testing_calls_no_operator_of_the_library():
 
 def test_dropin_has_no_algorithms():
     """The drop-in names things and calls the engine; matrix products are not its job."""
-    for path in (PACKAGE / "dropin").rglob("flash_attn_interface.py"):
+    for path in tracked("python/anyflash/dropin/**/flash_attn_interface.py"):
         text = path.read_text()
         for word in ("softmax(", "matmul(", "einsum(", "scaled_dot_product_attention(", " @ "):
             assert word not in re.sub(r'""".*?"""', "", text, flags=re.DOTALL), f"{path}: {word}"
 
 
-# Who may read a tensor on the host: checks that ANYFLASH_CHECK asks for, and CPU code.
+# Who may read a tensor on the host: checks that ANYFLASH_CHECK asks for, CPU code, and numbers that
+# callers give as tensors.
 HOST_READERS = {
-    "validate.py": "_check_values",
-    "kvcache.py": "_check_values",
+    "_core.py": "put_with_values",
+    "without_core.py": "_check_lengths",
+    "attention.py": "_longest",
     "parts.py": "_sequences",
 }
 
@@ -163,7 +152,7 @@ HOST_READERS = {
 def test_no_device_synchronisation_in_the_operators():
     """.item(), .tolist() and .cpu() wait for a GPU: allowed in the functions listed alone."""
     waits = re.compile(r"\.(item|tolist|cpu|numpy|nonzero)\(")
-    for path in [*PACKAGE.glob("[!t_]*.py"), *(PACKAGE / "_python_ops").rglob("*.py")]:
+    for path in tracked("python/anyflash/[!t_]*.py", "python/anyflash/_python_ops/**/*.py"):
         if path.name in ("doctor.py", "explain.py"):
             continue
         text = path.read_text()
@@ -181,8 +170,8 @@ MACHINE = r"(?<![\w./-])/(?:root|home/\w+|work|tmp)/\w|(?<![\w])C:\\\\Users"
 
 def test_no_machine_paths_or_registry_hosts():
     found = []
-    for path in _tracked():
-        text = _text_of(path)
+    for path in tracked("**"):
+        text = text_of(path)
         if text is None or path == Path(__file__):
             continue
         for number, line in enumerate(text.splitlines(), 1):
@@ -194,8 +183,8 @@ def test_no_machine_paths_or_registry_hosts():
 def test_no_debts_in_the_code():
     """What is committed is done."""
     words = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X|HA" + r"CK)\b")
-    for path in _tracked():
-        text = _text_of(path)
+    for path in tracked("**"):
+        text = text_of(path)
         if text is None or path.suffix not in {".py", ".h", ".cpp", ".cu", ".cuh", ".def", ".txt"}:
             continue
         assert not words.search(text), path
@@ -204,10 +193,13 @@ def test_no_debts_in_the_code():
 LONGEST_FILE, LONGEST_FUNCTION = 420, 80
 
 
-@pytest.mark.parametrize("folder", ["python", "tests/python", "tools", "scripts", "benchmarks"])
+@pytest.mark.parametrize(
+    "folder",
+    ["python", "emulator", "tests/python", "tests/emulated", "tools", "scripts", "benchmarks"],
+)
 def test_files_and_functions_stay_readable(folder):
-    for path in (REPOSITORY / folder).rglob("*.py"):
-        if {"testing_cases.py", "build"} & set(path.parts):  # data
+    for path in tracked(f"{folder}/**/*.py"):
+        if path.name == "testing_cases.py":  # data
             continue
         text = path.read_text()
         limit = LONGEST_FILE + 120 * path.name.startswith("test_")
@@ -223,13 +215,13 @@ def test_files_and_functions_stay_readable(folder):
 
 def test_package_supports_old_pythons():
     """Python 3.9 reads it: no match statement, no runtime use of newer syntax."""
-    for path in PACKAGE.rglob("*.py"):
+    for path in tracked("python/anyflash/**/*.py"):
         ast.parse(path.read_text(), feature_version=(3, 9))
         if re.search(r"\w \| (None|\w+)", path.read_text()) and "annotations" in path.read_text():
             assert "from __future__ import annotations" in path.read_text(), path
 
 
 def test_every_python_file_says_what_it_is():
-    for path in PACKAGE.rglob("*.py"):
+    for path in tracked("python/anyflash/**/*.py"):
         if path.name != "__init__.py" and path.stat().st_size:
             assert ast.get_docstring(ast.parse(path.read_text())), path

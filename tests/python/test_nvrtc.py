@@ -8,10 +8,10 @@ import importlib.util
 import os
 
 import pytest
-from support import REPOSITORY
+from tree import REPOSITORY, tracked
 
 KERNELS = REPOSITORY / "kernels"
-HEADERS = sorted(path.relative_to(KERNELS).as_posix() for path in KERNELS.rglob("*.cuh"))
+HEADERS = sorted(path.relative_to(KERNELS).as_posix() for path in tracked("kernels/**/*.cuh"))
 
 # A kernel of each header that defines some: the dearest one.
 INSTANTIATED = {

@@ -10,6 +10,7 @@ import torch
 from support import REPOSITORY
 
 import anyflash
+from anyflash._operators.attention import AttentionCall, BackwardCall
 
 pytestmark = pytest.mark.providers
 
@@ -52,7 +53,7 @@ def _forward_samples(device):
                alibi=None, bias=None, sinks=None, rng=None, p=0.0, causal=True, window=(-1, -1),
                softcap=0.0, backend=0):  # fmt: skip
         return (q, k, v, *cu, *longest, used, leftpad, table, alibi, bias, sinks, rng, p, 0.25,
-                causal, *window, softcap, backend)  # fmt: skip
+                causal, *window, softcap, False, backend)  # fmt: skip
 
     slopes, bias = torch.rand(4, device=device), torch.randn(2, 1, 7, 9, device=device)
     rng, sinks = torch.tensor([3, 4], device=device), torch.randn(4, device=device)
@@ -87,18 +88,16 @@ def _backward_samples(device):
     for name, forward in _forward_samples(device).items():
         if name == "paged":
             continue
-        out, lse = _op("attention_forward")(*forward)
-        q, k, v, *rest = forward
-        before_table, (_, *after_table) = rest[:6], rest[6:]
-        *options, backend = after_table
-        wants_bias, wants_sinks = options[1] is not None, options[2] is not None
-        samples[name] = (
-            *(torch.randn_like(out), q, k, v, out, lse),
-            torch.randn_like(lse) if name == "everything" else None,
-            *before_table,
-            *options,
-            *(name == "everything", wants_bias, wants_sinks, backend),
-        )
+        call = AttentionCall(*forward)
+        out, lse, _ = _op("_flash_attn_forward")(*forward)
+        given = {n: x for n, x in call._asdict().items() if n in BackwardCall._fields}
+        given.update(
+            dout=torch.randn_like(out), out=out, softmax_lse=lse,
+            dsoftmax_lse=torch.randn_like(lse) if name == "everything" else None,
+            bias_requires_grad=call.bias is not None, sinks_requires_grad=call.sinks is not None,
+            deterministic=name == "everything",
+        )  # fmt: skip
+        samples[name] = tuple(BackwardCall(**given))
     return samples
 
 
@@ -234,24 +233,24 @@ def samples_of(name: str, device: str) -> dict[str, tuple]:
     cache = [torch.randn(2, 12, 2, 16, device=device) for _ in "kv"]
     new = [torch.randn(2, 7, 2, 16, device=device) for _ in "kv"]
     return {
-        "attention_forward": lambda: _forward_samples(device),
-        "attention_backward": lambda: _backward_samples(device),
-        "attention_kvcache_": lambda: _kvcache_samples(device),
-        "bias_activation": lambda: {
+        "_flash_attn_forward": lambda: _forward_samples(device),
+        "_flash_attn_backward": lambda: _backward_samples(device),
+        "_flash_attn_kvcache_": lambda: _kvcache_samples(device),
+        "_bias_activation_forward": lambda: {
             "bias": (x, b1[:6], 0, 0),
             "gate": (x, None, 4, 0),
             "strided": (x.transpose(0, 1), b1[:6], 1, 0),
         },
-        "bias_activation_backward": lambda: {
+        "_bias_activation_backward": lambda: {
             "bias": (torch.randn_like(x), x, b1[:6], 3, 0),
             "gate": (x[..., :3].contiguous(), x, None, 4, 0),
         },
-        "fused_mlp_forward": lambda: {
+        "_fused_mlp_forward": lambda: {
             "saved": (x, w1, b1, w2, b2, 0, True, 0),
             "recomputed": (x, w1, None, w2, None, 2, False, 0),
             "gate": (*gated, 4, True, 0),
         },
-        "fused_mlp_backward": lambda: {
+        "_fused_mlp_backward": lambda: {
             "saved": (dout, x, w1, b1, w2, hidden, True, 0, 0),
             "recomputed": (dout, x, w1, None, w2, hidden.new_empty(0), False, 2, 0),
         },
@@ -287,17 +286,29 @@ def samples_of(name: str, device: str) -> dict[str, tuple]:
     }[name]()
 
 
-def _differentiable(arguments: tuple) -> tuple:
+#: Tensors whose gradient an operator refuses, or all of them.
+WITHOUT_GRADIENT = {
+    "rotary": ("cos", "sin"),
+    "_flash_attn_forward": ("alibi_slopes",),
+    "flash_attn_func": ("alibi_slopes",),
+}
+
+
+def _differentiable(name: str, arguments: tuple) -> tuple:
     """Leaves that ask for a gradient in place of the floating tensors."""
+    names = [argument.name for argument in _op(name)._schema.arguments]
+    refused = WITHOUT_GRADIENT.get(name, ())
     return tuple(
-        a.detach().clone().requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a
-        for a in arguments
+        a.detach().clone().requires_grad_()
+        if torch.is_tensor(a) and a.is_floating_point() and n not in refused
+        else a
+        for n, a in zip(names, arguments)
     )
 
 
 def test_the_list_of_operators_is_complete():
     assert len(GROUPS) == TEXT.count("\nOPERATOR(")
-    assert LEAVES[0] == "attention_forward" and PUBLIC[0] == "flash_attn_func"
+    assert LEAVES[0] == "_flash_attn_backward" and PUBLIC[0] == "flash_attn_func"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -318,12 +329,10 @@ def test_opcheck_with_gradients(name, device):
     for what, arguments in samples_of(name, device).items():
         if (name, what) == ("cross_entropy_forward", "part"):
             continue  # refuses one
-        if name == "rotary":  # refuses a gradient of its tables
-            arguments = (*_differentiable(arguments[:1]), *arguments[1:])
-        elif not name.endswith(
-            ("_", "kvcache")
-        ):  # a leaf that asks for a gradient cannot be written
-            arguments = _differentiable(arguments)
+        if (name, what) == ("_flash_attn_forward", "paged"):
+            continue  # likewise
+        if not name.endswith(("_", "kvcache")):  # a leaf that asks for a gradient can't be written
+            arguments = _differentiable(name, arguments)
         found = torch.library.opcheck(_op(name), arguments, raise_exception=False)
         assert set(found.values()) == {"SUCCESS"}, f"{name} {what}: {found}"
 
@@ -345,14 +354,16 @@ def test_fakes_have_the_strides_of_the_real_results(name, device):
 
 
 @pytest.mark.parametrize("name", [name for name in LEAVES if not name.endswith("_")])
-def test_leaf_operators_do_not_record_gradients(name, device):
-    """A leaf called with inputs that ask for gradients lets autograd record nothing inside it."""
+def test_a_leaf_refuses_a_backward_and_forward_mode(name, device):
     for arguments in samples_of(name, device).values():
-        results = _op(name)(*_differentiable(arguments))
-        for result in (results,) if torch.is_tensor(results) else results:
-            # torch's own node for operators without a formula, which warns and gives no gradient.
-            grad_fn = result.grad_fn
-            assert grad_fn is None or "WarnNotImplemented" in grad_fn.name(), grad_fn.name()
+        results = _op(name)(*_differentiable(name, arguments))
+        with pytest.raises(RuntimeError, match="second derivative|gradient"):
+            next(x for x in results if x.requires_grad).sum().backward()
+        first, *rest = arguments
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(first, torch.ones_like(first))
+            with pytest.raises(RuntimeError, match="forward|jvp"):
+                _op(name)(dual, *rest)
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -366,7 +377,7 @@ def test_public_operator_is_the_python_function(name, device):
             assert torch.equal(_op(name)(*arguments), expected)
             assert torch.equal(arguments[1], k_cache)
             continue
-        ours, theirs = _differentiable(arguments), _differentiable(arguments)
+        ours, theirs = (_differentiable(name, arguments) for _ in range(2))
         out, expected = _op(name)(*ours), _python_function(name, *theirs)
         torch.testing.assert_close(out, expected, msg=lambda m, w=what: f"{name} {w}: {m}")
         out.sin().sum().backward()
@@ -428,11 +439,26 @@ def test_dropout_of_the_public_operator(device):
     torch.testing.assert_close((dv * v).sum(), out.sum(), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_the_forward_returns_what_its_dropout_repeats_from(device, given):
+    torch.manual_seed(1)
+    state = torch.tensor([7, 8], device=device) if given else None
+    call = AttentionCall(*_forward_samples(device)["dense"])._replace(dropout_p=0.5)
+    out, _, rng_state = _op("_flash_attn_forward")(*call._replace(rng_state=state))
+    again, _, same = _op("_flash_attn_forward")(*call._replace(rng_state=rng_state))
+    assert torch.equal(out, again) and torch.equal(rng_state, same)
+    assert not given or torch.equal(rng_state, state)
+    assert rng_state.data_ptr() not in (same.data_ptr(), 0 if state is None else state.data_ptr())
+    other = _op("_flash_attn_forward")(*call)[2]
+    assert other.shape == (2,) and not torch.equal(other, rng_state)
+    assert _op("_flash_attn_forward")(*call._replace(dropout_p=0.0))[2].shape == (0,)
+
+
 class Scripted(torch.nn.Module):
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out, lse = torch.ops.anyflash.attention_forward(
+        out, lse, rng_state = torch.ops.anyflash._flash_attn_forward(
             q, k, v, None, None, 0, 0, None, None, None, None, None, None, None,
-            0.0, 0.25, True, -1, -1, 0.0, 0,
+            0.0, 0.25, True, -1, -1, 0.0, False, 0,
         )  # fmt: skip
         return out * torch.ops.anyflash.flash_attn_func(q, k, v, 0.0, None, True)
 

@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -18,14 +17,15 @@ import pytest
 from installations import (
     LINUX,
     NO_COMPILER,
-    NOT_SOURCE,
     REPOSITORY,
     SMOKE,
     Environment,
     build,
     call,
+    check_out,
     doctor_of,
 )
+from tree import tracked
 
 sys.path.append(str(REPOSITORY / "scripts"))
 from test_matrix import find_python  # noqa: E402
@@ -125,8 +125,9 @@ def test_the_drop_in_has_no_record(wheel, source):
 def test_every_module_of_the_drop_in_belongs_to_the_name():
     dropin = REPOSITORY / "python/anyflash/dropin"
     listed = (dropin / "flash_attn-2.8.3.dist-info/top_level.txt").read_text().split()
-    modules = {p.stem for p in dropin.glob("*.py")} | {
-        p.parent.name for p in dropin.glob("*/__init__.py")
+    modules = {
+        path.parent.name if path.name == "__init__.py" else path.stem
+        for path in tracked("python/anyflash/dropin/*.py", "python/anyflash/dropin/*/__init__.py")
     }
     assert modules <= set(listed)
 
@@ -257,10 +258,9 @@ def test_a_binary_that_was_asked_for_and_cannot_be_built_is_an_error(source, tmp
     assert call(*command, check=False, ANYFLASH_BUILD="1", **settings).returncode
 
 
-def test_editable_install(environment, source, tmp_path):
+def test_editable_install(environment, tmp_path):
     """The start-up files come along, and nothing that pip could follow to delete sources."""
-    tree = tmp_path / "tree"
-    shutil.copytree(source, tree, ignore=NOT_SOURCE)
+    tree = check_out(tmp_path / "tree")
     environment.install("--editable", tree, ANYFLASH_BUILD="0")
     assert {"anyflash.pth", "anyflash.start"} <= environment.files()
     assert environment.smoke()["file"] == str(

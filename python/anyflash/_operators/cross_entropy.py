@@ -37,7 +37,7 @@ def _statistics_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-# ---- The checks of csrc/cross_entropy.cpp, in its words.
+# ---- The checks of csrc/rowwise/cross_entropy.cpp, in its words.
 
 
 def _check(condition: bool, message: Callable[[], str]) -> None:
@@ -231,7 +231,7 @@ def _backward_(dlosses: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, *op
         logits[rows].copy_(gradient)
 
 
-MATH = {
+MATH: dict[str, Callable[..., Any]] = {
     "cross_entropy_forward": _forward,
     "cross_entropy_backward": _backward,
     "cross_entropy_backward_": _backward_,

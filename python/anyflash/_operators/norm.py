@@ -10,6 +10,7 @@ dtype of residual_out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -171,7 +172,7 @@ def has_own_dresidual(has_residual: bool, masked: bool, scaled: bool, same_dtype
     return has_residual and (masked or scaled or not same_dtype)
 
 
-MATH = {"norm_forward": _forward, "norm_backward": _backward}
+MATH: dict[str, Callable[..., Any]] = {"norm_forward": _forward, "norm_backward": _backward}
 
 
 def _forward_fake(
@@ -276,7 +277,8 @@ class NormFunction(Function):
         has_residual, has_x1 = ctx.options[3:5]
         if dy is None:
             dy = torch.zeros_like(z, dtype=None if dy1 is None else dy1.dtype)
-        dx, dx1, dresidual, *gradients = torch.ops.anyflash.norm_backward.default(
+        dx, dx1, dresidual, *gradients = below_autograd(
+            torch.ops.anyflash.norm_backward.default,
             dy, dy1 if weight1 is not None else None, dz if ctx.stored else None, z, mean, rstd,
             *rest, *ctx.options,
         )  # fmt: skip

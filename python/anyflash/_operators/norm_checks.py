@@ -1,4 +1,4 @@
-"""What norm_forward and norm_backward refuse, with the words of csrc/norm.cpp."""
+"""What norm_forward and norm_backward refuse, with the words of csrc/rowwise/norm.cpp."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _refuse(text: str) -> NoReturn:
 
 
 def _name(dtype: torch.dtype) -> str:
-    from .._python_ops.problem import DTYPE_NAMES
+    from .._python_ops.arguments import DTYPE_NAMES
 
     return DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
 

@@ -3,6 +3,7 @@ that grows with the row's position."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ def _check_arguments(
     cu_seqlens: Tensor | None,
     max_seqlen: int,
 ) -> None:
-    """The checks of csrc/rotary.cpp, in its words."""
+    """The checks of csrc/rowwise/rotary.cpp, in its words."""
     _check_shapes(x, cos, sin, cu_seqlens)
     if cu_seqlens is None:
         batch, seqlen = x.shape[0], x.shape[1]
@@ -276,6 +277,6 @@ def _fake_(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> None:
     _check_shapes(x, cos, sin, rest[2])
 
 
-MATH = {"rotary": _rotary_math, "rotary_": rotate_}
+MATH: dict[str, Callable[..., Any]] = {"rotary": _rotary_math, "rotary_": rotate_}
 FAKES = {"rotary": _fake, "rotary_": _fake_}
 DIFFERENTIABLE = {"rotary": rotary, "rotary_": rotary_}

@@ -15,13 +15,13 @@ from . import attention, flash_attn_api, kvcache, mlp
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
-        attention.attention_forward,
-        attention.attention_backward,
-        kvcache.attention_kvcache_,
-        mlp.bias_activation,
-        mlp.bias_activation_backward,
-        mlp.fused_mlp_forward,
-        mlp.fused_mlp_backward,
+        attention._flash_attn_forward,
+        attention._flash_attn_backward,
+        kvcache._flash_attn_kvcache_,
+        mlp._bias_activation_forward,
+        mlp._bias_activation_backward,
+        mlp._fused_mlp_forward,
+        mlp._fused_mlp_backward,
         attention.refuse_gradient,
         flash_attn_api.flash_attn_func,
         flash_attn_api.flash_attn_kvpacked_func,

@@ -78,6 +78,21 @@ class AttentionArgs:
         """What scores and log-sum-exp are computed in."""
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
 
+    def normalise(self, causal: bool) -> None:
+        """What prepare() does to the numbers, for callers without the core: lengths from the
+        shapes, windows that reach every key unbounded, causal as a window."""
+        if not self.packed:
+            self.max_seqlen_q = self.q.shape[1]
+        if self.block_table is not None:
+            self.max_seqlen_k = self.block_table.shape[1] * self.k.shape[1]
+        elif self.k.dim() == 4:
+            self.max_seqlen_k = self.k.shape[1]
+        for side in ("window_left", "window_right"):
+            window = getattr(self, side)
+            setattr(self, side, -1 if window < 0 or window >= self.max_seqlen_k else window)
+        if causal:
+            self.window_right = 0
+
 
 @dataclass
 class BackwardArgs:

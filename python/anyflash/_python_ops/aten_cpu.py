@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _core
+from .. import _core, _records
+from .arguments import AttentionArgs, BackwardArgs, Gradients
 from .math import empty_results
 from .parts import INFINITY, ViewPart, covers_everything, parts_of
-from .arguments import AttentionArgs, BackwardArgs, Gradients
 
 _CAUSAL, _INTERVAL = 1, 2  # Piece::Mask of core/pieces.h
 _FORWARD, _BACKWARD, _BIAS = range(3)  # PlanFor
@@ -66,7 +66,7 @@ class PartProblem:
     def covers_all_rows(self) -> bool:
         return (self.row_begin, self.row_end) == (0, self.seqlen_q)
 
-    def is_whole(self, piece: _core.Piece) -> bool:
+    def is_whole(self, piece: _records.Piece) -> bool:
         rows, keys = (piece.row_begin, piece.row_end), (piece.key_begin, piece.key_end)
         return rows == (0, self.seqlen_q) and keys == (0, self.seqlen_k)
 
@@ -76,7 +76,7 @@ class PartProblem:
             return mask.masked_fill_(bias, 0.0)
         return bias if bias.dtype == self.q.dtype else bias.to(self.mask_dtype)
 
-    def _explicit_mask(self, piece: _core.Piece) -> Tensor | None:
+    def _explicit_mask(self, piece: _records.Piece) -> Tensor | None:
         mask = None
         if piece.mask == _INTERVAL:
             mask = self._interval_mask(piece)
@@ -89,7 +89,7 @@ class PartProblem:
             bias = bias[..., piece.key_begin : piece.key_end]
         return bias if mask is None else bias + mask.to(bias.dtype)
 
-    def _interval_mask(self, piece: _core.Piece) -> Tensor:
+    def _interval_mask(self, piece: _records.Piece) -> Tensor:
         rows = torch.arange(piece.row_begin, piece.row_end).unsqueeze(1)
         rows += self.seqlen_k - self.seqlen_q
         keys = torch.arange(piece.key_begin, piece.key_end)
@@ -101,13 +101,13 @@ class PartProblem:
         mask = torch.zeros((len(rows), len(keys)), dtype=self.mask_dtype)
         return mask.masked_fill_(hidden, -INFINITY)
 
-    def _cut(self, piece: _core.Piece) -> tuple[Tensor, Tensor, Tensor]:
+    def _cut(self, piece: _records.Piece) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v of a piece as (batch, heads, seqlen, head_dim)."""
         q = self.q[:, piece.row_begin : piece.row_end].transpose(1, 2)
         keys = slice(piece.key_begin, piece.key_end)
         return q, self.k[:, keys].transpose(1, 2), self.v[:, keys].transpose(1, 2)
 
-    def attend(self, piece: _core.Piece) -> Block:
+    def attend(self, piece: _records.Piece) -> Block:
         mask = self._explicit_mask(piece)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *self._cut(piece),
@@ -124,7 +124,7 @@ class PartProblem:
         return Block(out.transpose(1, 2), lse)
 
     def differentiate(
-        self, piece: _core.Piece, dout: Tensor, out: Tensor, lse: Tensor
+        self, piece: _records.Piece, dout: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv of one piece; ``out`` and ``lse`` are those of the whole rows."""
         mask = self._explicit_mask(piece)

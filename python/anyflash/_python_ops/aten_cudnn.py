@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from . import math
-from .aten_flash import promised_gradients
 from .arguments import AttentionArgs, BackwardArgs, Gradients
+from .aten_flash import promised_gradients
 
 
 def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from . import math
+from .arguments import AttentionArgs, BackwardArgs, Gradients
 from .aten_flash import promised_gradients
 from .parts import INFINITY, Storage
-from .arguments import AttentionArgs, BackwardArgs, Gradients
 
 _NO_MASK, _BOTTOM_RIGHT = 0, 2
 _LSE_ROWS = 32

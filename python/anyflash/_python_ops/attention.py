@@ -1,4 +1,4 @@
-"""attention_forward and attention_backward: prepare (check, describe, decide), run, return."""
+"""_flash_attn_forward and _flash_attn_backward: prepare (check, describe, decide), run, return."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import _core
+from .. import _core, _records
+from .._rng_state import draw_rng_state
 from . import aten_cpu, aten_cudnn, aten_efficient, aten_flash, kernel, math, without_core
 from .arguments import AttentionArgs, BackwardArgs, Gradients
 
@@ -21,14 +22,14 @@ _ROUTES: dict[str, ModuleType] = {
 }
 _TENSORS = ("q", "k", "v", "alibi_slopes", "bias", "sinks", "rng_state")
 _INDEX_TENSORS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k", "block_table")
-_OPTIONS = tuple(name for name, _ in _core.AttentionOptions._fields_)
+_OPTIONS = tuple(name for name, _ in _records.AttentionOptions._fields_)
 
 
-def views_of(args: AttentionArgs, copies: list[Tensor]) -> _core.AttentionCall:
+def views_of(args: AttentionArgs, copies: list[Tensor]) -> _records.AttentionCall:
     """The arguments as the core sees them; ``copies`` lives as long as the views."""
-    call = _core.new(_core.AttentionCall)
+    call = _records.new(_records.AttentionCall)
     for name in _TENSORS:
-        _core.put(call, name, getattr(args, name))
+        _records.put(call, name, getattr(args, name))
     for name in _INDEX_TENSORS:
         _core.put_with_values(call, name, getattr(args, name), copies)
     for name in _OPTIONS:
@@ -36,7 +37,7 @@ def views_of(args: AttentionArgs, copies: list[Tensor]) -> _core.AttentionCall:
     return call
 
 
-def take_options(args: AttentionArgs, options: _core.AttentionOptions) -> None:
+def take_options(args: AttentionArgs, options: _records.AttentionOptions) -> None:
     """Numbers as the core has normalised them."""
     for name in _OPTIONS:
         setattr(args, name, getattr(options, name))
@@ -44,18 +45,18 @@ def take_options(args: AttentionArgs, options: _core.AttentionOptions) -> None:
 
 def _prepare(
     args: AttentionArgs,
-    call: _core.AttentionCall,
-    grad_call: _core.BackwardCall | None,
+    call: _records.AttentionCall,
+    grad_call: _records.BackwardCall | None,
     causal: bool,
     backend: int,
-) -> _core.Choice:
+) -> _records.Choice:
     """Checks and decides; ``args`` and ``call`` have normalised numbers afterwards.
 
     Raises:
         RuntimeError: what cannot be computed, or no back end of the chain can.
         ValueError: a back end that does not exist.
     """
-    choice = _core.Choice()
+    choice = _records.Choice()
     _core.raise_for(
         _core.loaded().anyflash_prepare_attention(
             ctypes.byref(call),
@@ -70,7 +71,7 @@ def _prepare(
 
 
 def run_forward(
-    choice: _core.Choice, args: AttentionArgs, call: _core.AttentionCall
+    choice: _records.Choice, args: AttentionArgs, call: _records.AttentionCall
 ) -> tuple[Tensor, Tensor]:
     route = choice.route
     if route == "kernel":
@@ -78,7 +79,7 @@ def run_forward(
     return _ROUTES[route].forward(args)
 
 
-def attention_forward(
+def _flash_attn_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -99,14 +100,26 @@ def attention_forward(
     window_left: int,
     window_right: int,
     softcap: float,
+    deterministic: bool,
     backend: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """schemas.def."""
+    if not dropout_p > 0.0:
+        rng_state = None
+    else:
+        rng_state = draw_rng_state(q.device) if rng_state is None else rng_state.clone()
     args = AttentionArgs(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k,
         block_table, alibi_slopes, bias, sinks, rng_state, dropout_p, softmax_scale, window_left,
         window_right, softcap,
     )  # fmt: skip
+    out, softmax_lse = _run_forward(args, causal, backend)
+    if rng_state is None:
+        rng_state = q.new_empty(0, dtype=torch.int64)
+    return out, softmax_lse, rng_state
+
+
+def _run_forward(args: AttentionArgs, causal: bool, backend: int) -> tuple[Tensor, Tensor]:
     if _core.library is None:
         without_core.prepare(args, causal, backend)
         return math.forward(args)
@@ -121,7 +134,7 @@ def contiguous_rows(x: Tensor) -> Tensor:
     return x if x.dim() == 0 or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def attention_backward(
+def _flash_attn_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -168,17 +181,15 @@ def attention_backward(
     return result.dq, result.dk, result.dv, dbias, dsinks
 
 
-def _run_backward(
-    args: AttentionArgs, grad: BackwardArgs, causal: bool, backend: int
-) -> Gradients:
+def _run_backward(args: AttentionArgs, grad: BackwardArgs, causal: bool, backend: int) -> Gradients:
     if _core.library is None:
         without_core.prepare(args, causal, backend)
         return math.backward(args, grad)
     copies: list[Tensor] = []
     call = views_of(args, copies)
-    grad_call = _core.new(_core.BackwardCall)
+    grad_call = _records.new(_records.BackwardCall)
     for name in ("dout", "out", "lse", "dlse"):
-        _core.put(grad_call, name, getattr(grad, name))
+        _records.put(grad_call, name, getattr(grad, name))
     for name in ("deterministic", "bias_requires_grad", "sinks_requires_grad"):
         setattr(grad_call, name, getattr(grad, name))
     choice = _prepare(args, call, grad_call, causal, backend)
@@ -190,11 +201,3 @@ def _run_backward(
 def refuse_gradient(gradient: Tensor, size: list[int], why: str) -> Tensor:
     """schemas.def."""
     raise RuntimeError(why)
-
-
-def random_state(q: Tensor, dropout_p: float) -> Tensor | None:
-    """Seed and offset of a call's dropout, drawn from the default generator; None without
-    dropout."""
-    if dropout_p <= 0.0:
-        return None
-    return torch.randint(0, 2**62, (2,), dtype=torch.int64, device=q.device)

@@ -1,5 +1,5 @@
 """The public operators, under the original library's names and defaults: the output alone comes
-back (csrc/flash_attn_api.cpp)."""
+back (csrc/attention/flash_attn_api.cpp)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .._activations import activation_number
 from . import mlp
-from .attention import attention_forward, random_state
+from .attention import _flash_attn_forward
 from .checks import check, shape_text
-from .kvcache import attention_kvcache_
+from .kvcache import _flash_attn_kvcache_
 
 
 def _window(window_size: Sequence[int]) -> tuple[int, int]:
@@ -64,7 +65,7 @@ def flash_attn_varlen_func(
 ) -> Tensor:
     """schemas.def; dense without cu_seqlens, for the operators below."""
     left, right = _window(window_size)
-    return attention_forward(
+    return _flash_attn_forward(
         _contiguous_last_dim(q),
         _contiguous_last_dim(k),
         _contiguous_last_dim(v),
@@ -78,13 +79,14 @@ def flash_attn_varlen_func(
         alibi_slopes,
         None,
         None,
-        random_state(q, dropout_p),
+        None,
         dropout_p,
         _scale(softmax_scale, q),
         causal,
         left,
         right,
         softcap,
+        deterministic,
         0,
     )[0]
 
@@ -152,7 +154,7 @@ def flash_attn_with_kvcache(
     """schemas.def."""
     check(num_splits <= 128, f"num_splits > 128 not supported, got {num_splits}")
     left, right = _window(window_size)
-    return attention_kvcache_(
+    return _flash_attn_kvcache_(
         _contiguous_last_dim(q), k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens,
         cache_batch_idx, cache_leftpad, block_table, alibi_slopes, None, _scale(softmax_scale, q),
         causal, left, right, softcap, rotary_interleaved, 0,
@@ -169,5 +171,5 @@ def fused_mlp(
     recompute: bool = False,
 ) -> Tensor:
     """schemas.def; no gradient flows here, so there is nothing to recompute."""
-    number = mlp.activation_number(activation)
-    return mlp.fused_mlp_forward(x, weight1, bias1, weight2, bias2, number, False, 0)[0]
+    number = activation_number(activation)
+    return mlp._fused_mlp_forward(x, weight1, bias1, weight2, bias2, number, False, 0)[0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import _core
+from .. import _core, _records, _threads
 from .arguments import AttentionArgs, BackwardArgs, Gradients
 from .math import empty_results
 from .parts import INFINITY
@@ -29,7 +29,7 @@ def _is_readable(x: Tensor) -> bool:
 class _Converted:
     """Makes the views what a kernel reads; keeps the copies that it takes."""
 
-    def __init__(self, args: AttentionArgs, call: _core.AttentionCall) -> None:
+    def __init__(self, args: AttentionArgs, call: _records.AttentionCall) -> None:
         self.call = call
         self._kept: list[Tensor] = []
         if args.q.is_cuda:
@@ -43,7 +43,7 @@ class _Converted:
 
     def replace(self, name: str, x: Tensor) -> None:
         self._kept.append(x)
-        _core.put(self.call, name, x)
+        _records.put(self.call, name, x)
 
 
 class _Output:
@@ -63,7 +63,7 @@ class _Output:
 
 
 def forward(
-    choice: _core.Choice, args: AttentionArgs, call: _core.AttentionCall
+    choice: _records.Choice, args: AttentionArgs, call: _records.AttentionCall
 ) -> tuple[Tensor, Tensor]:
     """out and lse of schemas.def."""
     promised, lse = empty_results(args)
@@ -74,11 +74,11 @@ def forward(
         out.written.zero_()
         lse.fill_(INFINITY)
     converted = _Converted(args, call)
-    results = _core.new(_core.AttentionResults)
-    _core.put(results, "out", out.written)
-    _core.put(results, "lse", lse)
+    results = _records.new(_records.AttentionResults)
+    _records.put(results, "out", out.written)
+    _records.put(results, "lse", lse)
     library, records = _core.loaded(), (ctypes.byref(call), ctypes.byref(results))
-    with _core.launch_on(args.q) as where:
+    with _threads.launch_on(args.q) as where:
         room = library.anyflash_forward_workspace(choice.instance, records[0])
         workspace = args.q.new_empty(room, dtype=torch.uint8) if room else None
         results.workspace = None if workspace is None else workspace.data_ptr()
@@ -88,30 +88,30 @@ def forward(
 
 
 def backward(
-    choice: _core.Choice,
+    choice: _records.Choice,
     args: AttentionArgs,
     grad: BackwardArgs,
-    call: _core.AttentionCall,
-    grad_call: _core.BackwardCall,
+    call: _records.AttentionCall,
+    grad_call: _records.BackwardCall,
 ) -> Gradients:
     """dq, dk, dv of schemas.def, from the out and lse that are given."""
     converted = _Converted(args, call)
     lse = grad.lse if _is_readable(grad.lse) else grad.lse.contiguous()
-    _core.put(grad_call, "lse", lse)
+    _records.put(grad_call, "lse", lse)
     dlse = None if grad.dlse is None else grad.dlse.float()
     if dlse is not None:
         dlse = dlse if _is_readable(dlse) else dlse.contiguous()
-        _core.put(grad_call, "dlse", dlse)
+        _records.put(grad_call, "dlse", dlse)
     outputs = [_Output(torch.empty_like(x)) for x in (args.q, args.k, args.v)]
-    results = _core.new(_core.AttentionResults)
+    results = _records.new(_records.AttentionResults)
     for name, output in zip(("dq", "dk", "dv"), outputs):
-        _core.put(results, name, output.written)
+        _records.put(results, name, output.written)
     dbias = _sums(args.bias, grad.bias_requires_grad)
     dsinks = _sums(args.sinks, grad.sinks_requires_grad)
-    _core.put(results, "dbias", dbias)
-    _core.put(results, "dsinks", dsinks)
+    _records.put(results, "dbias", dbias)
+    _records.put(results, "dsinks", dsinks)
     records: tuple[Any, ...] = tuple(map(ctypes.byref, (call, grad_call, results)))
-    with _core.launch_on(args.q) as where:
+    with _threads.launch_on(args.q) as where:
         _core.raise_for(_core.loaded().anyflash_run_backward(choice.instance, *records, where))
     del converted
     gradients = Gradients(*(output.finish() for output in outputs))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import _core
+from .. import _core, _records, _threads
 from .._guards import count_write
 from . import math, without_core
 from .arguments import AttentionArgs
@@ -17,7 +17,7 @@ from .attention import contiguous_rows, run_forward, take_options
 
 @dataclass
 class KVCacheCall:
-    """What attention_kvcache_ was called with. Shapes: schemas.def."""
+    """What _flash_attn_kvcache_ was called with. Shapes: schemas.def."""
 
     q: Tensor
     k_cache: Tensor
@@ -127,23 +127,23 @@ def _append(call: KVCacheCall, k: Tensor, v: Tensor, positions: Tensor) -> None:
 
 
 def _append_by_kernel(
-    choice: _core.Choice,
+    choice: _records.Choice,
     call: KVCacheCall,
-    record: _core.KVCacheCall,
+    record: _records.KVCacheCall,
     args: AttentionArgs,
-    options: _core.AttentionOptions,
+    options: _records.AttentionOptions,
 ) -> None:
     """By the kernel: one launch. q comes back rotated where rotary tables are given."""
     count_write(call.k_cache)
     count_write(call.v_cache)
     args.seqused_k = call.q.new_empty(call.batch, dtype=torch.int32)
-    results = _core.new(_core.AppendResults)
-    _core.put(results, "seqused_k", args.seqused_k)
+    results = _records.new(_records.AppendResults)
+    _records.put(results, "seqused_k", args.seqused_k)
     if call.rotary_cos is not None and call.rotary_cos.shape[1] > 0:
         args.q = torch.empty_like(call.q, memory_format=torch.contiguous_format)
-        _core.put(results, "q_rotated", args.q)
+        _records.put(results, "q_rotated", args.q)
     records = tuple(map(ctypes.byref, (record, options, results)))
-    with _core.launch_on(call.q) as where:
+    with _threads.launch_on(call.q) as where:
         _core.raise_for(_core.loaded().anyflash_run_append(choice.instance, *records, where))
 
 
@@ -171,7 +171,7 @@ def _append_by_operators(call: KVCacheCall, args: AttentionArgs) -> None:
     args.seqused_k = first + k.shape[1]
 
 
-def attention_kvcache_(
+def _flash_attn_kvcache_(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -208,8 +208,8 @@ def attention_kvcache_(
     copies: list[Tensor] = []
     record = _views_of(call, copies)
     record.options.window_left, record.options.window_right = window_left, window_right
-    attention_call = _core.new(_core.AttentionCall)
-    choice, append_choice = _core.Choice(), _core.Choice()
+    attention_call = _records.new(_records.AttentionCall)
+    choice, append_choice = _records.Choice(), _records.Choice()
     _core.raise_for(
         _core.loaded().anyflash_prepare_kvcache(
             ctypes.byref(record),
@@ -227,8 +227,8 @@ def attention_kvcache_(
             _append_by_kernel(append_choice, call, record, args, attention_call.options)
         else:
             _append_by_operators(call, args)
-        _core.put(attention_call, "q", args.q)
-        _core.put(attention_call, "seqused_k", args.seqused_k)
+        _records.put(attention_call, "q", args.q)
+        _records.put(attention_call, "seqused_k", args.seqused_k)
     return run_forward(choice, args, attention_call)
 
 
@@ -236,11 +236,11 @@ def _readable(x: Tensor | None) -> Tensor | None:
     return None if x is None else contiguous_rows(x)
 
 
-def _views_of(call: KVCacheCall, copies: list[Tensor]) -> _core.KVCacheCall:
+def _views_of(call: KVCacheCall, copies: list[Tensor]) -> _records.KVCacheCall:
     """The arguments as the core sees them; ``copies`` lives as long as the views."""
-    record = _core.new(_core.KVCacheCall)
+    record = _records.new(_records.KVCacheCall)
     for name, kind in record._fields_:
-        if kind is _core.TensorView:
+        if kind is _records.TensorView:
             _core.put_with_values(record, name, getattr(call, name), copies)
     record.options.softmax_scale = call.softmax_scale
     record.options.softcap = call.softcap

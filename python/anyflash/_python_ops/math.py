@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from . import philox
-from .parts import INFINITY, Part, ViewPart, bias_of, covers_everything, parts_of
 from .arguments import AttentionArgs, BackwardArgs, Gradients
+from .parts import INFINITY, Part, ViewPart, bias_of, covers_everything, parts_of
 
 _BLOCK_BYTES = 64 << 20  # of one block of scores
 

@@ -1,84 +1,91 @@
-"""Fused MLP and bias + activation, from plain operators. Half precision is widened, so that only
-the result is rounded."""
+"""Fused MLP and bias + activation: checks and the decision are the core's; where no kernel runs,
+plain operators do, which widen half precision so that only the result is rounded."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import _core
+from .. import _core, _records, _threads
 from . import without_core
-from .checks import check, check_same_device, dtype_text, shape_text
-from .arguments import DTYPE_NAMES
 
-#: Names in the order of their numbers in the schemas.
-ACTIVATIONS = ("gelu_tanh", "gelu_erf", "relu", "squared_relu", "silu_gate")
 _GELU_TANH, _GELU_ERF, _RELU, _SQUARED_RELU, _SILU_GATE = range(5)
-
-
-def activation_number(name: str) -> int:
-    """The number of an activation's name.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got '{name}'")
-    return ACTIVATIONS.index(name)
-
-
-def _check_activation(activation: int) -> None:
-    if not 0 <= activation < len(ACTIVATIONS):
-        raise ValueError(f"activation: expected 0 to {len(ACTIVATIONS) - 1}, got {activation}")
 
 
 def _inputs_per_output(activation: int) -> int:
     return 2 if activation == _SILU_GATE else 1
 
 
-def _check_floating(x: Tensor) -> None:
-    check(x.dtype in DTYPE_NAMES, f"x: expected fp16, bf16, fp32 or fp64, got {dtype_text(x)}")
-
-
-def _check_like_x(tensor: Tensor, name: str, x: Tensor) -> None:
-    check(
-        tensor.dtype == x.dtype,
-        f"{name}: expected x's dtype {dtype_text(x)}, got {dtype_text(tensor)}",
-    )
-    check_same_device(x, "x", tensor, name)
-
-
-def _validate_bias_activation(x: Tensor, bias: Tensor | None, activation: int) -> None:
-    _check_activation(activation)
-    _check_floating(x)
-    check(
-        1 <= x.dim() <= 7,
-        f"x: expected (..., columns), 1 to 7 dimensions, got {shape_text(x)}",
-    )
-    check(
-        x.shape[-1] % _inputs_per_output(activation) == 0,
-        f"x: silu_gate halves the last dimension, expected an even size, got {shape_text(x)}",
-    )
-    if bias is None:
-        return
-    check(
-        bias.dtype == x.dtype,
-        f"bias: expected x's dtype {dtype_text(x)}, got {dtype_text(bias)}",
-    )
-    check(
-        bias.shape == (x.shape[-1],),
-        f"bias: expected ({x.shape[-1]},), x's last dimension, got {shape_text(bias)}",
-    )
-    check_same_device(x, "x", bias, "bias")
-
-
-def _decide(x: Tensor, direction: str, backend: int) -> None:
-    """There is one way to compute it here; a chain without it is refused, and the fallback told."""
+def _prepare(
+    x: Tensor, bias: Tensor | None, dy: Tensor | None, activation: int, backend: int
+) -> tuple[_records.BiasActivationCall, _records.Choice | None]:
+    """Checks and decides; None without the core: plain operators."""
     if _core.library is None:
-        without_core.choose("bias_activation", backend)
-    else:
-        _core.choose(x, "bias_activation", direction, backend)
+        without_core.prepare_bias_activation(x, bias, dy, activation, backend)
+        return _records.BiasActivationCall(), None
+    call = _records.new(_records.BiasActivationCall)
+    for name, tensor in (("x", x), ("bias", bias), ("dy", dy)):
+        _records.put(call, name, tensor)
+    call.activation = activation
+    return call, _core.prepare_bias_activation(call, backend)
+
+
+# ---- The route `kernel`.
+
+
+def _put_converted(call: _records.BiasActivationCall, *tensors: tuple[str, Tensor | None]) -> list:
+    """Makes the views what a kernel reads; returns what has to live until it has run."""
+    kept = []
+    for name, tensor in tensors:
+        if tensor is not None:
+            kept.append(_core.as_matrix(tensor))
+            _records.put(call, name, kept[-1])
+    return kept
+
+
+def _run_forward(
+    choice: _records.Choice, call: _records.BiasActivationCall, x: Tensor, bias: Tensor | None
+) -> Tensor:
+    y = x.new_empty((*x.shape[:-1], x.shape[-1] // _inputs_per_output(call.activation)))
+    if y.numel() == 0:
+        return y
+    kept = _put_converted(call, ("x", x), ("bias", bias))
+    results = _records.new(_records.BiasActivationResults)
+    _records.put(results, "y", y)
+    _threads.run("bias_activation", choice.instance, x, call, results)
+    del kept
+    return y
+
+
+def _run_backward(
+    choice: _records.Choice,
+    call: _records.BiasActivationCall,
+    dy: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    dx = x.new_empty(x.shape)
+    dbias = x.new_empty(0 if bias is None else bias.shape)
+    if x.numel() == 0:
+        return dx, dbias.zero_()
+    kept = _put_converted(call, ("x", x), ("bias", bias), ("dy", dy))
+    results = _records.new(_records.BiasActivationResults)
+    _records.put(results, "dx", dx)
+    if bias is not None:
+        _records.put(results, "dbias", dbias)
+        rows, columns = x.shape[:-1].numel(), dy.shape[-1]
+        size = _core.bias_activation_workspace(rows, columns, call.activation)
+        kept.append(x.new_empty(size, dtype=torch.uint8))
+        results.workspace = kept[-1].data_ptr()
+    _threads.run("bias_activation", choice.instance, x, call, results)
+    del kept
+    return dx, dbias
+
+
+# ---- Plain operators.
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -89,9 +96,30 @@ def _input(x: Tensor, bias: Tensor | None) -> Tensor:
     return _widened(x) if bias is None else _widened(x) + bias
 
 
+# GELU is z * Phi(z), written out as in csrc: PyTorch's own gives NaN at infinity.
+_TANH_SCALE = 2 * math.sqrt(2 / math.pi)  # (1 + tanh(t / 2)) / 2 = sigmoid(t)
+_TANH_CUBIC = 0.044715
+
+
+def _gelu_probability(z: Tensor, activation: int) -> Tensor:
+    if activation == _GELU_ERF:
+        return 0.5 + 0.5 * torch.erf(z * math.sqrt(0.5))
+    return torch.sigmoid(z * (_TANH_SCALE + z * z * (_TANH_SCALE * _TANH_CUBIC)))
+
+
+def _gelu_derivative(z: Tensor, activation: int) -> Tensor:
+    p = _gelu_probability(z, activation)
+    if activation == _GELU_ERF:
+        return p + z * torch.exp(z * z * -0.5) / math.sqrt(2 * math.pi)
+    # p' = p (1 - p) t', multiplied in an order in which 0 meets infinity only where z itself
+    # overflows.
+    slope = _TANH_SCALE + z * z * (3 * _TANH_SCALE * _TANH_CUBIC)
+    return (1 + (1 - p) * slope * z) * p
+
+
 def _activated(z: Tensor, activation: int) -> Tensor:
     if activation in (_GELU_TANH, _GELU_ERF):
-        return F.gelu(z, approximate="tanh" if activation == _GELU_TANH else "none")
+        return z * _gelu_probability(z, activation)
     if activation == _RELU:
         return z.relu()
     if activation == _SQUARED_RELU:
@@ -102,8 +130,7 @@ def _activated(z: Tensor, activation: int) -> Tensor:
 
 def _activation_gradient(dy: Tensor, z: Tensor, activation: int) -> Tensor:
     if activation in (_GELU_TANH, _GELU_ERF):
-        kind = "tanh" if activation == _GELU_TANH else "none"
-        return torch.ops.aten.gelu_backward(dy, z, approximate=kind)
+        return dy * _gelu_derivative(z, activation)
     if activation == _RELU:
         return dy.masked_fill(z <= 0, 0.0)
     if activation == _SQUARED_RELU:
@@ -112,10 +139,13 @@ def _activation_gradient(dy: Tensor, z: Tensor, activation: int) -> Tensor:
     return torch.cat((dy * F.silu(gate), torch.ops.aten.silu_backward(dy * u, gate)), dim=-1)
 
 
-def bias_activation(x: Tensor, bias: Tensor | None, activation: int, backend: int) -> Tensor:
+def _bias_activation_forward(
+    x: Tensor, bias: Tensor | None, activation: int, backend: int
+) -> Tensor:
     """schemas.def."""
-    _validate_bias_activation(x, bias, activation)
-    _decide(x, "forward", backend)
+    call, choice = _prepare(x, bias, None, activation, backend)
+    if choice is not None and choice.route == "kernel":
+        return _run_forward(choice, call, x, bias)
     return _fresh(_activated(_input(x, bias), activation).to(x.dtype), x)
 
 
@@ -125,19 +155,13 @@ def _fresh(result: Tensor, x: Tensor) -> Tensor:
     return result.clone() if result is x else result
 
 
-def bias_activation_backward(
+def _bias_activation_backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, activation: int, backend: int
 ) -> tuple[Tensor, Tensor]:
     """schemas.def."""
-    _validate_bias_activation(x, bias, activation)
-    check(dy.dtype == x.dtype, f"dy: expected x's dtype {dtype_text(x)}, got {dtype_text(dy)}")
-    shape = (*x.shape[:-1], x.shape[-1] // _inputs_per_output(activation))
-    check(
-        dy.shape == shape,
-        f"dy: expected the shape of y for x {shape_text(x)}, got {shape_text(dy)}",
-    )
-    check_same_device(x, "x", dy, "dy")
-    _decide(x, "backward", backend)
+    call, choice = _prepare(x, bias, dy, activation, backend)
+    if choice is not None and choice.route == "kernel":
+        return _run_backward(choice, call, dy, x, bias)
     z = _input(x, bias)
     dz = _activation_gradient(dy.to(z.dtype), z, activation)
     dx = _fresh(dz.to(x.dtype), dy)
@@ -147,44 +171,15 @@ def bias_activation_backward(
     return dx, dbias.to(x.dtype)
 
 
-def _validate_mlp(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    activation: int,
-) -> None:
-    _check_activation(activation)
-    _check_floating(x)
-    check(x.dim() >= 1, f"x: expected (..., in_features), got {shape_text(x)}")
-    features = x.shape[-1]
-    _check_like_x(weight1, "weight1", x)
-    _check_like_x(weight2, "weight2", x)
-    check(
-        weight1.dim() == 2 and weight1.shape[1] == features,
-        f"weight1: expected (hidden, {features}) for x {shape_text(x)}, got {shape_text(weight1)}",
-    )
-    per_output = _inputs_per_output(activation)
-    check(
-        weight1.shape[0] % per_output == 0,
-        "weight1: silu_gate halves the hidden features, expected an even number of rows, got ",
-        shape_text(weight1),
-    )
-    hidden = weight1.shape[0] // per_output
-    check(
-        weight2.dim() == 2 and weight2.shape[1] == hidden,
-        f"weight2: expected (out, {hidden}) for weight1 {shape_text(weight1)}, ",
-        f"got {shape_text(weight2)}",
-    )
-    for bias, name, weight in ((bias1, "bias1", weight1), (bias2, "bias2", weight2)):
-        if bias is not None:
-            _check_like_x(bias, name, x)
-            check(
-                bias.shape == (weight.shape[0],),
-                f"{name}: expected ({weight.shape[0]},), the rows of weight{name[-1]}, ",
-                f"got {shape_text(bias)}",
-            )
+def _check_mlp(activation: int, **tensors: Tensor | None) -> None:
+    if _core.library is None:
+        without_core.check_fused_mlp(**tensors)
+        return
+    call = _records.new(_records.MlpCall)
+    for name, tensor in tensors.items():
+        _records.put(call, name, tensor)
+    call.activation = activation
+    _core.check_fused_mlp(call)
 
 
 def _widen(x: Tensor) -> Tensor:
@@ -196,7 +191,7 @@ def _widen_optional(x: Tensor | None) -> Tensor | None:
     return None if x is None else _widen(x)
 
 
-def fused_mlp_forward(
+def _fused_mlp_forward(
     x: Tensor,
     weight1: Tensor,
     bias1: Tensor | None,
@@ -207,10 +202,10 @@ def fused_mlp_forward(
     backend: int,
 ) -> tuple[Tensor, Tensor]:
     """schemas.def."""
-    _validate_mlp(x, weight1, bias1, weight2, bias2, activation)
+    _check_mlp(activation, x=x, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
     dtype = x.dtype
     hidden = F.linear(_widen(x), _widen(weight1))
-    activated = bias_activation(hidden, _widen_optional(bias1), activation, backend)
+    activated = _bias_activation_forward(hidden, _widen_optional(bias1), activation, backend)
     hidden = hidden.to(dtype) if save_hidden else x.new_empty(0)
     return F.linear(activated, _widen(weight2), _widen_optional(bias2)).to(dtype), hidden
 
@@ -230,8 +225,8 @@ def _differentiate(
     backend: int,
 ) -> _Gradients:
     """From act's input before its bias, z (rows, per_output * hidden)."""
-    dweight2 = drows.t() @ bias_activation(z, b1, activation, backend)
-    dz, dbias1 = bias_activation_backward(drows @ w2, z, b1, activation, backend)
+    dweight2 = drows.t() @ _bias_activation_forward(z, b1, activation, backend)
+    dz, dbias1 = _bias_activation_backward(drows @ w2, z, b1, activation, backend)
     del z  # a recomputed one is held by nobody else
     return dz @ w1, dz.t() @ rows, dbias1, dweight2
 
@@ -272,7 +267,7 @@ def _recompute(
     return dx, dweight1.flatten(0, 1), dbias1.flatten(), dweight2
 
 
-def fused_mlp_backward(
+def _fused_mlp_backward(
     dout: Tensor,
     x: Tensor,
     weight1: Tensor,
@@ -284,20 +279,9 @@ def fused_mlp_backward(
     backend: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """schemas.def."""
-    _validate_mlp(x, weight1, bias1, weight2, None, activation)
-    _check_like_x(dout, "dout", x)
-    check(
-        dout.shape == (*x.shape[:-1], weight2.shape[0]),
-        f"dout: expected x's shape {shape_text(x)} with last dimension {weight2.shape[0]}, ",
-        f"got {shape_text(dout)}",
+    _check_mlp(
+        activation, x=x, weight1=weight1, bias1=bias1, weight2=weight2, dout=dout, hidden=hidden
     )
-    saved = hidden.numel() > 0 and hidden.shape == (*x.shape[:-1], weight1.shape[0])
-    check(
-        saved or hidden.numel() == 0,
-        f"hidden: expected x's shape {shape_text(x)} with last dimension {weight1.shape[0]}, ",
-        f"or an empty tensor, got {shape_text(hidden)}",
-    )
-
     count = x.shape[:-1].numel()
 
     def as_rows(tensor: Tensor) -> Tensor:
@@ -305,7 +289,7 @@ def fused_mlp_backward(
 
     rows, drows, w1, w2 = as_rows(x), as_rows(dout), _widen(weight1), _widen(weight2)
     b1 = _widen_optional(bias1)
-    if saved:
+    if hidden.numel() > 0:
         found = _differentiate(drows, rows, as_rows(hidden), w1, b1, w2, activation, backend)
     else:
         found = _recompute(drows, rows, w1, b1, w2, activation, backend)

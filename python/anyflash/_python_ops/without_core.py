@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 import logging
 
-import torch
 from torch import Tensor
 
 from .. import _loader, backends
@@ -46,6 +45,62 @@ def choose(family: str, backend: int) -> None:
         _tell(family)
 
 
+#: Names in the order of their numbers in the schemas.
+_ACTIVATIONS = ("gelu_tanh", "gelu_erf", "relu", "squared_relu", "silu_gate")
+
+
+def activation_number(name: str) -> int:
+    """
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"activation: unknown name '{name}'")
+    return _ACTIVATIONS.index(name)
+
+
+def _check_rows_and_bias(x: Tensor, bias: Tensor | None, columns: int) -> None:
+    if bias is not None and (bias.shape != (columns,) or bias.dtype != x.dtype):
+        raise RuntimeError(
+            f"bias: expected ({columns},) {x.dtype}, got {tuple(bias.shape)} {bias.dtype}"
+        )
+
+
+def prepare_bias_activation(
+    x: Tensor, bias: Tensor | None, dy: Tensor | None, activation: int, backend: int
+) -> None:
+    """Refuses what plain operators would compute wrongly instead of refusing it.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit, or no back end.
+        ValueError: an activation that is none.
+    """
+    if not 0 <= activation < len(_ACTIVATIONS):
+        raise ValueError(f"activation: expected 0 to {len(_ACTIVATIONS) - 1}, got {activation}")
+    if not x.is_floating_point() or x.dim() == 0:
+        raise RuntimeError(f"x: expected floating (..., columns), got {x.dtype} {tuple(x.shape)}")
+    _check_rows_and_bias(x, bias, x.shape[-1])
+    per_output = 2 if activation == 4 else 1
+    if x.shape[-1] % per_output != 0:
+        raise RuntimeError(f"x: expected an even last dimension, got {tuple(x.shape)}")
+    if dy is not None and dy.shape != (*x.shape[:-1], x.shape[-1] // per_output):
+        raise RuntimeError(f"dy: expected the shape of y, got {tuple(dy.shape)}")
+    choose("bias_activation", backend)
+
+
+def check_fused_mlp(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None = None,
+    **gradient: Tensor,
+) -> None:
+    """The same for the fused MLP; PyTorch's matrix products refuse the rest."""
+    _check_rows_and_bias(x, bias1, weight1.shape[0])
+    _check_rows_and_bias(x, bias2, weight2.shape[0])
+
+
 def decide(problem: dict[str, object]) -> dict[str, object]:
     """anyflash.decide: math, and why nothing else."""
     given = problem.get("chain") or backends.DEFAULT_CHAIN
@@ -55,30 +110,26 @@ def decide(problem: dict[str, object]) -> dict[str, object]:
     return {"route": route, "instance": None, "measured": None, "reasons": reasons}
 
 
-def _check_cumulative(name: str, cu: Tensor | None, longest: int, rows: int) -> None:
-    if cu is None or cu.device.type != "cpu":
-        return
-    lengths = cu.diff()
-    if cu[0] != 0 or (lengths < 0).any() or (lengths > longest).any() or cu[-1] > rows:
-        raise RuntimeError(
-            f"{name}: expected to rise from 0 to at most {rows} in steps of at most {longest}, "
-            f"got {cu.tolist()}"
-        )
-
-
-def normalise(args: AttentionArgs, causal: bool) -> None:
-    """Lengths from the shapes, windows that reach every key unbounded, causal as a window."""
-    if not args.packed:
-        args.max_seqlen_q = args.q.shape[1]
-    if args.block_table is not None:
-        args.max_seqlen_k = args.block_table.shape[1] * args.k.shape[1]
-    elif args.k.dim() == 4:
-        args.max_seqlen_k = args.k.shape[1]
-    for side in ("window_left", "window_right"):
-        window = getattr(args, side)
-        setattr(args, side, -1 if window < 0 or window >= args.max_seqlen_k else window)
-    if causal:
-        args.window_right = 0
+def _check_lengths(args: AttentionArgs) -> None:
+    """Lengths on the CPU that slices would shorten without a word."""
+    starts = (
+        ("cu_seqlens_q", args.cu_seqlens_q, args.max_seqlen_q, args.q.shape[0]),
+        ("cu_seqlens_k", args.cu_seqlens_k, args.max_seqlen_k, args.k.shape[0]),
+    )
+    for name, cu, longest, rows in starts:
+        if cu is None or cu.device.type != "cpu" or (name[-1] == "k" and args.paged):
+            continue
+        begin, *ends = cu.tolist()
+        lengths = [end - start for start, end in zip([begin, *ends], ends)]
+        if begin != 0 or min(lengths, default=0) < 0 or max(ends, default=0) > rows:
+            raise RuntimeError(f"{name}: expected to rise from 0 to at most {rows}, got {ends}")
+        if args.seqused_k is None and max(lengths, default=0) > longest:
+            raise RuntimeError(f"max_seqlen_{name[-1]}: expected {max(lengths)}, got {longest}")
+    used = args.seqused_k
+    if used is not None and used.device.type == "cpu":
+        most = max(used.tolist(), default=0)
+        if most > args.max_seqlen_k:
+            raise RuntimeError(f"seqused_k: expected at most {args.max_seqlen_k}, got {most}")
 
 
 def prepare(args: AttentionArgs, causal: bool, backend: int) -> None:
@@ -89,7 +140,8 @@ def prepare(args: AttentionArgs, causal: bool, backend: int) -> None:
     """
     q, k, v = args.q, args.k, args.v
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise RuntimeError(f"q, k, v: expected one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+        got = f"{q.dtype}, {k.dtype}, {v.dtype}"
+        raise RuntimeError(f"q, k, v: expected one floating dtype, got {got}")
     if q.dim() != (3 if args.packed else 4) or k.shape[:-1] != v.shape[:-1]:
         raise RuntimeError(
             f"q, k, v: shapes do not fit together, got {tuple(q.shape)}, {tuple(k.shape)}, "
@@ -102,14 +154,6 @@ def prepare(args: AttentionArgs, causal: bool, backend: int) -> None:
         )
     if args.dropout_p > 0.0 and args.rng_state is None:
         raise RuntimeError(f"rng_state: missing, dropout_p is {args.dropout_p}")
-    normalise(args, causal)
+    args.normalise(causal)
     choose("attention", backend)
-    _check_cumulative("cu_seqlens_q", args.cu_seqlens_q, args.max_seqlen_q, q.shape[0])
-    if not args.paged and args.seqused_k is None:
-        _check_cumulative("cu_seqlens_k", args.cu_seqlens_k, args.max_seqlen_k, k.shape[0])
-    used = args.seqused_k
-    if used is not None and used.device.type == "cpu" and bool((used > args.max_seqlen_k).any()):
-        raise RuntimeError(
-            f"seqused_k: expected at most {args.max_seqlen_k}, got {used.tolist()}"
-        )
-    torch._assert(args.softcap >= 0.0, f"softcap: expected 0 or more, got {args.softcap}")
+    _check_lengths(args)

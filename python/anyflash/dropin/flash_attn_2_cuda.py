@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from anyflash import backends
+from anyflash._rng_state import draw_rng_state
 from anyflash.attention_probs import effective_dropout, signed_probabilities, softmax_d
 
 _ops = torch.ops.anyflash
@@ -68,22 +69,20 @@ def _attend(
             f"return_softmax is only supported when p_dropout > 0.0, got p_dropout {p_dropout}"
         )
     dropout_p = effective_dropout(p_dropout)
-    rng_state = None
-    if dropout_p > 0.0:
-        rng_state = torch.randint(0, 2**62, (2,), generator=gen, dtype=torch.int64, device=q.device)
-    result, lse = _ops.attention_forward(
-        q, k, v, *lengths, block_table, alibi_slopes, None, None, rng_state, dropout_p,
-        softmax_scale, is_causal, *window, softcap, backends.current_code(),
+    drawn = draw_rng_state(q.device, gen) if dropout_p > 0.0 and gen is not None else None
+    result, lse, rng_state = _ops._flash_attn_forward(
+        q, k, v, *lengths, block_table, alibi_slopes, None, None, drawn, dropout_p, softmax_scale,
+        is_causal, *window, softcap, False, backends.current_code(),
     )  # fmt: skip
     if return_softmax:
         pattern = signed_probabilities(
             q, k, **lengths._asdict(), block_table=block_table, alibi_slopes=alibi_slopes,
-            rng_state=rng_state, dropout_p=dropout_p, softmax_scale=softmax_scale,
-            causal=is_causal, window_size=window, softcap=softcap,
+            rng_state=rng_state if dropout_p > 0.0 else None, dropout_p=dropout_p,
+            softmax_scale=softmax_scale, causal=is_causal, window_size=window, softcap=softcap,
         )  # fmt: skip
     else:
         pattern = q.new_empty(0)
-    if rng_state is None:
+    if not dropout_p > 0.0:
         rng_state = torch.zeros(2, dtype=torch.int64, device=q.device)
     return [_deliver("out", out, result), lse, pattern, rng_state]
 
@@ -104,7 +103,7 @@ def _differentiate(
 ) -> list[Tensor]:
     """[dq, dk, dv, softmax_d] of both backwards; tensors are dout, q, k, v, out, softmax_lse."""
     dropout_p = effective_dropout(p_dropout)
-    gradients = _ops.attention_backward(
+    gradients = _ops._flash_attn_backward(
         *tensors, None, *lengths, alibi_slopes, None, None,
         rng_state if dropout_p > 0.0 else None, dropout_p, softmax_scale, is_causal, *window,
         softcap, deterministic, False, False, backends.current_code(),
@@ -277,7 +276,7 @@ def fwd_kvcache(
 ) -> list[Tensor]:
     """[out, softmax_lse]: appends k and v to the caches in place, then attends over them."""
     check_num_splits(num_splits)
-    result, lse = _ops.attention_kvcache_(
+    result, lse = _ops._flash_attn_kvcache_(
         q, kcache, vcache, k, v, rotary_cos, rotary_sin, seqlens_k, cache_batch_idx, leftpad_k,
         block_table, alibi_slopes, None, softmax_scale, is_causal, window_size_left,
         window_size_right, softcap, is_rotary_interleaved, backends.current_code(),

@@ -1,19 +1,34 @@
 """_flash_attn_{forward, backward, varlen_forward, varlen_backward}: private, and widely used.
 
-Where torch can (2.4 and later) and nobody else has taken the names, they are custom operators
-``flash_attn::_flash_attn_*``, as upstream has them: clients read ``CustomOpDef._init_fn`` and call
-``torch.ops.flash_attn``. Otherwise they are plain functions. Nothing of anyflash depends on the
-registered names, because other packages register them again.
+Where torch can (2.4 and later) and nobody else has taken the names, they are operators
+``flash_attn::_flash_attn_*``, as upstream has them: clients call ``torch.ops.flash_attn``, and
+trainers save and count attention by these names. Here they have the derivative of anyflash's
+operators. When another package registers the names again, the functions below go on without them.
 """
 
+import functools
 import inspect
-from typing import Any, Callable, Optional
+from collections.abc import Mapping
+from typing import Any, Callable, NamedTuple, Optional
 
 import flash_attn_2_cuda as flash_attn_gpu
 import torch
 from torch import Tensor
+from torch.autograd.function import Function
 
-from anyflash.attention_probs import round_up
+from anyflash import _flops, _ops, backends
+from anyflash._autograd import (
+    NO_SECOND_DERIVATIVE,
+    applier,
+    below_autograd,
+    first_derivative_only,
+    forward_only,
+    is_watched,
+)
+from anyflash._guards import isolated
+from anyflash._operators import known_names
+from anyflash._operators.attention import AttentionCall, Saved, differentiate, remember
+from anyflash.attention_probs import effective_dropout, round_up
 
 
 def maybe_contiguous(x: Optional[Tensor]) -> Optional[Tensor]:
@@ -161,36 +176,169 @@ def _varlen_forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return out, softmax_lse, s_dmask, rng_state
 
 
-_BUFFERS = ("dq", "dk", "dv")
+# ---- The operators.
 
 
-def _plain(function: Callable[..., Any]) -> tuple[Any, Any]:
-    """Without an operator. Clients read ``_init_fn`` of whatever they find here."""
-    function._init_fn = function
-    return function, function
+def _given(function: Callable[..., Any], arguments: Any, named: Mapping[str, Any]) -> AttentionCall:
+    """What a function above was called with, as anyflash's operator takes it."""
+    bound = inspect.signature(function).bind(*arguments, **named)
+    bound.apply_defaults()
+    given = dict.fromkeys(AttentionCall._fields)
+    given.update(max_seqlen_q=0, max_seqlen_k=0, deterministic=False)
+    given.update((name, x) for name, x in bound.arguments.items() if name in given)
+    given.update(dropout_p=effective_dropout(given["dropout_p"]), backend=backends.current_code())
+    return AttentionCall(**given)
 
 
-def _define(
-    name: str, function: Callable[..., Any], fake: Callable[..., Any], mutates: tuple[str, ...]
-) -> tuple[Any, Any]:
+def _backward_by_name(ctx: Any, dout: Tensor, wanted: Mapping[str, bool]) -> dict[str, Tensor]:
+    """anyflash's derivative through the operator that trainers know. It writes into buffers, which
+    a compiler would copy, so only where somebody looks."""
+    saved = Saved(*ctx.saved_tensors)
+    if wanted.get("alibi_slopes") or saved.block_table is not None or not known_names.are_ours():
+        return differentiate(ctx, dout, None, wanted)
+    buffers = {f"d{name}": torch.empty_like(getattr(saved, name)) for name in "qkv"}
+    given = {**saved._asdict(), **ctx.numbers._asdict(), **buffers, "dout": dout}
+    name = "_flash_attn_backward" if saved.cu_seqlens_q is None else "_flash_attn_varlen_backward"
+    expected = inspect.signature(_OPERATORS[name].function).parameters
+    operator = getattr(torch.ops.flash_attn, name).default
+    operator(**{name: given[name] for name in expected if name in given})
+    return {name: buffers[f"d{name}"] for name in "qkv"}
+
+
+def _differentiable(operator: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward as autograd records it."""
+    names = tuple(inspect.signature(function).parameters)
+
+    class NamedAttentionFunction(Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            return below_autograd(operator, *arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            out, softmax_lse, s_dmask, rng_state = output
+            remember(ctx, _given(function, inputs, {}), out, softmax_lse, rng_state)
+            ctx.mark_non_differentiable(s_dmask, rng_state)
+
+        @staticmethod
+        @first_derivative_only
+        def backward(
+            ctx: Any, dout: Optional[Tensor], dsoftmax_lse: Optional[Tensor], *_: Any
+        ) -> tuple[Optional[Tensor], ...]:
+            wanted = dict(zip(names, ctx.needs_input_grad))
+            if is_watched() and dout is not None and dsoftmax_lse is None:
+                gradients = _backward_by_name(ctx, dout, wanted)
+            else:
+                gradients = differentiate(ctx, dout, dsoftmax_lse, wanted)
+            return tuple(gradients.get(name) for name, _ in zip(names, ctx.needs_input_grad))
+
+    return applier(NamedAttentionFunction)
+
+
+class _Private(NamedTuple):
+    """One of the functions above, as an operator."""
+
+    function: Callable[..., Any]
+    fake: Callable[..., Any]
+    schema: str
+    count: Callable[[AttentionCall], int]
+
+
+_LENGTHS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
+_OPTIONS = "float dropout_p, float softmax_scale, bool causal"
+_WINDOW = "SymInt window_size_left, SymInt window_size_right, float softcap, Tensor? alibi_slopes"
+_FORWARD = "Tensor q, Tensor k, Tensor v"
+_BACKWARD = (
+    "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, Tensor(a!)? dq, "
+    "Tensor(b!)? dk, Tensor(c!)? dv"
+)
+_RESULTS = "(Tensor, Tensor, Tensor, Tensor)"
+_OPERATORS = {
+    "_flash_attn_forward": _Private(
+        forward,
+        _forward_fake,
+        f"({_FORWARD}, {_OPTIONS}, {_WINDOW}, bool return_softmax) -> {_RESULTS}",
+        _flops.forward_flops,
+    ),
+    "_flash_attn_varlen_forward": _Private(
+        varlen_forward,
+        _varlen_forward_fake,
+        f"({_FORWARD}, {_LENGTHS}, {_OPTIONS}, SymInt window_size_left=-1, "
+        "SymInt window_size_right=-1, float softcap=0.0, Tensor? alibi_slopes=None, "
+        "bool return_softmax=False, Tensor? block_table=None, Tensor? leftpad_k=None, "
+        f"Tensor? seqused_k=None, bool zero_tensors=False) -> {_RESULTS}",
+        _flops.forward_flops,
+    ),
+    "_flash_attn_backward": _Private(
+        backward,
+        backward,
+        f"({_BACKWARD}, {_OPTIONS}, {_WINDOW}, bool deterministic, Tensor? rng_state=None) "
+        "-> Tensor",
+        _flops.backward_flops,
+    ),
+    "_flash_attn_varlen_backward": _Private(
+        varlen_backward,
+        varlen_backward,
+        f"({_BACKWARD}, {_LENGTHS}, {_OPTIONS}, {_WINDOW}, bool deterministic, "
+        "Tensor? rng_state=None, bool zero_tensors=False) -> Tensor",
+        _flops.backward_flops,
+    ),
+}
+
+
+_LIBRARIES = known_names.take(_OPERATORS)
+
+
+class _PrivateFunction:
+    """What clients import: it goes through the operator while the names are ours. Not a function,
+    so that who inspects it takes ``_init_fn``, as of upstream's."""
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self._init_fn = function
+        self._name = name
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        if known_names.are_ours():
+            return getattr(torch.ops.flash_attn, self._name)(*arguments, **named)
+        return self._init_fn(*arguments, **named)
+
+
+def _define(name: str) -> tuple[Any, Any]:
     """(what clients import as ``_flash_attn_*``, what they import as ``_wrapped_flash_attn_*``)."""
-    qualified = f"flash_attn::{name}"
-    if not hasattr(torch.library, "custom_op") or torch._C._jit_get_schemas_for_operator(qualified):
-        return _plain(function)
-    operator = torch.library.custom_op(qualified, function, mutates_args=mutates)
-    operator.register_fake(fake)
-    return operator, getattr(torch.ops.flash_attn, name)
+    function, fake, schema, count = _OPERATORS[name]
+    library = _LIBRARIES.get(name)
+    if library is None:
+        function._init_fn = function
+        return function, function
+    is_forward = name.endswith("forward")
+    tags = (torch.Tag.nondeterministic_seeded,) if is_forward else ()
+    library.define(name + schema, tags=tags)
+    packet = getattr(torch.ops.flash_attn, name)
+    library.impl(name, isolated(function), "CompositeExplicitAutograd")
+    _ops.register_fake(library, packet.default, fake)
+    if is_forward:
+        recorded = _differentiable(packet.default, function)
+    else:
+        recorded = forward_only(packet.default, NO_SECOND_DERIVATIVE)
+        kernel = _ops.version_counting_kernel(packet.default)
+        library.impl(name, kernel, "ADInplaceOrView")
+    library.impl(name, _ops.autograd_kernel(packet.default, recorded), "Autograd")
+
+    def flops(*arguments: Any, out_val: Any = None, **named: Any) -> int:
+        return count(_given(function, arguments, named))
+
+    _flops.register(packet, flops)
+    return _PrivateFunction(name, function), packet
 
 
-_flash_attn_forward, _wrapped_flash_attn_forward = _define(
-    "_flash_attn_forward", forward, _forward_fake, ()
-)
+_flash_attn_forward, _wrapped_flash_attn_forward = _define("_flash_attn_forward")
 _flash_attn_varlen_forward, _wrapped_flash_attn_varlen_forward = _define(
-    "_flash_attn_varlen_forward", varlen_forward, _varlen_forward_fake, ()
+    "_flash_attn_varlen_forward"
 )
-_flash_attn_backward, _wrapped_flash_attn_backward = _define(
-    "_flash_attn_backward", backward, backward, _BUFFERS
-)
+_flash_attn_backward, _wrapped_flash_attn_backward = _define("_flash_attn_backward")
 _flash_attn_varlen_backward, _wrapped_flash_attn_varlen_backward = _define(
-    "_flash_attn_varlen_backward", varlen_backward, varlen_backward, _BUFFERS
+    "_flash_attn_varlen_backward"
 )

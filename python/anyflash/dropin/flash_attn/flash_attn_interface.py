@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import anyflash
-from anyflash.attention import draw_rng_state
+from anyflash._rng_state import draw_rng_state
 from anyflash.attention_probs import effective_dropout, signed_probabilities
 
 from ._autograd_functions import (  # noqa: F401  (clients import these names from here)

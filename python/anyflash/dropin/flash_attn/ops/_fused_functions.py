@@ -10,8 +10,8 @@ from torch import Tensor
 
 import anyflash
 from anyflash import _autocast, backends
+from anyflash._activations import activation_number
 from anyflash._autograd import first_derivative_only
-from anyflash.fused_mlp import ACTIVATIONS
 from flash_attn.utils.distributed import all_gather_raw, all_reduce_raw, reduce_scatter_raw
 from flash_attn.utils.torch import custom_bwd, custom_fwd
 
@@ -192,11 +192,11 @@ class FusedMLPFunc(torch.autograd.Function):
         check_mlp_options(activation, checkpoint_lvl, heuristic)
         ctx.process_group = process_group
         ctx.sequence_parallel = sequence_parallel
-        number = ACTIVATIONS.index(_ACTIVATIONS[activation])
+        number = activation_number(_ACTIVATIONS[activation])
         ctx.options = (bias2 is not None, number, backends.current_code())
         x, weight1, bias1, weight2, bias2 = _cast(x, weight1, bias1, weight2, bias2)
         save_hidden = save_pre_act and checkpoint_lvl < 2
-        out, hidden = _ops.fused_mlp_forward.default(
+        out, hidden = _ops._fused_mlp_forward.default(
             _wait(_gathered(ctx, x)), weight1, bias1, weight2, bias2, number, save_hidden,
             backends.current_code(),
         )  # fmt: skip
@@ -208,7 +208,7 @@ class FusedMLPFunc(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, grad_output: Tensor, *args: Tensor) -> tuple[Any, ...]:
         x, weight1, bias1, weight2, hidden = ctx.saved_tensors
-        dx, dweight1, dbias1, dweight2, dbias2 = _ops.fused_mlp_backward.default(
+        dx, dweight1, dbias1, dweight2, dbias2 = _ops._fused_mlp_backward.default(
             grad_output, _wait(_gathered(ctx, x)), weight1, bias1, weight2, hidden, *ctx.options
         )
         if ctx.needs_input_grad[0]:

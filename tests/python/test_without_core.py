@@ -1,0 +1,95 @@
+"""The package without its libraries: every case as plain operators, and refusals instead of wrong
+numbers."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import write_lists
+
+import anyflash
+
+RUN = """
+import torch, anyflash
+from anyflash import _core, _loader
+from anyflash.testing import CORRECTNESS, assert_close, expect, make_inputs
+
+assert _core.library is None and _loader.provider == "python"
+for case in CORRECTNESS:
+    inputs = make_inputs(case, "cpu")
+    graded = inputs.differentiable() if case.differentiable else {}
+    for x in graded.values():
+        x.requires_grad_()
+    out, lse = anyflash.attention(*inputs.qkv, **inputs.options, return_lse=True)
+    found = {"out": out, "lse": lse}
+    if graded:
+        arriving = (inputs.dout, inputs.dlse)
+        gradients = torch.autograd.grad((out, lse), tuple(graded.values()), arriving)
+        found.update({name: x for name, x in zip(graded, gradients)})
+    expected = expect(inputs, gradients=bool(graded))
+    for name, x in found.items():
+        assert_close(x, expected.exact[name], expected.low[name], f"{case.name} {name}")
+print(len(CORRECTNESS), anyflash.decide({"device": "cpu", "dtype": "fp32"})["route"])
+"""
+
+WRONG = """
+import torch, anyflash
+q, k = torch.randn(4, 2, 8), torch.randn(6, 2, 8)
+ints = lambda *x: torch.tensor(x, dtype=torch.int32)
+dense = torch.randn(1, 4, 2, 8)
+packed = dict(max_seqlen_q=4, max_seqlen_k=6)
+calls = {
+    "head_dim": lambda: anyflash.attention(dense, dense[..., :4], dense),
+    "heads": lambda: anyflash.attention(torch.randn(1, 4, 3, 8), dense, dense),
+    "dtype": lambda: anyflash.attention(dense, dense.double(), dense),
+    "cu_seqlens_k": lambda: anyflash.attention(
+        q, k, k, cu_seqlens_q=ints(0, 4), cu_seqlens_k=ints(0, 9), **packed
+    ),
+    "decreasing": lambda: anyflash.attention(
+        q, k, k, cu_seqlens_q=ints(0, 4, 2), cu_seqlens_k=ints(0, 3, 6), **packed
+    ),
+    "seqused_k": lambda: anyflash.attention(dense, dense, dense, seqused_k=ints(9)),
+    "strict": lambda: anyflash.attention(dense, dense, dense, backend="kernel"),
+}
+for name, call in calls.items():
+    try:
+        call()
+    except RuntimeError:
+        continue
+    raise SystemExit(f"{name} was computed")
+print("refused", len(calls))
+"""
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory) -> Path:
+    """A copy of the package as an installation without a compiler has it."""
+    folder = tmp_path_factory.mktemp("plain")
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "_build.json")
+    shutil.copytree(Path(anyflash.__file__).parent, folder / "anyflash", ignore=ignored)
+    write_lists(folder / "anyflash")
+    return folder
+
+
+def _run(package: Path, program: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(package)!r})\n{program}"],
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_every_case_as_plain_operators(package):
+    count, route = _run(package, RUN).split()
+    assert int(count) > 20
+    assert route == "math"
+
+
+def test_what_does_not_fit_is_refused(package):
+    assert _run(package, WRONG).startswith("refused")
