@@ -21,12 +21,5 @@ inline void check_code(AOTITorchError code, const char* what) {
 
 // "(2, 77, 8, 64)", "(12,)" and "()", as Python prints shapes.
 std::string shape_text(const torch::stable::Tensor& tensor);
-// "fp16", "bf16", "fp32", "fp64", "int32", ...
-std::string dtype_text(const torch::stable::Tensor& tensor);
-// "cpu", "cuda:0"
-std::string device_text(const torch::stable::Tensor& tensor);
-
-void check_same_device(const torch::stable::Tensor& reference, const char* reference_name,
-                       const torch::stable::Tensor& tensor, const char* name);
 
 }  // namespace anyflash
