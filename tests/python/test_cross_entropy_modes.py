@@ -266,8 +266,12 @@ def test_functorch(device, inplace):
     each = torch.func.vmap(torch.func.grad(lambda x, y: loss(x[None], y[None])))(before, labels)
     torch.testing.assert_close(each, expected)
     assert torch.equal(before, logits)
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises(NotImplementedError, match="jvp"):
         torch.func.jvp(lambda x: loss(x, labels), (before,), (before,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(before, torch.ones_like(before))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            loss(dual, labels)
 
 
 def test_operator_has_the_derivative(device):

@@ -5,6 +5,7 @@ kernels/cross_entropy_params.h has the formulas.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -14,7 +15,13 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from .. import _core, _records, _threads
-from .._autograd import applier, first_derivative_only, has_readable_values, in_plain_eager
+from .._autograd import (
+    applier,
+    below_autograd,
+    first_derivative_only,
+    has_readable_values,
+    in_plain_eager,
+)
 from . import expect, is_checked, record_of
 
 _ops = torch.ops.anyflash
@@ -263,8 +270,11 @@ KERNELS: dict[str, Callable[..., Any]] = {
 
 
 def implementation(name: str, on_kernel: bool) -> Callable[..., Any]:
-    """The operator, or the same in PyTorch operations, as _operators.runs_on_kernel says."""
-    return getattr(_ops, name).default if on_kernel else MATH[name]
+    """The operator, past its autograd kernel, or the same in PyTorch operations, as
+    _operators.runs_on_kernel says."""
+    if not on_kernel:
+        return MATH[name]
+    return functools.partial(below_autograd, getattr(_ops, name).default)
 
 
 def write_gradient(
