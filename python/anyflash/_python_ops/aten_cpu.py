@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _core, _records
+from . import without_core
 from .arguments import AttentionArgs, BackwardArgs, Gradients
 from .math import empty_results
 from .parts import INFINITY, ViewPart, covers_everything, parts_of
@@ -51,10 +52,12 @@ class PartProblem:
         self.scale = args.softmax_scale
         self.seqlen_q, self.seqlen_k = part.seqlen_q, part.seqlen_k
         self.window_left, self.window_right = args.window_left, args.window_right
-        self.row_begin, self.row_end, self.pieces = _core.plan_pieces(
-            part.seqlen_q, part.seqlen_k, args.window_left, args.window_right,
-            purpose if part.bias is None else _BIAS,
-        )  # fmt: skip
+        lengths = (part.seqlen_q, part.seqlen_k, args.window_left, args.window_right)
+        if _core.library is None:
+            plan = without_core.plan_pieces(*lengths)
+        else:
+            plan = _core.plan_pieces(*lengths, purpose if part.bias is None else _BIAS)
+        self.row_begin, self.row_end, self.pieces = plan
         self.q = _computable(part.q)
         self.k = _expanded(_computable(part.k), args.heads)
         self.v = _expanded(_computable(part.v), args.heads)
