@@ -5,7 +5,7 @@
 #   scripts/gpu_check.sh              all stages
 #   scripts/gpu_check.sh build tests  only these; stages: build conformance kernels gpu tests bench sanitizer
 #
-# Needs on the machine: torch (2.10 or newer) in the Python called python3 (or $PYTHON), nvcc, a C++ compiler, cmake, pybind11,
+# Needs on the machine: torch (2.10 or newer) in the Python called python3 (or $PYTHON), nvcc, a C++ compiler, cmake,
 # setuptools >= 77, pytest, hypothesis, einops; pytest-xdist and compute-sanitizer if they are there. Code is built for the machine's own
 # GPU, or for $ANYFLASH_CUDA_ARCHS.
 #

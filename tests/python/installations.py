@@ -22,6 +22,7 @@ import cuda_pins  # noqa: E402
 
 SITE_PACKAGES = Path(sysconfig.get_paths()["purelib"])
 CUDA = "1" if cuda_pins.has_nvcc() or cuda_pins.package_root() else "0"
+NO_COMPILER = "/nowhere/c++"  # as CXX: also where ziglang is installed
 LINUX = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="the binary is built on Linux"
 )
@@ -60,8 +61,8 @@ def call(*command, check=True, cwd=None, **environment) -> subprocess.CompletedP
 class Environment:
     """A virtual environment that sees this one's packages, but not its anyflash."""
 
-    def __init__(self, folder: Path, libraries: Path):
-        call(sys.executable, "-m", "venv", "--without-pip", folder)
+    def __init__(self, folder: Path, libraries: Path, python: Path = Path(sys.executable)):
+        call(python, "-m", "venv", "--without-pip", folder)
         self.python = folder / "bin/python"
         self.site = Path(
             call(
@@ -165,8 +166,7 @@ def wheel(source, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def pure_wheel(source, tmp_path_factory) -> Path:
     """The wheel of a machine without a compiler."""
-    tools = tmp_path_factory.mktemp("no_compiler")
-    return build(source, tmp_path_factory.mktemp("pure"), "--wheel", PATH=str(tools), CXX="")
+    return build(source, tmp_path_factory.mktemp("pure"), "--wheel", CXX=NO_COMPILER)
 
 
 @pytest.fixture(scope="session")

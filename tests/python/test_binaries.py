@@ -7,19 +7,21 @@ import re
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
+from installations import REPOSITORY
 
 import anyflash
 
+sys.path.append(str(REPOSITORY / "tools"))
+from shared_lists import write_lists  # noqa: E402
+from wheel_tag import needed_versions, platform_tag  # noqa: E402
+
 PACKAGE = Path(anyflash.__file__).parent
 KERNELS, OPS = PACKAGE / "libanyflash_kernels.so", PACKAGE / "libanyflash_ops.so"
-NATIVE = next(
-    iter(sorted(PACKAGE.glob(f"_native.cpython-{sys.version_info[0]}{sys.version_info[1]}-*.so"))),
-    PACKAGE / "_native.so",
-)
-FILES = [pytest.param(path, id=path.name.split(".")[0]) for path in (KERNELS, OPS, NATIVE)]
+FILES = [pytest.param(path, id=path.name.split(".")[0]) for path in (KERNELS, OPS)]
 
 pytestmark = pytest.mark.skipif(
     not OPS.is_file(), reason="anyflash is installed without the binary"
@@ -66,20 +68,24 @@ def newest(library: Path, prefix: str) -> tuple[int, ...]:
 @pytest.mark.parametrize("library", FILES)
 def test_only_our_names_are_visible(library):
     names = exports(library)
-    assert names and all(name.startswith(("anyflash_", "PyInit_")) for name in names), names
+    assert names and all(name.startswith("anyflash_") for name in names), names
 
 
 def test_exports():
-    assert exports(NATIVE) == {"PyInit__native"}
-    assert {"anyflash_register_error", "anyflash_set_notice_sink"} <= exports(OPS)
-    assert {"anyflash_instances", "anyflash_launch", "anyflash_error_string"} <= exports(KERNELS)
+    assert "anyflash_register_error" in exports(OPS)
+    assert {
+        "anyflash_instances",
+        "anyflash_launch",
+        "anyflash_error_string",
+        "anyflash_layout",
+        "anyflash_set_notice_sink",
+    } <= exports(KERNELS)
 
 
 @pytest.mark.parametrize("library", FILES)
 def test_nothing_with_a_version_of_its_own_is_needed(library):
     """No CUDA library, and of torch only libtorch_cpu, for the operators only."""
     system = {
-        "libstdc++.so.6",
         "libgcc_s.so.1",
         "libc.so.6",
         "libm.so.6",
@@ -87,17 +93,16 @@ def test_nothing_with_a_version_of_its_own_is_needed(library):
         "libpthread.so.0",
         "librt.so.1",
     }
-    ours = {
+    others = {
         KERNELS: set(),
-        OPS: {"libanyflash_kernels.so", "libtorch_cpu.so"},
-        NATIVE: {"libanyflash_kernels.so"},
+        OPS: {"libanyflash_kernels.so", "libtorch_cpu.so", "libstdc++.so.6"},
     }[library]
-    assert {n for n in needed(library) if not n.startswith("ld-linux")} - system == ours
+    assert {n for n in needed(library) if not n.startswith("ld-linux")} - system == others
     assert re.findall(r"\(RU?N?PATH\).*\[(.+)\]", output("readelf", "-d", library)) == ["$ORIGIN"]
 
 
 def test_of_torch_only_the_stable_interface_is_used():
-    assert not [n for n in undefined(KERNELS) | undefined(NATIVE) if "torch" in n]
+    assert not [n for n in undefined(KERNELS) if "torch" in n]
     torch_names = {n for n in undefined(OPS) if not n.startswith("anyflash_")}
     assert not [n for n in torch_names if re.search(r"N?K?(2at|3c10|5torch)\d", n)]
     assert [n for n in torch_names if n.startswith(("aoti_torch_", "torch_"))]
@@ -105,9 +110,7 @@ def test_of_torch_only_the_stable_interface_is_used():
 
 def test_every_function_of_ours_is_defined():
     """Nothing of libtorch is there to link against, so the linker cannot tell."""
-    assert not [
-        name for path in (KERNELS, OPS, NATIVE) for name in undefined(path) if "8anyflash" in name
-    ]
+    assert not [name for path in (KERNELS, OPS) for name in undefined(path) if "8anyflash" in name]
 
 
 def test_torch_abi_audit_says_stable():
@@ -117,11 +120,16 @@ def test_torch_abi_audit_says_stable():
     assert re.search(r"Min torch:\s+2\.10", report), report
 
 
-@pytest.mark.parametrize("library", FILES)
-def test_systems_of_2014_can_load_it(library):
-    """manylinux_2_28 promises glibc 2.28; torch itself asks for GLIBCXX 3.4.22."""
-    assert newest(library, "GLIBC") <= (2, 17)
-    assert newest(library, "GLIBCXX") <= (3, 4, 21)
+def test_systems_of_2014_can_load_it():
+    """The kernels with every torch; torch 2.10, which the operators are for, asks for GLIBCXX
+    3.4.22 itself."""
+    assert platform_tag(PACKAGE).startswith("manylinux2014")
+    for library in (KERNELS, OPS):
+        assert newest(library, "GLIBC") <= (2, 17)
+        assert newest(library, "GLIBCXX") <= (3, 4, 21)
+    assert {name.decode(): v for name, v in needed_versions(OPS).items()} == {
+        name: newest(OPS, name) for name in ("GLIBC", "GLIBCXX", "CXXABI", "GCC")
+    }
 
 
 @pytest.mark.parametrize("library", FILES)
@@ -132,14 +140,12 @@ def test_no_path_of_the_machine_that_built_it_is_inside(library):
 
 
 def damaged_package(folder: Path, name: str, content: bytes | None) -> Path:
-    """A copy of the package in which one library is replaced, or missing."""
+    """A copy of the package, as a wheel holds it, in which one library is replaced, or missing."""
     copy = folder / "anyflash"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    defs = copy / "defs"
-    defs.mkdir(exist_ok=True)
-    for source in ("core", "csrc", "kernels"):
-        for path in (PACKAGE.parents[1] / source).glob("*.def"):
-            shutil.copy(path, defs)
+    write_lists(copy)
+    crc32 = {path.name: zlib.crc32(path.read_bytes()) for path in copy.glob("*.so")}
+    (copy / "_build.json").write_text(json.dumps({"reasons": [], "crc32": crc32}))
     (copy / name).unlink()
     if content is not None:
         (copy / name).write_bytes(content)
@@ -156,7 +162,17 @@ def use(package: Path, code: str = USE, **environment: str) -> subprocess.Comple
     )
 
 
+def flipped(library: Path) -> bytes:
+    """The content with one bit changed in a text, which no code reads while it is loaded."""
+    text = b"expected "
+    content = bytearray(library.read_bytes())
+    content[content.index(text)] ^= 1
+    return bytes(content)
+
+
 DAMAGE = {
+    "one bit of the operators": (OPS.name, lambda: flipped(OPS)),
+    "one bit of the kernels": (KERNELS.name, lambda: flipped(KERNELS)),
     "missing operators": (OPS.name, lambda: None),
     "empty operators": (OPS.name, lambda: b""),
     "truncated operators": (OPS.name, lambda: OPS.read_bytes()[: OPS.stat().st_size // 2]),
@@ -167,10 +183,6 @@ DAMAGE = {
     ),
     "operators that are something else": (OPS.name, KERNELS.read_bytes),
     "missing kernels": (KERNELS.name, lambda: None),
-    "truncated introspection": (
-        NATIVE.name,
-        lambda: NATIVE.read_bytes()[: NATIVE.stat().st_size // 2],
-    ),
     "truncated kernels": (
         KERNELS.name,
         lambda: KERNELS.read_bytes()[: KERNELS.stat().st_size // 2],
@@ -184,8 +196,32 @@ def test_damaged_files_leave_a_working_import_and_a_reason(tmp_path, damage):
     done = use(damaged_package(tmp_path, name, content()))
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["provider"] == ("binary" if name == NATIVE.name else "python")
-    assert any(name.split(".")[0] in reason for reason in found["reasons"]), found
+    assert found["provider"] == "python"
+    assert any(name in reason for reason in found["reasons"]), found
+    assert content() is None or any("is damaged" in reason for reason in found["reasons"])
+
+
+def test_without_checksums_the_libraries_are_used(tmp_path):
+    """As in an editable installation, where they are rebuilt by hand."""
+    package = damaged_package(tmp_path, OPS.name, OPS.read_bytes())
+    (package / "_build.json").unlink()
+    found = json.loads(use(package).stdout.splitlines()[-1])
+    assert found == {"provider": "binary", "reasons": []}
+
+
+def test_a_kernel_library_of_another_version_is_not_called(tmp_path):
+    """One of a half rebuilt tree: loadable, with the structs of other Python files."""
+    source = tmp_path / "other.c"
+    library = tmp_path / "other.so"
+    names = sorted(exports(KERNELS) - {"anyflash_layout"})
+    functions = "".join(f"void {name}(void) {{}}\n" for name in names)
+    source.write_text(f'{functions}const char* anyflash_layout(void) {{ return "TensorView 8"; }}')
+    output("cc", "-shared", "-fPIC", source, "-o", library)
+    package = damaged_package(tmp_path, KERNELS.name, library.read_bytes())
+    (package / "_build.json").unlink()
+    found = json.loads(use(package).stdout.splitlines()[-1])
+    assert found["provider"] == "python"
+    assert any("another version" in reason for reason in found["reasons"]), found
 
 
 def test_an_operator_library_of_another_abi(tmp_path):
@@ -197,7 +233,9 @@ def test_an_operator_library_of_another_abi(tmp_path):
     )
     library = tmp_path / "other.so"
     output("cc", "-shared", "-fPIC", "-Wl,-z,now", source, "-o", library)
-    done = use(damaged_package(tmp_path, OPS.name, library.read_bytes()))
+    package = damaged_package(tmp_path, OPS.name, library.read_bytes())
+    (package / "_build.json").unlink()
+    done = use(package)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["provider"] == "python"

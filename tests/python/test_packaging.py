@@ -7,15 +7,28 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
-from installations import LINUX, REPOSITORY, SMOKE, build, call, check_out, doctor_of
+from installations import (
+    LINUX,
+    NO_COMPILER,
+    REPOSITORY,
+    SMOKE,
+    Environment,
+    build,
+    call,
+    check_out,
+    doctor_of,
+)
 from tree import tracked
+
+sys.path.append(str(REPOSITORY / "scripts"))
+from test_matrix import find_python  # noqa: E402
 
 
 def content(wheel: Path) -> set[str]:
@@ -31,14 +44,9 @@ def facts(wheel: Path) -> dict:
 @LINUX
 def test_the_wheel_holds_what_it_should_and_no_more(wheel):
     names = content(wheel)
-    tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
-    assert re.fullmatch(rf"anyflash-[\d.]+-{tag}-{tag}-linux_\w+\.whl", wheel.name)
-    binaries = {n for n in names if ".so" in n}
-    assert binaries == {
-        "anyflash/libanyflash_kernels.so",
-        "anyflash/libanyflash_ops.so",
-        "anyflash/_native" + sysconfig.get_config_var("EXT_SUFFIX"),
-    }
+    libraries = {"libanyflash_kernels.so", "libanyflash_ops.so"}
+    assert {n for n in names if ".so" in n} == {f"anyflash/{name}" for name in libraries}
+    assert set(facts(wheel)["crc32"]) == libraries
     assert "anyflash/_lists.py" in names
     for name in ("anyflash.pth", "anyflash.start"):
         assert any(re.fullmatch(rf"anyflash-[\d.]+\.data/purelib/{name}", n) for n in names)
@@ -55,6 +63,48 @@ def test_the_wheel_holds_what_it_should_and_no_more(wheel):
     ]
     assert wheel.stat().st_size <= 5e6
     assert facts(wheel)["binary"]
+
+
+@LINUX
+def test_one_wheel_for_every_python(wheel):
+    """Its kernels need no C++ library of the system, and no newer glibc than manylinux2014 has,
+    where the system that built it has libstdc++ as an archive."""
+    machine = platform.machine()
+    tag = f"manylinux2014_{machine}.manylinux_2_17_{machine}"
+    assert re.fullmatch(rf"anyflash-[\d.]+-py3-none-{tag}\.whl", wheel.name)
+
+
+VERSIONS = ("3.9", "3.10", "3.11", "3.12", "3.13", "3.14")
+
+
+@LINUX
+@pytest.mark.parametrize("version", VERSIONS)
+def test_each_python_installs_the_wheel_and_calls_its_kernels(wheel, tmp_path, version):
+    """Without torch, which is installed for one Python only; test_matrix.py has the others."""
+    python = find_python(version)
+    if python is None:
+        pytest.skip(f"no Python {version} on this machine")
+    environment = Environment(tmp_path / "venv", tmp_path, python)
+    environment.install(wheel)
+    code = (
+        "import ctypes; from pathlib import Path\n"
+        f"library = ctypes.CDLL(str(Path({str(environment.site)!r}) / 'anyflash' / "
+        "'libanyflash_kernels.so'))\n"
+        "library.anyflash_layout.restype = ctypes.c_char_p\n"
+        "print(library.anyflash_cpu_isa(), b'TensorView ' in library.anyflash_layout())"
+    )
+    isa, layout = environment.run(code).stdout.split()
+    assert int(isa) > 0 and layout == "True"
+
+
+@LINUX
+@pytest.mark.parametrize("name", ["manylinux2014", "manylinux_2_17"])
+def test_pip_download_finds_the_wheel_by_both_names(wheel, tmp_path, name):
+    target = ("--platform", f"{name}_{platform.machine()}", "--python-version", "3.12")
+    index = ("--no-index", "--no-deps", "--find-links", wheel.parent, "--only-binary", ":all:")
+    command = (sys.executable, "-m", "pip", "download", *index, *target, "-d", tmp_path)
+    call(*command, "anyflash")
+    assert (tmp_path / wheel.name).is_file()
 
 
 @LINUX
@@ -150,7 +200,7 @@ def test_a_checkout_on_pythonpath_wins(environment, pure_wheel, tmp_path):
     environment.run("import flash_attn; assert flash_attn.mine", PYTHONPATH=str(tmp_path / "mine"))
 
 
-def test_without_a_compiler_the_install_is_pure_python_and_says_why(environment, pure_wheel):
+def test_without_any_compiler_the_install_is_pure_python_and_says_why(environment, pure_wheel):
     assert pure_wheel.name.endswith("-py3-none-any.whl")
     assert facts(pure_wheel) == {**facts(pure_wheel), "binary": False, "cuda": False}
     assert "no C++ compiler" in facts(pure_wheel)["reasons"][0]
@@ -163,6 +213,26 @@ def test_without_a_compiler_the_install_is_pure_python_and_says_why(environment,
 
 
 @LINUX
+@pytest.mark.parametrize(
+    "settings, asked",
+    [
+        ({"PATH": "/nowhere", "CXX": ""}, True),
+        ({"CXX": "/bin/true"}, False),
+        ({"CXX": NO_COMPILER}, False),
+        ({"PATH": "/nowhere", "CXX": "", "ANYFLASH_BUILD": "0"}, False),
+    ],
+    ids=["no compiler", "a compiler", "a wrong name", "pure Python"],
+)
+def test_zig_is_fetched_where_there_is_no_compiler(settings, asked):
+    """That it builds the kernels: `make test-matrix`, which may fetch it."""
+    hidden = "import sys; sys.modules['ziglang'] = None; sys.path.insert(0, 'tools')\n"
+    code = f"{hidden}import build_backend; print(build_backend._missing_tools())"
+    required = call(sys.executable, "-c", code, cwd=REPOSITORY, **settings).stdout
+    assert ("'ziglang>=" in required) == asked
+    assert not (asked and "nvidia" in required)
+
+
+@LINUX
 def test_a_failing_compiler_steps_down_to_pure_python(source, tmp_path):
     wheel = build(source, tmp_path, "--wheel", CXX="/bin/false")
     assert not facts(wheel)["binary"]
@@ -172,7 +242,7 @@ def test_a_failing_compiler_steps_down_to_pure_python(source, tmp_path):
 
 @LINUX
 @pytest.mark.parametrize(
-    "settings", [{"CXX": "/bin/false"}, {"CXX": "", "PATH": "/nowhere"}], ids=["failing", "missing"]
+    "settings", [{"CXX": "/bin/false"}, {"CXX": NO_COMPILER}], ids=["failing", "missing"]
 )
 def test_a_binary_that_was_asked_for_and_cannot_be_built_is_an_error(source, tmp_path, settings):
     command = (

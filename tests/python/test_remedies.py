@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from installations import LINUX, call
+from installations import LINUX, NO_COMPILER, call
 from installations import doctor_of as doctor
 
 from anyflash._remedies import REMEDIES
@@ -167,7 +167,7 @@ def test_follow_compiler(environment, source, pure_wheel, tmp_path):
     tree = tmp_path / "tree"
     shutil.copytree(source, tree)
     environment.pip(
-        "install", "--no-index", "--no-deps", "--no-build-isolation", tree, PATH="/nowhere", CXX=""
+        "install", "--no-index", "--no-deps", "--no-build-isolation", tree, CXX=NO_COMPILER
     )
     advice = finding(doctor(environment), "compiler")
     assert str(tree) in advice["command"]

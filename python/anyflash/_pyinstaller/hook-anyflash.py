@@ -4,4 +4,4 @@ from PyInstaller.utils.hooks import collect_data_files, collect_dynamic_libs, co
 
 binaries = collect_dynamic_libs("anyflash")
 datas = [*collect_data_files("anyflash", includes=["_build.json"]), *copy_metadata("anyflash")]
-hiddenimports = ["anyflash._native", "anyflash._lists"]
+hiddenimports = ["anyflash._lists"]
