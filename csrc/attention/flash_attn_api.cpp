@@ -7,7 +7,6 @@
 #include "stable/aten.h"
 #include "stable/contiguous_rows.h"
 #include "stable/grad_mode.h"
-#include "stable/view.h"
 
 namespace anyflash {
 namespace {
@@ -31,6 +30,13 @@ struct Packing {
   OptionalTensor block_table;
 };
 
+// "(2, 77, 8, 64)" and "(12,)", as Python prints shapes.
+std::string shape_text(const Tensor& x) {
+  std::string sizes;
+  for (const int64_t size : x.sizes()) sizes += text(sizes.empty() ? "" : ", ", size);
+  return text("(", sizes, x.dim() == 1 ? ",)" : ")");
+}
+
 std::array<int64_t, 2> window_of(const std::vector<int64_t>& window_size) {
   AF_CHECK(window_size.size() == 2, "window_size: expected (left, right), got ", window_size.size(),
            " numbers");
@@ -40,7 +46,7 @@ std::array<int64_t, 2> window_of(const std::vector<int64_t>& window_size) {
 double scale_of(const std::optional<double>& softmax_scale, const Tensor& q) {
   if (softmax_scale) return *softmax_scale;
   AF_CHECK(q.dim() >= 1 && q.size(q.dim() - 1) > 0, "q: expected (..., heads, head_dim), got ",
-           shape_text(view_of(q)));
+           shape_text(q));
   return 1.0 / std::sqrt(static_cast<double>(q.size(q.dim() - 1)));
 }
 
@@ -61,8 +67,7 @@ Tensor attend_dense(const Tensor& q, const Tensor& k, const Tensor& v, const Opt
   if (q.dim() != 3) return attend(q, k, v, Packing{}, options);
   // (total, heads, head_dim) is one sequence.
   AF_CHECK(k.dim() == 3 && v.dim() == 3, "k, v: expected (seqlen_k, heads_k, head_dim) like q ",
-           shape_text(view_of(q)), ", got ", shape_text(view_of(k)), " and ",
-           shape_text(view_of(v)));
+           shape_text(q), ", got ", shape_text(k), " and ", shape_text(v));
   return select(attend(unsqueeze(q, 0), unsqueeze(k, 0), unsqueeze(v, 0), Packing{}, options), 0,
                 0);
 }
@@ -71,7 +76,7 @@ Tensor attend_dense(const Tensor& q, const Tensor& k, const Tensor& v, const Opt
 Tensor part(const Tensor& packed, const char* name, int64_t dim, int64_t parts, int64_t index) {
   AF_CHECK(packed.dim() == dim + 3 && packed.size(dim) == parts, name, ": expected (",
            dim == 2 ? "batch, seqlen, " : "total, ", parts, ", heads, head_dim), got ",
-           shape_text(view_of(packed)));
+           shape_text(packed));
   return select(packed, dim, index);
 }
 
