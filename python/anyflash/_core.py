@@ -302,6 +302,7 @@ def check_fused_mlp(call: MlpCall) -> None:
     raise_for(loaded().anyflash_check_fused_mlp(ctypes.byref(call)))
 
 
+@functools.cache
 def activation_number(name: str) -> int:
     """The number of an activation's name.
 

@@ -12,7 +12,7 @@ from torch.autograd.function import Function
 
 from .. import _core, _records, _threads
 from .._autograd import applier, below_autograd, needs_autograd
-from . import expect, is_checked, record_of
+from . import can_check, check, expect, record_of
 
 _ops = torch.ops.anyflash
 
@@ -28,7 +28,7 @@ def _record(
     interleaved: bool,
     conjugate: bool,
     in_place: bool,
-) -> _records.RotaryCall | None:
+) -> _records.RotaryCall:
     tensors = {
         "x": x,
         "cos": cos,
@@ -59,7 +59,8 @@ def _check(
     in_place: bool,
 ) -> None:
     numbers = (seqlen_offsets, seqlen_offset, cu_seqlens, max_seqlen)
-    if is_checked("rotary", _record(x, cos, sin, *numbers, *layout, in_place)):
+    if can_check(x, cos, sin, seqlen_offsets, cu_seqlens):
+        check("rotary", _record(x, cos, sin, *numbers, *layout, in_place))
         return
     expect(x.is_floating_point() and x.dim() == (4 if cu_seqlens is None else 3), "x", x)
     tables_fit = cos.dim() == 2 and sin.shape == cos.shape and 2 * cos.shape[1] <= x.shape[-1]
@@ -261,12 +262,14 @@ def _rotary_kernel_(x: Tensor, *rest: Any) -> None:
 
 
 def _fake(x: Tensor, *rest: Any) -> Tensor:
-    is_checked("rotary", _record(x, *rest, False))
+    if can_check(x, *rest):
+        check("rotary", _record(x, *rest, False))
     return _layout_like(x)
 
 
 def _fake_(x: Tensor, *rest: Any) -> None:
-    is_checked("rotary", _record(x, *rest, True))
+    if can_check(x, *rest):
+        check("rotary", _record(x, *rest, True))
 
 
 MATH: dict[str, Callable[..., Any]] = {"rotary": _rotary_math, "rotary_": rotate_}

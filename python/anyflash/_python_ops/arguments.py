@@ -8,13 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DTYPE_NAMES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-}
-
 
 @dataclass
 class AttentionArgs:
