@@ -125,7 +125,7 @@ bool has_shape(const TensorView& tensor, std::initializer_list<int64_t> expected
 }
 
 void check_allocated(const TensorView& tensor, const char* name) {
-  if (!tensor.given() || tensor.numel() == 0) return;
+  if (!tensor.given() || tensor.numel() == 0 || tensor.storage_bytes == kNoMemory) return;
   AF_CHECK(
       tensor.data != nullptr && extent_of(tensor) * bytes_of(tensor.dtype) <= tensor.storage_bytes,
       name, ": expected allocated memory, got a tensor of shape ", shape_text(tensor),
@@ -144,6 +144,7 @@ void check_no_overlap(const TensorView& written, const char* written_name, const
                       const char* read_name) {
   if (!read.given() || read.numel() == 0 || written.numel() == 0) return;
   if (!same_device(written, read)) return;
+  if (written.storage_bytes == kNoMemory || read.storage_bytes == kNoMemory) return;
   const auto begin = [](const TensorView& x) { return reinterpret_cast<uintptr_t>(x.data); };
   const auto end = [&](const TensorView& x) {
     return begin(x) + static_cast<uintptr_t>(extent_of(x) * bytes_of(x.dtype));
@@ -167,9 +168,11 @@ void check_no_overlap(const TensorView& written, const char* written_name, const
 
 void check_same_device(const TensorView& reference, const char* reference_name,
                        const TensorView& tensor, const char* name) {
-  AF_CHECK(same_device(reference, tensor), name, " must be on ",
-           reference.device == Device::cuda ? "CUDA" : "cpu", ": expected ", device_text(reference),
-           " like ", reference_name, ", got ", device_text(tensor));
+  const char* kind = reference.device == Device::cpu    ? "cpu"
+                     : reference.device == Device::cuda ? "CUDA"
+                                                        : "one device";
+  AF_CHECK(same_device(reference, tensor), name, " must be on ", kind, ": expected ",
+           device_text(reference), " like ", reference_name, ", got ", device_text(tensor));
 }
 
 void check_last_dim_contiguous(const TensorView& tensor, const char* name) {

@@ -27,6 +27,7 @@ const char* dtype_name(Dtype dtype) {
 }
 
 std::string device_name(const Problem& problem) {
+  if (problem.device == Device::other) return "this device";
   return problem.device == Device::cpu ? "cpu" : "sm_" + std::to_string(problem.sm);
 }
 

@@ -43,6 +43,12 @@ Choice checked_choice(const Problem& problem) {
   return choice;
 }
 
+// The kernel for tensors like x, for an operator that is nothing else.
+const Instance* only_kernel(const TensorView& x, Family family, Direction direction) {
+  const Caller caller{static_cast<int64_t>(BackEnd::kernel), 0};
+  return checked_choice(describe(x, family, direction, caller)).instance;
+}
+
 }  // namespace
 }  // namespace anyflash
 
@@ -117,6 +123,57 @@ Status anyflash_activation(const char* name, int64_t* number) {
   return guarded([&] { *number = static_cast<int64_t>(activation_of(std::string(name))); });
 }
 
+Status anyflash_prepare_rotary(const RotaryCall* call, const Instance** kernel) {
+  return guarded([&] {
+    check_rotary(*call);
+    if (kernel != nullptr) *kernel = only_kernel(call->x, Family::rotary, Direction::forward);
+  });
+}
+
+Status anyflash_run_rotary(const Instance* instance, const RotaryCall* call, const TensorView* y,
+                           void* where) {
+  return guarded([&] { run_rotary(*instance, *call, *y, where); });
+}
+
+Status anyflash_prepare_norm(const NormCall* call, const NormGradient* grad,
+                             const Instance** kernel) {
+  return guarded([&] {
+    check_norm(*call, grad);
+    if (kernel == nullptr) return;
+    TensorView x = grad == nullptr ? call->x : grad->z;
+    if (grad != nullptr) x.dtype = static_cast<ElementType>(grad->x_dtype);
+    *kernel =
+        only_kernel(x, Family::norm, grad == nullptr ? Direction::forward : Direction::backward);
+  });
+}
+
+int64_t anyflash_norm_workspace(const NormGradient* grad, const NormResults* results) {
+  return norm_workspace(*grad, *results);
+}
+
+Status anyflash_run_norm(const Instance* instance, const NormCall* call, const NormGradient* grad,
+                         const NormResults* results, void* where) {
+  return guarded([&] { run_norm(*instance, *call, grad, *results, where); });
+}
+
+Status anyflash_prepare_cross_entropy(const CrossEntropyCall* call, const Instance** kernel) {
+  return guarded([&] {
+    check_cross_entropy(*call);
+    if (kernel == nullptr) return;
+    *kernel = only_kernel(call->logits, Family::cross_entropy,
+                          call->dlosses.given() ? Direction::backward : Direction::forward);
+  });
+}
+
+int64_t anyflash_cross_entropy_workspace(const CrossEntropyCall* call) {
+  return cross_entropy_workspace(*call);
+}
+
+Status anyflash_run_cross_entropy(const Instance* instance, const CrossEntropyCall* call,
+                                  const CrossEntropyResults* results, void* where) {
+  return guarded([&] { run_cross_entropy(*instance, *call, *results, where); });
+}
+
 Status anyflash_choose(const TensorView* x, Family family, Direction direction,
                        const Caller* caller, Choice* choice) {
   return guarded([&] { *choice = checked_choice(describe(*x, family, direction, *caller)); });
@@ -172,9 +229,12 @@ const char* anyflash_layout(void) {
            "\nAttentionResults ", sizeof(AttentionResults), "\nKVCacheCall ", sizeof(KVCacheCall),
            "\nAppendResults ", sizeof(AppendResults), "\nBiasActivationCall ",
            sizeof(BiasActivationCall), "\nBiasActivationResults ", sizeof(BiasActivationResults),
-           "\nMlpCall ", sizeof(MlpCall), "\nCaller ", sizeof(Caller), "\nChoice ", sizeof(Choice),
-           "\nPiece ", sizeof(Piece), "\nDecisionView ", sizeof(DecisionView), "\nInstance ",
-           sizeof(Instance), "\n");
+           "\nMlpCall ", sizeof(MlpCall), "\nRotaryCall ", sizeof(RotaryCall), "\nNormCall ",
+           sizeof(NormCall), "\nNormGradient ", sizeof(NormGradient), "\nNormResults ",
+           sizeof(NormResults), "\nCrossEntropyCall ", sizeof(CrossEntropyCall),
+           "\nCrossEntropyResults ", sizeof(CrossEntropyResults), "\nCaller ", sizeof(Caller),
+           "\nChoice ", sizeof(Choice), "\nPiece ", sizeof(Piece), "\nDecisionView ",
+           sizeof(DecisionView), "\nInstance ", sizeof(Instance), "\n");
   return lines.c_str();
 }
 

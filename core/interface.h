@@ -5,10 +5,13 @@
 #pragma once
 
 #include "core/attention.h"
+#include "core/cross_entropy.h"
 #include "core/kvcache.h"
 #include "core/mlp.h"
+#include "core/norm.h"
 #include "core/notice.h"
 #include "core/pieces.h"
+#include "core/rotary.h"
 
 namespace anyflash {
 
@@ -77,7 +80,34 @@ ANYFLASH_EXPORT anyflash::Status anyflash_check_fused_mlp(const anyflash::MlpCal
 // The number of an activation's name.
 ANYFLASH_EXPORT anyflash::Status anyflash_activation(const char* name, int64_t* number);
 
-// ---- The other families: describes, decides, tells. What their operators check stands there.
+// ---- Rotary, norm and cross entropy, whose operators are kernels on a CPU. prepare checks; where
+// `kernel` is not null it also finds the kernel, and refuses where there is none. run and the bytes
+// of workspace: the family's header.
+ANYFLASH_EXPORT anyflash::Status anyflash_prepare_rotary(const anyflash::RotaryCall* call,
+                                                         const anyflash::Instance** kernel);
+ANYFLASH_EXPORT anyflash::Status anyflash_run_rotary(const anyflash::Instance* instance,
+                                                     const anyflash::RotaryCall* call,
+                                                     const anyflash::TensorView* y, void* where);
+// `grad` is null for the forward.
+ANYFLASH_EXPORT anyflash::Status anyflash_prepare_norm(const anyflash::NormCall* call,
+                                                       const anyflash::NormGradient* grad,
+                                                       const anyflash::Instance** kernel);
+ANYFLASH_EXPORT int64_t anyflash_norm_workspace(const anyflash::NormGradient* grad,
+                                                const anyflash::NormResults* results);
+ANYFLASH_EXPORT anyflash::Status anyflash_run_norm(const anyflash::Instance* instance,
+                                                   const anyflash::NormCall* call,
+                                                   const anyflash::NormGradient* grad,
+                                                   const anyflash::NormResults* results,
+                                                   void* where);
+// The backward where call->dlosses is given.
+ANYFLASH_EXPORT anyflash::Status anyflash_prepare_cross_entropy(
+    const anyflash::CrossEntropyCall* call, const anyflash::Instance** kernel);
+ANYFLASH_EXPORT int64_t anyflash_cross_entropy_workspace(const anyflash::CrossEntropyCall* call);
+ANYFLASH_EXPORT anyflash::Status anyflash_run_cross_entropy(
+    const anyflash::Instance* instance, const anyflash::CrossEntropyCall* call,
+    const anyflash::CrossEntropyResults* results, void* where);
+
+// ---- The decision for a family other than attention: describes, decides, tells.
 ANYFLASH_EXPORT anyflash::Status anyflash_choose(const anyflash::TensorView* x,
                                                  anyflash::Family family,
                                                  anyflash::Direction direction,

@@ -56,6 +56,10 @@ constexpr int64_t bytes_of(ElementType type) {
   }
 }
 
+// storage_bytes of a tensor whose memory cannot be looked at (meta, fake, under a transform): it is
+// checked, and never goes to a kernel.
+constexpr int64_t kNoMemory = INT64_MIN;
+
 struct TensorView {
   void* data = nullptr;
   // The values on the host, for those that checks read: data on the CPU; elsewhere null, or a

@@ -13,8 +13,8 @@ std::string shape_text(const TensorView& tensor) {
   return stream.str();
 }
 
-const char* dtype_text(const TensorView& tensor) {
-  switch (tensor.dtype) {
+const char* dtype_name(ElementType type) {
+  switch (type) {
     case ElementType::fp16:
       return "fp16";
     case ElementType::bf16:
@@ -48,6 +48,8 @@ const char* dtype_text(const TensorView& tensor) {
   }
   return "another dtype";
 }
+
+const char* dtype_text(const TensorView& tensor) { return dtype_name(tensor.dtype); }
 
 std::string device_text(const TensorView& tensor) {
   if (tensor.device == Device::cpu) return "cpu";

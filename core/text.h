@@ -24,6 +24,7 @@ std::string text(const Parts&... parts) {
 // "(2, 77, 8, 64)", "(12,)" and "()", as Python prints shapes.
 std::string shape_text(const TensorView& tensor);
 // "fp16", "bf16", "fp32", "fp64", "int32", ...
+const char* dtype_name(ElementType type);
 const char* dtype_text(const TensorView& tensor);
 // "cpu", "cuda:0"
 std::string device_text(const TensorView& tensor);

@@ -58,7 +58,8 @@ std::string register_all() {
          {key, "flash_attn_with_kvcache", TORCH_BOX(&flash_attn_with_kvcache)},
          {key, "fused_mlp", TORCH_BOX(&fused_mlp_by_handle)}});
   }
-  // Those of rowwise.h. Their kernels on other keys come from Python.
+  // Kernels on the CPU alone. On other keys, and for dtypes without a kernel, Python's math stands
+  // (anyflash/_operators): the public functions never bring such a tensor here.
   kernels.insert(kernels.end(),
                  {{"CPU", "rotary", TORCH_BOX(&rotary)},
                   {"CPU", "rotary_", TORCH_BOX(&rotary_)},

@@ -25,17 +25,4 @@ inline Tensor as_matrix(const Tensor& x) {
   return x.dim() == 2 && has_contiguous_rows(x) ? x : contiguous(x);
 }
 
-// x as rows that may lie any distance apart; `storage` keeps a copy alive where one was needed.
-struct StoredMatrix {
-  explicit StoredMatrix(const Tensor& x)
-      : storage(x.dim() == 2 && (x.stride(1) == 1 || x.size(1) <= 1) ? x : contiguous(x)),
-        columns(x.size(x.dim() - 1)),
-        rows(columns == 0 ? 0 : x.numel() / columns),
-        stride(storage.dim() == 2 ? storage.stride(0) : columns) {}
-  Tensor storage;
-  int64_t columns;
-  int64_t rows;
-  int64_t stride;
-};
-
 }  // namespace anyflash

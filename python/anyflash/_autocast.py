@@ -1,8 +1,11 @@
 """Autocast as PyTorch's own attention and linear do it: the floating inputs of a call get one
 dtype. It is the autocast dtype, or that of the call's key/value cache, which lies in memory of its
-user and stays as it is."""
+user and stays as it is. ALiBi slopes and sinks, one number for each head, stay as precise as they
+are."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,13 +27,16 @@ def _dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_gpu_dtype() if x.is_cuda else torch.get_autocast_cpu_dtype()
 
 
-def cast(*tensors: Tensor | None, cache: Tensor | None = None) -> list[Tensor | None]:
+def cast(*tensors: Tensor | None, cache: Tensor | None = None) -> list[Any]:
     """Floating tensors in the dtype that autocast gives a call on the first one's device; fp64,
     bool and None stay.
 
     Args:
         tensors: the call's inputs without its cache.
         cache: what the call reads its keys from, where that is a cache.
+
+    Returns:
+        A tensor for each tensor, None for each None.
     """
     first = tensors[0]
     assert first is not None

@@ -22,10 +22,11 @@ from ._records import (
     DecisionView,
     Instance,
     MlpCall,
+    OneTensor,
     Piece,
-    TensorView,
     new,
     put,
+    put_kind,
 )
 
 #: libanyflash_kernels.so; None where it is not there or cannot be used.
@@ -51,6 +52,11 @@ def put_with_values(
 def as_matrix(x: Tensor) -> Tensor:
     """x itself where it is what core/run.h takes for a matrix, else a contiguous copy."""
     return x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """x itself where the elements of a row lie side by side, else a contiguous copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 @functools.cache
@@ -98,6 +104,14 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "anyflash_bias_activation_workspace": (_INT64, _INT64, _INT64, ctypes.c_int32),
     "anyflash_check_fused_mlp": (_STATUS, _POINTER),
     "anyflash_activation": (_STATUS, ctypes.c_char_p, _POINTER),
+    "anyflash_prepare_rotary": (_STATUS, *2 * [_POINTER]),
+    "anyflash_run_rotary": (_STATUS, *4 * [_POINTER]),
+    "anyflash_prepare_norm": (_STATUS, *3 * [_POINTER]),
+    "anyflash_norm_workspace": (_INT64, *2 * [_POINTER]),
+    "anyflash_run_norm": (_STATUS, *5 * [_POINTER]),
+    "anyflash_prepare_cross_entropy": (_STATUS, *2 * [_POINTER]),
+    "anyflash_cross_entropy_workspace": (_INT64, _POINTER),
+    "anyflash_run_cross_entropy": (_STATUS, *4 * [_POINTER]),
     "anyflash_choose": (_STATUS, _POINTER, ctypes.c_int32, ctypes.c_int32, *2 * [_POINTER]),
     "anyflash_plan_pieces": (
         _INT64, *4 * [_INT64], ctypes.c_int32, _POINTER, _INT64, *2 * [_POINTER],
@@ -226,26 +240,39 @@ def decide(problem: dict[str, Any]) -> dict[str, Any]:
     return decision
 
 
-def choose(x: Tensor, family: str, direction: str, backend: int) -> Choice:
+def choose(family: str, device: torch.device, dtype: torch.dtype, backend: int) -> Choice:
     """The choice for a family other than attention, with its fallback told.
 
     Raises:
         RuntimeError: no back end of the chain can.
+        ValueError: a chain of back ends that is none.
     """
-    record = new(_OneTensor)
-    put(record, "x", x)
+    record = new(OneTensor)
+    put_kind(record, "x", device, dtype)
     choice, asked = Choice(), caller(backend)
-    number, way = FAMILIES.index(family), DIRECTIONS.index(direction)
+    references = map(ctypes.byref, (asked, choice))
     raise_for(
-        loaded().anyflash_choose(
-            ctypes.byref(record), number, way, ctypes.byref(asked), ctypes.byref(choice)
-        )
+        loaded().anyflash_choose(ctypes.byref(record), FAMILIES.index(family), 0, *references)
     )
     return choice
 
 
-class _OneTensor(ctypes.Structure):
-    _fields_ = [("x", TensorView)]
+def prepare(name: str, *records: ctypes.Structure | None, finds_kernel: bool) -> Any:
+    """``anyflash_prepare_<name>`` of these records: checks; where asked for returns the kernel.
+
+    Raises:
+        RuntimeError: what cannot be computed, or where there is no kernel.
+    """
+    kernel = ctypes.POINTER(Instance)()
+    function = getattr(loaded(), f"anyflash_prepare_{name}")
+    found = ctypes.byref(kernel) if finds_kernel else None
+    raise_for(function(*map(reference, records), found))
+    return kernel
+
+
+def reference(record: ctypes.Structure | None) -> Any:
+    """A record as an argument; None is a null pointer."""
+    return None if record is None else ctypes.byref(record)
 
 
 def prepare_bias_activation(call: BiasActivationCall, backend: int) -> Choice:

@@ -28,8 +28,11 @@ def _as_context_manager(guard: Any) -> Any:
 
 #: What runs inside is not recorded by autograd.
 BelowAutograd = _as_context_manager(torch._C._AutoDispatchBelowAutograd)
-#: What runs inside neither is recorded nor counts as a write for autograd.
-BelowWriteCounts = _as_context_manager(torch._C._AutoDispatchBelowADInplaceOrView)
+#: What runs inside neither is recorded nor counts as a write for autograd. Torch 2.0 has no such
+#: guard: there the operator counts its write itself, once more.
+BelowWriteCounts = _as_context_manager(
+    getattr(torch._C, "_AutoDispatchBelowADInplaceOrView", torch._C._AutoDispatchBelowAutograd)
+)
 #: What runs inside keeps its dtypes under autocast.
 WithoutAutocast = _as_context_manager(torch._C._DisableAutocast)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from . import _defs, _loader
+from . import _autocast, _core, _defs, _loader
 from ._autograd import NO_SECOND_DERIVATIVE, forward_only, inside_kernel, needs_autograd
 from ._guards import BelowAutograd, BelowWriteCounts, count_write, isolated
 from ._operators import attention, cross_entropy, kvcache, mlp, norm, rotary
@@ -160,6 +160,16 @@ def autograd_kernel(operator: OpOverload, differentiable: Callable[..., Any]) ->
     return kernel
 
 
+def _public_kernel(operator: OpOverload, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A public operator under autograd; under autocast too it is the Python function."""
+    recorded = autograd_kernel(operator, function)
+
+    def kernel(*args: Any) -> Any:
+        return function(*args) if _autocast.is_enabled(args[0]) else recorded(*args)
+
+    return kernel
+
+
 def _on_one_device(operator: OpOverload, fake: Callable[..., Any]) -> Callable[..., Any]:
     """The fake, but for a meta tensor beside others: that would choose it, and what it allocates
     would pass for a result."""
@@ -230,8 +240,11 @@ def _tag(name: str) -> None:
 
 
 def _register_family(library: torch.library.Library, family: Any) -> None:
-    """What a family of _operators/ says of itself. On the CPU key the binary's kernel goes before
-    its math."""
+    """What a family of _operators/ says of itself. On the CPU key a kernel goes before its math:
+    the binary's, or here that of the Python provider."""
+    if _loader.provider == "python" and _core.library is not None:
+        for name, kernel in getattr(family, "KERNELS", {}).items():
+            library.impl(name, isolated(kernel), "CPU")
     for name, math in getattr(family, "MATH", {}).items():
         library.impl(name, isolated(math), "CompositeExplicitAutograd")
         if name.endswith("_"):
@@ -250,8 +263,8 @@ def register() -> None:
     try:
         for name, fake in FAKES.items():
             register_fake(library, _overload(name), fake)
-        for name, differentiable in DIFFERENTIABLE.items():
-            library.impl(name, autograd_kernel(_overload(name), differentiable), "Autograd")
+        for name, function in DIFFERENTIABLE.items():
+            library.impl(name, _public_kernel(_overload(name), function), "Autograd")
         for family in FAMILIES:
             _register_family(library, family)
         differentiable = {name for family in FAMILIES for name in family.DIFFERENTIABLE}

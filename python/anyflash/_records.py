@@ -32,6 +32,7 @@ _DTYPES = {
     },
 }
 _CPU, _CUDA, _OTHER = range(3)
+_NO_MEMORY = -(2**63)
 
 
 class TensorView(ctypes.Structure):
@@ -137,6 +138,82 @@ class MlpCall(ctypes.Structure):
     ]
 
 
+class RotaryCall(ctypes.Structure):
+    """core/rotary.h."""
+
+    _fields_ = [
+        *_views("x", "cos", "sin", "seqlen_offsets", "cu_seqlens"),
+        ("seqlen_offset", ctypes.c_int64),
+        ("max_seqlen", ctypes.c_int64),
+        ("interleaved", ctypes.c_bool),
+        ("conjugate", ctypes.c_bool),
+        ("in_place", ctypes.c_bool),
+    ]
+
+
+class NormCall(ctypes.Structure):
+    """core/norm.h."""
+
+    _fields_ = [
+        *_views("x", "residual", "x1", "weight", "bias", "weight1", "bias1", "rowscale"),
+        *_views("dropout_mask", "dropout_mask1"),
+        ("dropout_p", ctypes.c_double),
+        ("eps", ctypes.c_double),
+        ("is_rms_norm", ctypes.c_bool),
+        ("zero_centered_weight", ctypes.c_bool),
+        ("out_dtype", ctypes.c_int64),
+        ("residual_dtype", ctypes.c_int64),
+    ]
+
+
+class NormGradient(ctypes.Structure):
+    """core/norm.h."""
+
+    _fields_ = [
+        *_views("dy", "dy1", "dresidual_out", "z", "mean", "rstd"),
+        ("has_residual", ctypes.c_bool),
+        ("has_x1", ctypes.c_bool),
+        ("x_dtype", ctypes.c_int64),
+    ]
+
+
+class NormResults(ctypes.Structure):
+    """core/norm.h."""
+
+    _fields_ = [
+        *_views("y", "y1", "residual_out", "mean", "rstd", "dx", "dx1", "dresidual"),
+        *_views("dweight", "dbias", "dweight1", "dbias1", "drowscale"),
+        ("workspace", ctypes.c_void_p),
+    ]
+
+
+class CrossEntropyCall(ctypes.Structure):
+    """core/cross_entropy.h."""
+
+    _fields_ = [
+        *_views("logits", "labels", "lse", "dlosses"),
+        ("smoothing", ctypes.c_double),
+        ("logit_scale", ctypes.c_double),
+        ("lse_square_scale", ctypes.c_double),
+        ("ignore_index", ctypes.c_int64),
+        ("class_start", ctypes.c_int64),
+        ("total_classes", ctypes.c_int64),
+        ("in_place", ctypes.c_bool),
+    ]
+
+
+class CrossEntropyResults(ctypes.Structure):
+    """core/cross_entropy.h."""
+
+    _fields_ = [*_views("losses", "z_losses", "lse", "dlogits"), ("workspace", ctypes.c_void_p)]
+
+
+class OneTensor(ctypes.Structure):
+    """A TensorView by itself."""
+
+    _fields_ = _views("x")
+
+
 class Caller(ctypes.Structure):
     """core/describe.h."""
 
@@ -219,6 +296,12 @@ MIRRORED: tuple[type[ctypes.Structure], ...] = (
     BiasActivationCall,
     BiasActivationResults,
     MlpCall,
+    RotaryCall,
+    NormCall,
+    NormGradient,
+    NormResults,
+    CrossEntropyCall,
+    CrossEntropyResults,
     Caller,
     Choice,
     DecisionView,
@@ -251,20 +334,56 @@ def put(record: ctypes.Structure, name: str, x: Tensor | None) -> None:
     """Writes a tensor down in the record's view of that name; None leaves it absent."""
     if x is None:
         return
-    rank, dtype, device, index = x.dim(), _DTYPES.get(x.dtype, 0), _CPU, -1
-    data = host = room = 0
-    if x.is_cpu or x.is_cuda:
-        data = host = x.data_ptr()
-        room = x.untyped_storage().nbytes() - x.storage_offset() * x.element_size()
+    if not (x.is_cpu or x.is_cuda):
+        put_shape(record, name, x)
+        return
+    data = host = x.data_ptr()
+    room = x.untyped_storage().nbytes() - x.storage_offset() * x.element_size()
+    device, index = _CPU, -1
     if not x.is_cpu:
         device, index, host = (_CUDA if is_nvidia(x) else _OTHER), x.get_device(), 0
-    sizes, strides = x.shape, x.stride()
+    _pack(record, name, x, data, host, room, device, index)
+
+
+def put_shape(record: ctypes.Structure, name: str, x: Tensor) -> None:
+    """The same without a look at the tensor's memory, which a meta or fake one does not have."""
+    device, index = _device_numbers(x.device)
+    _pack(record, name, x, 0, 0, _NO_MEMORY, device, index)
+
+
+def put_kind(record: ctypes.Structure, name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """What the decision needs to know of a tensor."""
+    view = getattr(record, name)
+    view.rank, view.dtype = 0, _DTYPES.get(dtype, 0)
+    view.device, view.device_index = _device_numbers(device)
+
+
+def _device_numbers(device: torch.device) -> tuple[int, int]:
+    kind = _OTHER
+    if device.type == "cpu":
+        kind = _CPU
+    elif device.type == "cuda" and torch.version.hip is None:
+        kind = _CUDA
+    return kind, -1 if device.index is None or kind == _CPU else device.index
+
+
+def _pack(
+    record: ctypes.Structure,
+    name: str,
+    x: Tensor,
+    data: int,
+    host: int,
+    room: int,
+    device: int,
+    index: int,
+) -> None:
+    rank, sizes, strides = x.dim(), x.shape, x.stride()
     if rank > _MAX_RANK:
         sizes, strides = sizes[:_MAX_RANK], strides[:_MAX_RANK]
     padding = _PADDING[min(rank, _MAX_RANK)]
     _PACKED.pack_into(
-        record, getattr(type(record), name).offset, data, host, room, rank, dtype, device, index,
-        *sizes, *padding, *strides, *padding,
+        record, getattr(type(record), name).offset, data, host, room, rank,
+        _DTYPES.get(x.dtype, 0), device, index, *sizes, *padding, *strides, *padding,
     )  # fmt: skip
 
 

@@ -62,8 +62,8 @@ def launch_on(x: Tensor) -> Iterator[Any]:
         yield ctypes.byref(CpuThreads(_parallel_for(), torch.get_num_threads()))
 
 
-def run(name: str, instance: Any, x: Tensor, *records: ctypes.Structure) -> None:
+def run(name: str, instance: Any, x: Tensor, *records: ctypes.Structure | None) -> None:
     """Launches a kernel on x's device: ``anyflash_run_<name>`` of these records."""
     function = getattr(_core.loaded(), f"anyflash_run_{name}")
     with launch_on(x) as where:
-        _core.raise_for(function(instance, *map(ctypes.byref, records), where))
+        _core.raise_for(function(instance, *map(_core.reference, records), where))

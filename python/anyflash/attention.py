@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from . import _autocast, backends
+from . import _autocast, _numbers, backends
+from ._numbers import integer, real
 from ._operators.attention import AttentionCall, attend
 from ._rng_state import draw_rng_state, must_be_given
 
@@ -23,12 +24,9 @@ def contiguous_last_dim(x: Tensor) -> Tensor:
     return x if x.dim() == 0 or x.stride(-1) == 1 else x.contiguous()
 
 
-def _longest(given: int | Tensor | None, bound: int) -> int:
-    """max_seqlen as a number, maybe a symbolic one; where none is given, what no sequence can
-    exceed."""
-    if given is None:
-        return bound
-    return given.item() if isinstance(given, Tensor) else given
+def _longest(name: str, given: int | Tensor | None, bound: int) -> int:
+    """max_seqlen; where none is given, what no sequence can exceed."""
+    return bound if given is None else integer(name, given)
 
 
 def attention(
@@ -47,7 +45,7 @@ def attention(
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
+    softmax_scale: float | Tensor | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
@@ -56,7 +54,7 @@ def attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(q k^T) v, differentiable in q, k, v, bias and sinks.
+    """softmax(q k^T) v, differentiable in q, k, v, bias, sinks and softmax_scale.
 
     Args:
         q: (batch, seqlen_q, heads, head_dim); (total_q, heads, head_dim) with cu_seqlens_q; three
@@ -73,12 +71,14 @@ def attention(
         leftpad_k: (batch,) int32, leading keys to skip.
         block_table: (batch, max_blocks) int32, the pages of each sequence. The call then has no
             gradient: a backward through its result raises RuntimeError.
-        alibi_slopes: (heads,) or (batch, heads) fp32.
+        alibi_slopes: (heads,) or (batch, heads) fp32. Where they ask for a gradient, a backward
+            raises RuntimeError.
         bias: additive, or boolean with true = visible; broadcasts to (batch, heads, seqlen_q,
             seqlen_k).
         sinks: (heads,), one more logit per head, without a value.
         dropout_p: in [0, 1).
-        softmax_scale: None: head_dim ** -0.5.
+        softmax_scale: None: head_dim ** -0.5. A tensor of one element may ask for a gradient; then,
+            and in graphs, it is multiplied into q in q's dtype.
         causal: query i sees keys up to i + seqlen_k - seqlen_q.
         window_size: keys to the left and right of that diagonal that are visible; -1: all.
         softcap: > 0: scores become softcap * tanh(score / softcap).
@@ -95,7 +95,7 @@ def attention(
         RuntimeError: arguments that do not fit together, or no back end of the choice can run the
             call.
         ValueError: an unknown back end.
-        TypeError: q, k or v is not a tensor.
+        TypeError: q, k or v is not a tensor, or an option not a number.
     """
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         _require_tensors(q=q, k=k, v=v)
@@ -109,17 +109,15 @@ def attention(
         q, k, v = _one_sequence(q, k, v)
     q, k, v = contiguous_last_dim(q), contiguous_last_dim(k), contiguous_last_dim(v)
     if cu_seqlens_q is not None:
-        max_seqlen_q = _longest(max_seqlen_q, q.size(0))
-        max_seqlen_k = _longest(max_seqlen_k, k.size(0))
+        max_seqlen_q = _longest("max_seqlen_q", max_seqlen_q, q.size(0))
+        max_seqlen_k = _longest("max_seqlen_k", max_seqlen_k, k.size(0))
     else:
         max_seqlen_q = max_seqlen_k = 0
-    if softmax_scale is None:
-        softmax_scale = q.size(-1) ** -0.5 if q.size(-1) else 1.0
+    q, softmax_scale = _numbers.scaled(q, softmax_scale)
+    dropout_p, softcap = real("dropout_p", dropout_p), real("softcap", softcap)
     if dropout_p > 0.0 and rng_state is None and must_be_given():
         rng_state = draw_rng_state(q.device)
-    if len(window_size) != 2:
-        raise RuntimeError(f"window_size: expected (left, right), got {len(window_size)} numbers")
-    window_size_left, window_size_right = window_size
+    window_size_left, window_size_right = _numbers.window(window_size)
     call = AttentionCall(
         q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqused_k=seqused_k,

@@ -11,6 +11,8 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
+from ._numbers import real
+
 #: Below it no random half-word is small enough to drop anything (kernels/philox.h), so there is no
 #: dropout to compute.
 NEGLIGIBLE_DROPOUT = 2.0**-17
@@ -20,6 +22,7 @@ ROUNDING = 128
 
 def effective_dropout(dropout_p: float) -> float:
     """dropout_p, or 0 where it is too small to drop anything: 1e-30 asks for the pattern alone."""
+    dropout_p = real("dropout_p", dropout_p)
     return 0.0 if 0.0 < dropout_p < NEGLIGIBLE_DROPOUT else dropout_p
 
 

@@ -103,4 +103,6 @@ def bias_activation(
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
     number, code = activation_number(activation), backends.resolve(backend)
+    if _autocast.is_enabled(x):
+        x, bias = _autocast.cast(x, bias)
     return mlp.bias_activation(BiasActivationCall(x=x, bias=bias, activation=number, backend=code))

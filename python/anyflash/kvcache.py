@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _autocast, backends
+from . import _autocast, _numbers, backends
 from ._operators.kvcache import KVCacheCall, attend_over_cache
 from .attention import contiguous_last_dim
 
@@ -27,7 +27,7 @@ def attention_kvcache(
     block_table: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
-    softmax_scale: float | None = None,
+    softmax_scale: float | Tensor | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
@@ -55,7 +55,7 @@ def attention_kvcache(
         block_table: (batch, max_blocks) int32, the pages of each sequence.
         alibi_slopes: (heads,) or (batch, heads) fp32.
         sinks: (heads,).
-        softmax_scale: None: head_dim ** -0.5.
+        softmax_scale: None: head_dim ** -0.5; a tensor of one element as in anyflash.attention.
         causal, window_size, softcap: as in anyflash.attention.
         rotary_interleaved: rotate neighbours; False: elements half of rotary_dim apart.
         return_lse: also return the log-sum-exp.
@@ -69,7 +69,7 @@ def attention_kvcache(
         RuntimeError: arguments that do not fit together, or a cache that overflows. A backward
             through the result raises it too: there is no gradient.
         ValueError: an unknown back end.
-        TypeError: q or a cache is not a tensor.
+        TypeError: q or a cache is not a tensor, or an option not a number.
     """
     given: dict[str, Any] = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
     for name, tensor in given.items():
@@ -78,17 +78,18 @@ def attention_kvcache(
     if _autocast.is_enabled(q):
         new = (k, v, rotary_cos, rotary_sin)
         q, k, v, rotary_cos, rotary_sin = _autocast.cast(q, *new, cache=k_cache)
-    if isinstance(cache_seqlens, int):
+    if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
+        cache_seqlens = _numbers.integer("cache_seqlens", cache_seqlens)
         cache_seqlens = torch.full((q.size(0),), cache_seqlens, dtype=torch.int32, device=q.device)
-    if softmax_scale is None:
-        softmax_scale = q.size(-1) ** -0.5 if q.dim() and q.size(-1) else 1.0
-    window_size_left, window_size_right = window_size
+    q, softmax_scale = _numbers.scaled(q, softmax_scale)
+    window_size_left, window_size_right = _numbers.window(window_size)
     call = KVCacheCall(
         q=contiguous_last_dim(q), k_cache=k_cache, v_cache=v_cache, k=k, v=v,
         rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_seqlens=cache_seqlens,
         cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, block_table=block_table,
         alibi_slopes=alibi_slopes, sinks=sinks, softmax_scale=softmax_scale, causal=causal,
-        window_size_left=window_size_left, window_size_right=window_size_right, softcap=softcap,
+        window_size_left=window_size_left, window_size_right=window_size_right,
+        softcap=_numbers.real("softcap", softcap),
         rotary_interleaved=rotary_interleaved, backend=backends.resolve(backend),
     )  # fmt: skip
     out, lse = attend_over_cache(call)

@@ -6,6 +6,7 @@ import operator
 
 from torch import Tensor
 
+from ._numbers import integer
 from ._operators import rotary as family
 from ._operators import runs_on_kernel
 
@@ -71,7 +72,7 @@ def rotary(
         )
     else:
         offset = operator.index(seqlen_offsets)
-    longest = 0 if cu_seqlens is None or max_seqlen is None else int(max_seqlen)
+    longest = 0 if cu_seqlens is None else integer("max_seqlen", max_seqlen)
     arguments = (cos, sin, offsets, offset, cu_seqlens, longest, interleaved, conjugate)
     on_kernel = runs_on_kernel("rotary", x)
     if not inplace:

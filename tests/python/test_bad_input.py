@@ -233,7 +233,14 @@ TABLE = [
     Bad("array_for_v", lambda: _dense(v=_t(2, 9, 2, 16).numpy()), T, ("v", "Tensor", "ndarray")),
     Bad("list_for_cu_seqlens", lambda: anyflash.attention(_t(7, 4, 16), _t(9, 2, 16), _t(9, 2, 16), cu_seqlens_q=[0, 7], cu_seqlens_k=[0, 9], max_seqlen_q=7, max_seqlen_k=9), (R, T), ("cu_seqlens_q", "Tensor", "list")),
     Bad("string_for_mlp", lambda: _mlp(x="x"), T, ("x", "Tensor", "str")),
-    Bad("string_for_scale", lambda: _dense(softmax_scale="big"), (R, T, V), ("softmax_scale", "big")),
+    Bad("string_for_scale", lambda: _dense(softmax_scale="big"), T, ("softmax_scale: expected a number", "big")),
+    Bad("two_scales", lambda: _dense(softmax_scale=_t(2)), T, ("softmax_scale: expected", "(2,)")),
+    Bad("two_learned_scales", lambda: _dense(softmax_scale=_t(2).requires_grad_()), T, ("softmax_scale: expected", "(2,)")),
+    Bad("string_for_dropout", lambda: _dense(dropout_p="half"), T, ("dropout_p: expected a number", "half")),
+    Bad("none_for_softcap", lambda: _dense(softcap=None), T, ("softcap: expected a number", "None")),
+    Bad("floats_for_window", lambda: _dense(window_size=(4.0, 0.0)), T, ("window_size: expected an int", "4.0")),
+    Bad("float_for_max_seqlen", lambda: anyflash.attention(_t(7, 4, 16), _t(9, 2, 16), _t(9, 2, 16), cu_seqlens_q=_ints(0, 7), cu_seqlens_k=_ints(0, 9), max_seqlen_q=7.5, max_seqlen_k=9), T, ("max_seqlen_q: expected an int", "7.5")),
+    Bad("float_for_cache_seqlens", lambda: _cache(cache_seqlens=4.5), T, ("cache_seqlens: expected an int", "4.5")),
 ]  # fmt: skip
 
 

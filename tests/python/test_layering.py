@@ -144,7 +144,7 @@ def test_dropin_has_no_algorithms():
 HOST_READERS = {
     "_core.py": "put_with_values",
     "without_core.py": "_check_lengths",
-    "attention.py": "_longest",
+    "_numbers.py": "_element",
     "parts.py": "_sequences",
 }
 

@@ -26,7 +26,7 @@ BAD = {
     "tables' dtype": (dict(sin=SIN.int()), "sin: expected a floating dtype, got int32"),
     "tables' device": (
         dict(cos=COS.to("meta")),
-        "cos: expected x's (device )?cpu, got meta",
+        "cos.* expected (x's device )?cpu.* got (meta|another device)",
     ),
     "unlike tables": (dict(sin=SIN[:, :3]), r"sin: expected cos' \(7, 4\), got \(7, 3\)"),
     "wide tables": (
@@ -109,7 +109,7 @@ def test_more_bad_input():
         anyflash.rotary(x, COS, SIN, seqlen_offsets=1.5)
     with pytest.raises(TypeError, match="seqlen_offset: expected an integer .* got 1.5"):
         layers.RotaryEmbedding(8)(torch.ones(1, 5, 3, 2, 8), seqlen_offset=1.5)
-    with pytest.raises(RuntimeError, match="memory of its own.*stride 0 in dimension 1"):
+    with pytest.raises(RuntimeError, match="memory of its own.*expanded"):
         anyflash.rotary(x[:, :1].expand(1, 5, 2, 8), COS, SIN, inplace=True)
     with pytest.raises(ImportError, match="apply_rotary"):
         from flash_attn.ops.triton.rotary import rotary_kernel  # noqa: F401

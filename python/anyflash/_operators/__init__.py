@@ -1,69 +1,41 @@
 """The operators around attention, one module per family: rotary, norm, cross_entropy.
 
-Their kernels are for CPUs so far (csrc/, kernels/cpu/). Everything else runs as PyTorch operations,
+Their kernels are for CPUs so far (core/, kernels/cpu/). Everything else runs as PyTorch operations,
 written once, in Python, for both providers. A family has
 
 - ``MATH``: operator name -> the same in PyTorch operations, for devices and dtypes without a kernel
+- ``KERNELS``: operator name -> the same by the core, for the CPU key of the Python provider
 - ``FAKES``: operator name -> shapes, dtypes and strides of the results alone
 - ``DIFFERENTIABLE``: operator name -> the operator as autograd records it
 
-The public function (anyflash/rotary.py, ...) checks its arguments, then calls the operator where
-``runs_on_kernel`` says so, and else the family's math, which autograd differentiates by itself.
+The public function (anyflash/rotary.py, ...) calls the operator where ``runs_on_kernel`` says so,
+and else the family's math, which autograd differentiates by itself. What cannot be computed the
+core refuses, for both.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
-import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _loader, backends
-
-_LOGGER = logging.getLogger("anyflash")
-_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from .. import _core, _records, backends
+from .._autograd import in_plain_eager, is_compiling
 
 
-def obstacle_to_kernel(x: Tensor) -> str | None:
-    """Why no kernel can take a tensor like ``x``; None: one can."""
-    if x.device.type != "cpu":
-        return f"this build has no kernel of this operator for {x.device.type}"
-    if x.dtype not in _KERNEL_DTYPES:
-        return f"no kernel takes {str(x.dtype).removeprefix('torch.')}"
-    if not _loader.has_kernels():
-        return "the Python operators have none"
-    if _loader.cpu_isa() == "none":
-        return "this CPU has no instruction set of a kernel, or ANYFLASH_CPU_ISA switched it off"
-    return None
+def _choose_kernel(family: str, device: torch.device, dtype: torch.dtype) -> bool:
+    if _core.library is None:
+        from .._python_ops import without_core
+
+        without_core.choose(family, backends.current_code())
+        return False
+    return _core.choose(family, device, dtype, backends.current_code()).route == "kernel"
 
 
-@functools.cache
-def _environment_chain(backend: str | None, strict: str | None) -> tuple[str, ...]:
-    """backends.environment_chain, remembered for the two variables that it reads."""
-    return backends.environment_chain()
-
-
-def _chain() -> tuple[str, ...]:
-    code = backends.current_code()
-    if code != 0:
-        return backends.chain_names(code)
-    environment = os.environ
-    return _environment_chain(
-        environment.get("ANYFLASH_BACKEND"), environment.get("ANYFLASH_STRICT")
-    )
-
-
-@functools.cache
-def _tell(family: str, obstacle: str) -> None:
-    """Says once that a family does not run on a kernel."""
-    _LOGGER.warning(
-        "%s",
-        f"anyflash: {family} runs on plain PyTorch operators (math), because kernel: {obstacle}. "
-        'To choose it yourself: with anyflash.backend("math"). To make it an error: '
-        "ANYFLASH_STRICT=1. This is said once.",
-    )
+# torch.compile evaluates it while it traces and keeps the result, as it does for attention.
+_choose_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def runs_on_kernel(family: str, x: Tensor) -> bool:
@@ -75,18 +47,59 @@ def runs_on_kernel(family: str, x: Tensor) -> bool:
     Raises:
         RuntimeError: no kernel can run, and the order names nothing else.
     """
-    chain = _chain()
-    if chain[0] != "kernel":
+    # The math refuses all other dtypes: no fallback to tell.
+    return x.dtype.is_floating_point and _choose_kernel(family, x.device, x.dtype)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def record_of(kind: type[Any], tensors: Mapping[str, Tensor | None], **options: Any) -> Any | None:
+    """The arguments of a call as the core sees them; None where it cannot: without the core, and
+    while a graph is traced, whose sizes may be symbols.
+
+    Raises:
+        RuntimeError: an integer that 64 bits do not hold.
+    """
+    if _core.library is None or is_compiling():
+        return None
+    record, is_plain = _records.new(kind), in_plain_eager()
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if is_plain and type(x) in _PLAIN:
+            _records.put(record, name, x)
+        elif all(type(size) is int for size in x.shape):
+            _records.put_shape(record, name, x)
+        else:
+            return None
+    for name, value in options.items():
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise RuntimeError(f"{name}: expected a number of 64 bits, got {value}")
+        setattr(record, name, value)
+    return record
+
+
+def is_checked(family: str, *records: Any) -> bool:
+    """Has the core check a call; False where that is left to ``expect``. The first record is None
+    where ``record_of`` had none.
+
+    Raises:
+        RuntimeError: what cannot be computed.
+    """
+    if records[0] is None:
         return False
-    obstacle = obstacle_to_kernel(x)
-    if obstacle is None:
-        return True
-    if len(chain) == 1:
-        raise RuntimeError(f'anyflash: no back end of "kernel" can run this {family}: {obstacle}')
-    if x.dtype.is_floating_point:  # the math refuses all others
-        _tell(family, obstacle)
-    return False
+    _core.prepare(family, *records, finds_kernel=False)
+    return True
 
 
-# torch.compile evaluates it while it traces and keeps the result, as it does for attention.
-runs_on_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def expect(condition: bool, name: str, *tensors: Tensor | None) -> None:
+    """What the math cannot do without, where the core has not looked: broadcasting would go on with
+    shapes that do not fit.
+
+    Raises:
+        RuntimeError: the condition does not hold.
+    """
+    if not condition:
+        shapes = ", ".join(str(tuple(x.shape)) for x in tensors if x is not None)
+        raise RuntimeError(f"{name}: expected what fits the other arguments, got {shapes}")

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
+from .. import _core, _records, _threads
 from .._autograd import applier, first_derivative_only, has_readable_values, in_plain_eager
+from . import expect, is_checked, record_of
 
 _ops = torch.ops.anyflash
 
 #: Elements of logits that are widened at a time.
 _CHUNK = 1 << 24
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Options(NamedTuple):
@@ -37,74 +38,51 @@ def _statistics_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-# ---- The checks of csrc/rowwise/cross_entropy.cpp, in its words.
-
-
-def _check(condition: bool, message: Callable[[], str]) -> None:
-    if not condition:
-        raise RuntimeError(message())
-
-
-def _text(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
-
-
-def _check_per_row(name: str, x: Tensor, dtype: torch.dtype, logits: Tensor) -> None:
-    _check(x.dtype == dtype, lambda: f"{name}: expected {_text(dtype)}, got {_text(x.dtype)}")
-    _check(
-        x.shape == logits.shape[:1],
-        lambda: (
-            f"{name}: expected ({logits.shape[0]},), one per row of logits, got {tuple(x.shape)}"
-        ),
-    )
-    _check(
-        x.device == logits.device,
-        lambda: f"{name}: expected logits' device {logits.device}, got {x.device}",
+def _record(
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor | None,
+    dlosses: Tensor | None,
+    o: Options,
+    in_place: bool = False,
+) -> _records.CrossEntropyCall | None:
+    tensors = {"logits": logits, "labels": labels, "lse": lse, "dlosses": dlosses}
+    return record_of(
+        _records.CrossEntropyCall,
+        tensors,
+        smoothing=o.smoothing,
+        logit_scale=o.logit_scale,
+        lse_square_scale=o.lse_square_scale,
+        ignore_index=o.ignore_index,
+        class_start=o.class_start_idx,
+        total_classes=o.total_classes,
+        in_place=in_place,
     )
 
 
-def _validate(logits: Tensor, labels: Tensor, o: Options) -> None:
-    _check(
-        logits.dtype in _FLOATING,
-        lambda: f"logits: expected fp16, bf16, fp32 or fp64, got {_text(logits.dtype)}",
-    )
-    _check(
-        logits.dim() == 2 and logits.shape[1] > 0,
-        lambda: (
-            f"logits: expected (rows, vocab) with at least one class, got {tuple(logits.shape)}"
-        ),
-    )
-    _check_per_row("labels", labels, torch.int64, logits)
-    _check(
-        0 <= o.smoothing < 1, lambda: f"label_smoothing: expected 0 <= it < 1, got {o.smoothing:g}"
-    )
-    _check(
-        0 < o.logit_scale < math.inf,
-        lambda: f"logit_scale: expected a positive number, got {o.logit_scale:g}",
-    )
-    _check(
-        -math.inf < o.lse_square_scale < math.inf,
-        lambda: f"lse_square_scale: expected a finite number, got {o.lse_square_scale:g}",
-    )
-    _check(
-        o.class_start_idx >= 0 and o.class_start_idx + logits.shape[1] <= o.total_classes,
-        lambda: (
-            f"total_classes: expected at least class_start_idx {o.class_start_idx} + vocab "
-            f"{logits.shape[1]}, got {o.total_classes}"
-        ),
-    )
+def _check(
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor | None,
+    dlosses: Tensor | None,
+    o: Options,
+    in_place: bool = False,
+) -> None:
+    if is_checked("cross_entropy", _record(logits, labels, lse, dlosses, o, in_place)):
+        return
+    is_matrix = logits.is_floating_point() and logits.dim() == 2 and logits.shape[1] > 0
+    expect(is_matrix, "logits", logits)
+    for name, x in (("labels", labels), ("lse", lse), ("dlosses", dlosses)):
+        expect(x is None or x.shape == logits.shape[:1], name, x, logits)
+    expect(labels.dtype == torch.int64, "labels", labels)
+    expect(0 <= o.smoothing < 1 and 0 < o.logit_scale < math.inf, f"options {o}")
+    last = o.class_start_idx + logits.shape[1]
+    expect(o.class_start_idx >= 0 and last <= o.total_classes, f"total_classes {o.total_classes}")
 
 
 def _out_of_range(labels: Tensor, o: Options) -> Tensor:
-    """Which labels no class has. On a CPU that is an error; elsewhere asking would wait."""
-    wrong = ((labels < 0) | (labels >= o.total_classes)) & (labels != o.ignore_index)
-    if has_readable_values(labels) and wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise RuntimeError(
-            f"labels: expected 0 <= label < {o.total_classes} or ignore_index {o.ignore_index}, "
-            f"got {int(labels[row])} in row {row}"
-        )
-    return wrong
+    """Which labels no class has. The core has refused them where their values can be read."""
+    return ((labels < 0) | (labels >= o.total_classes)) & (labels != o.ignore_index)
 
 
 # ---- The operators in PyTorch operations.
@@ -152,9 +130,7 @@ def _forward(
     logits: Tensor, labels: Tensor, precomputed_lse: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     o = Options(*options)
-    _validate(logits, labels, o)
-    if precomputed_lse is not None:
-        _check_per_row("precomputed_lse", precomputed_lse, _statistics_dtype(logits), logits)
+    _check(logits, labels, precomputed_lse, None, o)
     wrong = _out_of_range(labels, o)
     parts = [
         _forward_rows(
@@ -185,19 +161,11 @@ def _backward_rows(dlosses: Tensor, logits: Tensor, labels: Tensor, lse: Tensor,
     return (slope * (dlosses[:, None] * o.logit_scale)).masked_fill(ignored, 0.0)
 
 
-def _validate_backward(
-    dlosses: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, o: Any
-) -> None:
-    _validate(logits, labels, o)
-    _check_per_row("dlosses", dlosses, _statistics_dtype(logits), logits)
-    _check_per_row("lse", lse, _statistics_dtype(logits), logits)
-
-
 def _backward(
     dlosses: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, *options: Any
 ) -> Tensor:
     o = Options(*options)
-    _validate_backward(dlosses, logits, labels, lse, o)
+    _check(logits, labels, lse, dlosses, o)
     parts = [
         _backward_rows(dlosses[rows], logits[rows], labels[rows], lse[rows], o).to(logits.dtype)
         for rows in _row_chunks(logits)
@@ -218,23 +186,79 @@ def has_own_rows(logits: Tensor) -> bool:
 
 def _backward_(dlosses: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, *options: Any) -> None:
     o = Options(*options)
-    _validate_backward(dlosses, logits, labels, lse, o)
-    _check(
-        has_own_rows(logits),
-        lambda: (
-            "logits: expected rows of neighbouring elements that do not overlap, got strides "
-            f"{tuple(logits.stride())}"
-        ),
-    )
+    _check(logits, labels, lse, dlosses, o, in_place=True)
     for rows in _row_chunks(logits):
         gradient = _backward_rows(dlosses[rows], logits[rows], labels[rows], lse[rows], o)
         logits[rows].copy_(gradient)
+
+
+# ---- By the core.
+
+
+def _run(
+    call: _records.CrossEntropyCall,
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor | None,
+    kernel: Any,
+    results: dict[str, Tensor],
+) -> None:
+    """Makes the views what a kernel reads, then launches."""
+    readable = {
+        "logits": _core.contiguous_rows(logits),
+        "labels": labels.contiguous(),
+        "lse": None if lse is None else lse.contiguous(),
+    }
+    for name, x in readable.items():
+        _records.put(call, name, x)
+    written = _records.new(_records.CrossEntropyResults)
+    for name, x in results.items():
+        _records.put(written, name, x)
+    size = _core.loaded().anyflash_cross_entropy_workspace(_core.reference(call))
+    workspace = logits.new_empty(size, dtype=torch.uint8)
+    written.workspace = workspace.data_ptr()
+    _threads.run("cross_entropy", kernel, logits, call, written)
+
+
+def _forward_kernel(
+    logits: Tensor, labels: Tensor, precomputed_lse: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    call = _record(logits, labels, precomputed_lse, None, Options(*options))
+    kernel = _core.prepare("cross_entropy", call, finds_kernel=True)
+    shape = logits.shape[:1]
+    losses, z_losses, lse = (logits.new_empty(shape, dtype=torch.float32) for _ in range(3))
+    results = {"losses": losses, "z_losses": z_losses, "lse": lse}
+    _run(call, logits, labels, precomputed_lse, kernel, results)
+    return losses, z_losses, lse
+
+
+def _backward_kernel(
+    dlosses: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, *options: Any
+) -> Tensor:
+    call = _record(logits, labels, lse, dlosses, Options(*options))
+    kernel = _core.prepare("cross_entropy", call, finds_kernel=True)
+    dlogits = logits.new_empty(logits.shape)
+    _run(call, logits, labels, lse, kernel, {"dlogits": dlogits})
+    return dlogits
+
+
+def _backward_kernel_(
+    dlosses: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, *options: Any
+) -> None:
+    call = _record(logits, labels, lse, dlosses, Options(*options), in_place=True)
+    kernel = _core.prepare("cross_entropy", call, finds_kernel=True)
+    _run(call, logits, labels, lse, kernel, {"dlogits": logits})
 
 
 MATH: dict[str, Callable[..., Any]] = {
     "cross_entropy_forward": _forward,
     "cross_entropy_backward": _backward,
     "cross_entropy_backward_": _backward_,
+}
+KERNELS: dict[str, Callable[..., Any]] = {
+    "cross_entropy_forward": _forward_kernel,
+    "cross_entropy_backward": _backward_kernel,
+    "cross_entropy_backward_": _backward_kernel_,
 }
 
 
@@ -351,7 +375,7 @@ apply_cross_entropy = applier(CrossEntropyFunction)
 
 
 def _fake_forward(logits: Tensor, labels: Tensor, precomputed_lse: Tensor | None, *o: Any) -> Any:
-    _validate(logits, labels, Options(*o))
+    is_checked("cross_entropy", _record(logits, labels, precomputed_lse, None, Options(*o)))
     dtype = _statistics_dtype(logits)
     return tuple(logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(3))
 

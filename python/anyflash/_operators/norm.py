@@ -18,15 +18,15 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from .._autograd import applier, below_autograd, first_derivative_only
-from .norm_checks import check_backward, check_forward
-
-#: dtype -> its number in the schemas, kernels/launch.h's Dtype.
-DTYPE_CODES = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 4, torch.float64: 8}
-_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
-
-
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+from . import norm_kernel
+from .norm_arguments import (
+    DTYPE_CODES,
+    DTYPES,
+    check_backward,
+    check_forward,
+    has_own_dresidual,
+    statistics_dtype,
+)
 
 
 def _column(x: Tensor, dtype: torch.dtype, rows: torch.Size) -> Tensor:
@@ -61,9 +61,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_forward(
         x, residual, x1, weight, bias, weight1, bias1, rowscale, dropout_mask, dropout_mask1,
-        dropout_p, out_dtype, residual_dtype,
+        dropout_p, eps, is_rms_norm, zero_centered_weight, out_dtype, residual_dtype,
     )  # fmt: skip
-    dtype = _statistics_dtype(x)
+    dtype = statistics_dtype(x)
     z = x.to(dtype)
     if rowscale is not None:
         z = z * _column(rowscale, dtype, x.shape[:-1])
@@ -80,12 +80,12 @@ def _forward(
     def affine(weight: Tensor, bias: Tensor | None) -> Tensor:
         y = normalised * _scale(weight, dtype, zero_centered_weight)
         y = y if bias is None else y + bias.to(dtype)
-        return y.to(_DTYPES[out_dtype]).contiguous()
+        return y.to(DTYPES[out_dtype]).contiguous()
 
     return (
         affine(weight, bias),
-        x.new_empty(0, dtype=_DTYPES[out_dtype]) if weight1 is None else affine(weight1, bias1),
-        z.to(_DTYPES[residual_dtype], copy=z is x).contiguous()
+        x.new_empty(0, dtype=DTYPES[out_dtype]) if weight1 is None else affine(weight1, bias1),
+        z.to(DTYPES[residual_dtype], copy=z is x).contiguous()
         if residual_dtype
         else x.new_empty(0),
         mean,
@@ -117,9 +117,10 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     check_backward(
         dy, dy1, dresidual_out, z, mean, rstd, weight, bias, weight1, bias1, rowscale,
-        dropout_mask, dropout_mask1, x, dropout_p, is_rms_norm, has_x1, x_dtype,
+        dropout_mask, dropout_mask1, x, dropout_p, is_rms_norm, zero_centered_weight,
+        has_residual, has_x1, x_dtype,
     )  # fmt: skip
-    dtype, rows = _statistics_dtype(z), z.shape[:-1]
+    dtype, rows = statistics_dtype(z), z.shape[:-1]
     normalised = z.to(dtype)
     if not is_rms_norm:
         normalised = normalised - mean.unsqueeze(-1)
@@ -154,7 +155,7 @@ def _backward(
         dx = dscaled * _column(rowscale, dtype, rows)
         if x is not None:
             drowscale = (dscaled * x.to(dtype)).sum(-1).reshape(rowscale.shape).to(rowscale.dtype)
-    to, masked = _DTYPES[x_dtype], dropout_mask is not None
+    to, masked = DTYPES[x_dtype], dropout_mask is not None
     dx1 = _dropped(dz, dropout_mask1, dropout_p) if has_x1 and masked else z.new_empty(0)
     own_dresidual = has_own_dresidual(has_residual, masked, rowscale is not None, to == z.dtype)
     dresidual = dz if own_dresidual else z.new_empty(0)
@@ -167,22 +168,21 @@ def _backward(
     )
 
 
-def has_own_dresidual(has_residual: bool, masked: bool, scaled: bool, same_dtype: bool) -> bool:
-    """Whether the residual's gradient differs from dx; else the operator returns dx for both."""
-    return has_residual and (masked or scaled or not same_dtype)
-
-
 MATH: dict[str, Callable[..., Any]] = {"norm_forward": _forward, "norm_backward": _backward}
+KERNELS: dict[str, Callable[..., Any]] = {
+    "norm_forward": norm_kernel.forward,
+    "norm_backward": norm_kernel.backward,
+}
 
 
 def _forward_fake(
     x: Tensor, residual: Any, x1: Any, weight: Any, bias: Any, weight1: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     *_, is_rms_norm, _, out_dtype, residual_dtype = rest
-    dtype, rows = _statistics_dtype(x), x.shape[:-1]
+    dtype, rows = statistics_dtype(x), x.shape[:-1]
 
     def like_x(code: int, wanted: bool) -> Tensor:
-        return x.new_empty(x.shape if wanted else 0, dtype=_DTYPES.get(code))
+        return x.new_empty(x.shape if wanted else 0, dtype=DTYPES.get(code))
 
     return (
         like_x(out_dtype, True),
@@ -215,7 +215,7 @@ def _backward_fake(
     has_x1: bool,
     x_dtype: int,
 ) -> tuple[Tensor, ...]:
-    dtype, masked = _DTYPES[x_dtype], dropout_mask is not None
+    dtype, masked = DTYPES[x_dtype], dropout_mask is not None
     scaled = rowscale is not None
     own_dresidual = has_own_dresidual(has_residual, masked, scaled, dtype == z.dtype)
 

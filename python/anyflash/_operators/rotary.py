@@ -10,89 +10,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from .._autograd import applier, below_autograd, is_compiling, needs_autograd
+from .. import _core, _records, _threads
+from .._autograd import applier, below_autograd, needs_autograd
+from . import expect, is_checked, record_of
 
 _ops = torch.ops.anyflash
-_DTYPE_NAMES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-}
 
 
-def _dtype_name(tensor: Tensor) -> str:
-    return _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).replace("torch.", ""))
-
-
-def _check(condition: bool, *parts: object) -> None:
-    if not condition:
-        raise RuntimeError("".join(str(part) for part in parts))
-
-
-def _check_shapes(x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> None:
-    layout = "(batch, seqlen, heads, head_dim)"
-    if cu_seqlens is not None:
-        layout = "(total, heads, head_dim) with cu_seqlens"
-    rank = 4 if cu_seqlens is None else 3
-    _check(x.dtype in _DTYPE_NAMES, "x: expected fp16, bf16, fp32 or fp64, got ", _dtype_name(x))
-    _check(x.dim() == rank, "x: expected ", layout, ", got ", tuple(x.shape))
-    for name, table in (("cos", cos), ("sin", sin)):
-        is_floating = table.dtype in _DTYPE_NAMES
-        _check(is_floating, name, ": expected a floating dtype, got ", _dtype_name(table))
-        _check(table.device == x.device, name, ": expected x's ", x.device, ", got ", table.device)
-        _check(
-            table.dim() == 2,
-            f"{name}: expected (seqlen_rotary, rotary_dim / 2), got {tuple(table.shape)}",
-        )
-    _check(
-        sin.shape == cos.shape, "sin: expected cos' ", tuple(cos.shape), ", got ", tuple(sin.shape)
-    )
-    _check(
-        2 * cos.shape[1] <= x.shape[-1],
-        "rotary_dim must be <= headdim, got cos with ",
-        f"rotary_dim / 2 = {cos.shape[1]} for x {tuple(x.shape)}",
-    )
-
-
-def _check_index(name: str, index: Tensor, x: Tensor) -> None:
-    integers = (torch.int32, torch.int64)
-    _check(index.dtype in integers, name, ": expected int32 or int64, got ", _dtype_name(index))
-    _check(index.device == x.device, name, ": expected x's ", x.device, ", got ", index.device)
-    _check(index.dim() == 1, name, ": expected one dimension, got ", tuple(index.shape))
-
-
-def _check_values(
-    x: Tensor, seqlen_offsets: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int
-) -> None:
-    """What can only be read from index tensors; they are read on the CPU alone."""
-    if seqlen_offsets is not None:
-        for sequence, offset in enumerate(seqlen_offsets.tolist()):
-            _check(
-                offset >= 0,
-                f"seqlen_offsets: expected 0 or more, got {offset} for sequence {sequence}",
-            )
-    if cu_seqlens is None:
-        return
-    ends = cu_seqlens.tolist()
-    _check(ends[0] == 0, "cu_seqlens: expected to start at 0, got ", ends[0])
-    for i, (begin, end) in enumerate(zip(ends, ends[1:])):
-        _check(
-            end >= begin,
-            f"cu_seqlens: must not decrease, got {begin} and then {end} at index {i + 1}",
-        )
-        _check(
-            end - begin <= max_seqlen,
-            f"max_seqlen: expected at least {end - begin}, the length of sequence {i} in ",
-            f"cu_seqlens, got {max_seqlen}",
-        )
-    _check(
-        ends[-1] <= x.shape[0],
-        f"cu_seqlens: ends at {ends[-1]}, but x has {x.shape[0]} rows",
-    )
-
-
-def _check_arguments(
+def _record(
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -100,30 +25,54 @@ def _check_arguments(
     seqlen_offset: int,
     cu_seqlens: Tensor | None,
     max_seqlen: int,
-) -> None:
-    """The checks of csrc/rowwise/rotary.cpp, in its words."""
-    _check_shapes(x, cos, sin, cu_seqlens)
-    if cu_seqlens is None:
-        batch, seqlen = x.shape[0], x.shape[1]
-    else:
-        _check_index("cu_seqlens", cu_seqlens, x)
-        _check(cu_seqlens.shape[0] > 0, "cu_seqlens: expected (batch + 1,), got (0,)")
-        batch, seqlen = cu_seqlens.shape[0] - 1, max_seqlen
-        _check(seqlen >= 0, "max_seqlen: expected 0 or more, got ", seqlen)
-    _check(seqlen_offset >= 0, "seqlen_offsets: expected 0 or more, got ", seqlen_offset)
-    if seqlen_offsets is not None:
-        _check_index("seqlen_offsets", seqlen_offsets, x)
-        _check(
-            seqlen_offsets.shape[0] == batch,
-            f"seqlen_offsets: expected (batch,) = ({batch},), got {tuple(seqlen_offsets.shape)}",
-        )
-    _check(
-        seqlen_offset + seqlen <= cos.shape[0],
-        f"seqlen_ro must be >= seqlen: cos and sin have {cos.shape[0]} rows, ",
-        f"x takes {seqlen} from row {seqlen_offset} on",
+    interleaved: bool,
+    conjugate: bool,
+    in_place: bool,
+) -> _records.RotaryCall | None:
+    tensors = {
+        "x": x,
+        "cos": cos,
+        "sin": sin,
+        "seqlen_offsets": seqlen_offsets,
+        "cu_seqlens": cu_seqlens,
+    }
+    return record_of(
+        _records.RotaryCall,
+        tensors,
+        seqlen_offset=seqlen_offset,
+        max_seqlen=max_seqlen,
+        interleaved=interleaved,
+        conjugate=conjugate,
+        in_place=in_place,
     )
-    if x.device.type == "cpu" and not is_compiling():
-        _check_values(x, seqlen_offsets, cu_seqlens, max_seqlen)
+
+
+def _check(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    seqlen_offsets: Tensor | None,
+    seqlen_offset: int,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int,
+    *layout: bool,
+    in_place: bool,
+) -> None:
+    numbers = (seqlen_offsets, seqlen_offset, cu_seqlens, max_seqlen)
+    if is_checked("rotary", _record(x, cos, sin, *numbers, *layout, in_place)):
+        return
+    expect(x.is_floating_point() and x.dim() == (4 if cu_seqlens is None else 3), "x", x)
+    tables_fit = cos.dim() == 2 and sin.shape == cos.shape and 2 * cos.shape[1] <= x.shape[-1]
+    expect(tables_fit, "cos and sin", cos, sin, x)
+    batch, longest = x.shape[0], max_seqlen
+    if cu_seqlens is None:
+        longest = x.shape[1]
+    else:
+        expect(cu_seqlens.dim() == 1 and cu_seqlens.shape[0] > 0, "cu_seqlens", cu_seqlens)
+        batch = cu_seqlens.shape[0] - 1
+    expect(seqlen_offset >= 0 and seqlen_offset + longest <= cos.shape[0], "cos and sin", cos, x)
+    if seqlen_offsets is not None:
+        expect(seqlen_offsets.shape == (batch,), "seqlen_offsets", seqlen_offsets, x)
 
 
 def _angles(
@@ -177,7 +126,10 @@ def rotate(
     conjugate: bool,
 ) -> Tensor:
     """The operator ``rotary`` in PyTorch operations, differentiable in x, cos and sin."""
-    _check_arguments(x, cos, sin, seqlen_offsets, seqlen_offset, cu_seqlens, max_seqlen)
+    _check(
+        x, cos, sin, seqlen_offsets, seqlen_offset, cu_seqlens, max_seqlen, interleaved, conjugate,
+        in_place=False,
+    )  # fmt: skip
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     cos, sin = _angles(x, cos, sin, seqlen_offsets, seqlen_offset, cu_seqlens)
     cos, sin = cos.to(dtype), sin.to(dtype)
@@ -197,14 +149,9 @@ def rotate(
 
 def rotate_(x: Tensor, *arguments: Any) -> None:
     """The operator ``rotary_``: the same in place."""
+    _check(x, *arguments, in_place=True)
     tables = arguments[:2]
-    y = rotate(x.clone() if needs_autograd(*tables) else x, *arguments)  # they need the old x
-    for dim, (size, stride) in enumerate(zip(x.shape, x.stride())):
-        _check(
-            stride != 0 or size <= 1,
-            f"x: expected memory of its own for every element, got stride 0 in dimension {dim}",
-        )
-    x.copy_(y)
+    x.copy_(rotate(x.clone() if needs_autograd(*tables) else x, *arguments))  # they need the old x
 
 
 def _layout_like(x: Tensor) -> Tensor:
@@ -268,15 +215,61 @@ def _rotary_math(x: Tensor, *rest: Any) -> Tensor:
     return _layout_like(x).copy_(rotate(x, *rest))
 
 
-def _fake(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Tensor:
-    _check_shapes(x, cos, sin, rest[2])
+# ---- By the core.
+
+
+class _Rotation:
+    """One call, checked, with what has to be converted for the kernel."""
+
+    def __init__(self, x: Tensor, cos: Tensor, sin: Tensor, *rest: Any, in_place: bool) -> None:
+        self.call = _record(x, cos, sin, *rest, in_place)
+        self.kernel = _core.prepare("rotary", self.call, finds_kernel=True)
+        is_like_x = cos.dtype == sin.dtype == x.dtype
+        self.tables = [
+            _core.contiguous_rows(table if is_like_x else table.float()) for table in (cos, sin)
+        ]
+        for name, table in zip(("cos", "sin"), self.tables):
+            _records.put(self.call, name, table)
+
+    def run(self, x: Tensor, y: Tensor) -> None:
+        """y = x turned, both with rows that the kernel can read; y may be x."""
+        if x.numel() == 0:
+            return
+        _records.put(self.call, "x", x)
+        written = _records.new(_records.OneTensor)
+        _records.put(written, "x", y)
+        _threads.run("rotary", self.kernel, x, self.call, written)
+
+
+def _rotary_kernel(x: Tensor, *rest: Any) -> Tensor:
+    rotation = _Rotation(x, *rest, in_place=False)
+    readable = _core.contiguous_rows(x)
+    y = _layout_like(readable)
+    rotation.run(readable, y)
+    return y
+
+
+def _rotary_kernel_(x: Tensor, *rest: Any) -> None:
+    rotation = _Rotation(x, *rest, in_place=True)
+    readable = _core.contiguous_rows(x)
+    rotation.run(readable, readable)
+    if readable is not x:
+        x.copy_(readable)
+
+
+# ---- For _ops.register().
+
+
+def _fake(x: Tensor, *rest: Any) -> Tensor:
+    is_checked("rotary", _record(x, *rest, False))
     return _layout_like(x)
 
 
-def _fake_(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> None:
-    _check_shapes(x, cos, sin, rest[2])
+def _fake_(x: Tensor, *rest: Any) -> None:
+    is_checked("rotary", _record(x, *rest, True))
 
 
 MATH: dict[str, Callable[..., Any]] = {"rotary": _rotary_math, "rotary_": rotate_}
+KERNELS: dict[str, Callable[..., Any]] = {"rotary": _rotary_kernel, "rotary_": _rotary_kernel_}
 FAKES = {"rotary": _fake, "rotary_": _fake_}
 DIFFERENTIABLE = {"rotary": rotary, "rotary_": rotary_}

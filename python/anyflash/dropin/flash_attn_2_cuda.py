@@ -6,12 +6,13 @@ autograd. Shapes are those of ``anyflash.attention``; None is allowed where an a
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from anyflash import backends
+from anyflash._numbers import integer
 from anyflash._rng_state import draw_rng_state
 from anyflash.attention_probs import effective_dropout, signed_probabilities, softmax_d
 
@@ -27,11 +28,6 @@ class _Lengths(NamedTuple):
     max_seqlen_k: int = 0
     seqused_k: Optional[Tensor] = None
     leftpad_k: Optional[Tensor] = None
-
-
-def _number(value: Union[int, Tensor]) -> int:
-    """Callers pass max_seqlen as a 0-d tensor too; a symbolic number stays one."""
-    return int(value) if isinstance(value, Tensor) else value
 
 
 def _deliver(name: str, given: Optional[Tensor], value: Tensor) -> Tensor:
@@ -171,8 +167,8 @@ def varlen_fwd(
     num_splits, which 2.8.4 added.
     """
     lengths = _Lengths(
-        cu_seqlens_q, cu_seqlens_k, _number(max_seqlen_q), _number(max_seqlen_k), seqused_k,
-        leftpad_k,
+        cu_seqlens_q, cu_seqlens_k, integer("max_seqlen_q", max_seqlen_q),
+        integer("max_seqlen_k", max_seqlen_k), seqused_k, leftpad_k,
     )  # fmt: skip
     return _attend(
         q, k, v, out, lengths, block_table, alibi_slopes, p_dropout, softmax_scale, is_causal,
@@ -242,7 +238,12 @@ def varlen_bwd(
     /,
 ) -> list[Tensor]:
     """bwd for packed sequences. zero_tensors has no effect: rows of no sequence are 0 always."""
-    lengths = _Lengths(cu_seqlens_q, cu_seqlens_k, _number(max_seqlen_q), _number(max_seqlen_k))
+    lengths = _Lengths(
+        cu_seqlens_q,
+        cu_seqlens_k,
+        integer("max_seqlen_q", max_seqlen_q),
+        integer("max_seqlen_k", max_seqlen_k),
+    )
     return _differentiate(
         (dout, q, k, v, out, softmax_lse), (dq, dk, dv), lengths, alibi_slopes, p_dropout,
         softmax_scale, is_causal, (window_size_left, window_size_right), softcap, deterministic,

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from anyflash import _numbers
+
 from . import _private_ops
 
 
@@ -41,7 +43,7 @@ def _forward(
     """out or (out, softmax_lse, S_dmask); lengths: cu_seqlens, max_seqlens or nothing."""
     q, k, v = qkv
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    left, right = (int(side) for side in window_size)
+    left, right = _numbers.window(window_size)
     options = _Options(dropout_p, scale, causal, left, right, softcap, alibi_slopes, deterministic)
     arguments = (*options[:-1], return_softmax and dropout_p > 0)
     if lengths:

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat  # noqa: F401  (clients import the names from here)
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from anyflash._autograd import has_readable_values
 
@@ -25,33 +24,42 @@ def _check_indices(indices: Tensor, rows: int) -> None:
 class IndexFirstAxis(torch.autograd.Function):
     """input[indices]; the gradient of a row that was taken twice is the sum."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, input: Tensor, indices: Tensor) -> Tensor:
+    def forward(input: Tensor, indices: Tensor) -> Tensor:
         _check_indices(indices, input.shape[0])
-        ctx.save_for_backward(indices)
-        ctx.rows = input.shape[0]
         return input.index_select(0, indices)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        input, indices = inputs
+        ctx.save_for_backward(indices)
+        ctx.rows = input.shape[0]
+
+    @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         (indices,) = ctx.saved_tensors
         gradient = grad_output.new_zeros((ctx.rows, *grad_output.shape[1:]))
-        return gradient.index_add_(0, indices, grad_output), None
+        return gradient.index_add(0, indices, grad_output), None
 
 
 class IndexPutFirstAxis(torch.autograd.Function):
     """Zeros of first_axis_dim rows with output[indices] = values; indices are distinct."""
 
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
-        _check_indices(indices, first_axis_dim)
-        ctx.save_for_backward(indices)
-        output = values.new_zeros((first_axis_dim, *values.shape[1:]))
-        return output.index_copy_(0, indices.long(), values)  # clients pass int32 too
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable
+    def forward(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
+        _check_indices(indices, first_axis_dim)
+        output = values.new_zeros((first_axis_dim, *values.shape[1:]))
+        return output.index_copy(0, indices.long(), values)  # clients pass int32 too
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         (indices,) = ctx.saved_tensors
         return grad_output.index_select(0, indices), None, None
@@ -60,14 +68,18 @@ class IndexPutFirstAxis(torch.autograd.Function):
 class IndexFirstAxisResidual(torch.autograd.Function):
     """(input[indices], input), so that the gradients of both arrive in one addition."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(input: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         _check_indices(indices, input.shape[0])
-        ctx.save_for_backward(indices)
         return input.index_select(0, indices), input.detach()
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Any) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
     def backward(ctx: Any, grad_output: Tensor, grad_residual: Tensor) -> tuple[Tensor, None]:
         (indices,) = ctx.saved_tensors
         return grad_residual.index_add(0, indices, grad_output), None
@@ -84,7 +96,8 @@ def _cumulative(lengths: Tensor) -> Tensor:
 
 
 def _longest(lengths: Tensor) -> int:
-    return lengths.max().long().item() if lengths.numel() else 0  # int() would not export
+    longest: Any = lengths.max().long().item() if lengths.numel() else 0
+    return longest  # int() would not export
 
 
 def _take(hidden_states: Tensor, indices: Tensor) -> Tensor:

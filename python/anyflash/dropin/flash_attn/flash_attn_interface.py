@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import anyflash
+from anyflash import _numbers
 from anyflash._rng_state import draw_rng_state
 from anyflash.attention_probs import effective_dropout, signed_probabilities
 
@@ -46,14 +47,6 @@ def round_multiple(x: int, m: int) -> int:
 def _get_block_size_n(device: Any, head_dim: int, is_dropout: bool, is_causal: bool) -> int:
     """How many keys share the maximum that S_dmask is relative to: all of them."""
     return 1 << 30
-
-
-def _window(window_size: Any) -> tuple[int, int]:
-    """Callers pass tuples, lists and tensors."""
-    left, right = window_size
-    if isinstance(left, Tensor) or isinstance(right, Tensor):
-        return int(left), int(right)
-    return left, right
 
 
 def _check_tensor(name: str, value: Any) -> None:
@@ -96,15 +89,13 @@ def _attend(
     **lengths: Any,
 ) -> Any:
     """out, or (out, softmax_lse, S_dmask); lengths are those of packed sequences."""
-    if isinstance(softmax_scale, Tensor):
-        softmax_scale = float(softmax_scale)
-    window = _window(window_size)
     if not return_attn_probs:
         return anyflash.attention(
             q, k, v, dropout_p=effective_dropout(dropout_p), softmax_scale=softmax_scale,
-            causal=causal, window_size=window, softcap=softcap, alibi_slopes=alibi_slopes,
+            causal=causal, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
             deterministic=deterministic, **lengths,
         )  # fmt: skip
+    window = _numbers.window(window_size)
     kept = effective_dropout(dropout_p)
     rng_state = draw_rng_state(q.device) if kept > 0.0 else None
     out, softmax_lse = anyflash.attention(
@@ -114,10 +105,10 @@ def _attend(
     )  # fmt: skip
     if dropout_p == 0.0:
         return out, softmax_lse, q.new_empty(0)
+    q, scale = _numbers.scaled(q, softmax_scale)
     pattern = signed_probabilities(
         q, k, alibi_slopes=alibi_slopes, rng_state=rng_state, dropout_p=kept,
-        softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
-        causal=causal, window_size=window, softcap=softcap, **lengths,
+        softmax_scale=scale, causal=causal, window_size=window, softcap=softcap, **lengths,
     )  # fmt: skip
     return out, softmax_lse, pattern
 
@@ -404,8 +395,6 @@ def flash_attn_with_kvcache(
             _check_tensor(name, cache)
             assert cache.stride(-1) == 1, f"{name} must have contiguous last dimension"
         flash_attn_gpu.check_num_splits(num_splits)
-        if isinstance(softmax_scale, Tensor):
-            softmax_scale = float(softmax_scale)
         if isinstance(cache_seqlens, Tensor):
             cache_seqlens = maybe_contiguous(cache_seqlens)
         return anyflash.attention_kvcache(
@@ -413,7 +402,7 @@ def flash_attn_with_kvcache(
             rotary_sin=rotary_sin, cache_seqlens=cache_seqlens,
             cache_batch_idx=maybe_contiguous(cache_batch_idx), cache_leftpad=cache_leftpad,
             block_table=maybe_contiguous(block_table), softmax_scale=softmax_scale, causal=causal,
-            window_size=_window(window_size), softcap=softcap,
+            window_size=window_size, softcap=softcap,
             rotary_interleaved=rotary_interleaved, alibi_slopes=alibi_slopes,
             return_lse=return_softmax_lse,
         )  # fmt: skip

@@ -57,7 +57,7 @@ def flash_attn_func(
             "Last 2 dimensions of bias must be (1, seqlen_k) or (seqlen_q, seqlen_k), here "
             f"seqlen_q = {seqlen_q} and seqlen_k = {seqlen_k}, got {tuple(bias.shape)}"
         )
-    options = {"softmax_scale": softmax_scale or None}
+    options: dict[str, Any] = {"softmax_scale": softmax_scale or None}
     if not causal:
         return anyflash.attention(q, k, v, bias=bias, **options)
     # anyflash's diagonal ends in the last row and column. So does this one in the square part;

@@ -109,7 +109,7 @@ def _save(
     ctx.options = options
 
 
-def _saved(ctx: Any) -> tuple[tuple[Optional[Tensor], ...], dict[str, Any]]:
+def _saved(ctx: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The tables, and the keyword arguments of the rotation backwards."""
     if any(ctx.needs_input_grad[1:]):
         raise RuntimeError(

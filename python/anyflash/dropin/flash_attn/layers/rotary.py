@@ -9,7 +9,7 @@ upstream overwrites the incoming one, which may belong to somebody else.
 
 from __future__ import annotations
 
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
@@ -189,6 +189,8 @@ class RotaryEmbedding(torch.nn.Module):
         self.interleaved = interleaved
         self.scale_base = scale_base
         self.pos_idx_in_fp32 = pos_idx_in_fp32
+        self.inv_freq: Tensor
+        self.scale: Optional[Tensor]
         self.register_buffer("inv_freq", self._compute_inv_freq(device), persistent=False)
         scale = None
         if scale_base is not None:
@@ -235,7 +237,7 @@ class RotaryEmbedding(torch.nn.Module):
         positions = torch.arange(seqlen, device=device, dtype=inv_freq.dtype)
         angles = positions[:, None] * inv_freq.to(positions.device)
         cos, sin = torch.cos(angles), torch.sin(angles)
-        if self.scale is not None:
+        if self.scale is not None and self.scale_base is not None:
             steps = torch.arange(seqlen, device=device, dtype=torch.float32) - seqlen // 2
             scale = self.scale.to(steps) ** (steps[:, None] / self.scale_base)
             self._cos_k_cached, self._sin_k_cached = (
@@ -283,14 +285,18 @@ class RotaryEmbedding(torch.nn.Module):
             raise RuntimeError(
                 "max_seqlen: expected with the first seqlen_offset that is a tensor, got None"
             )
-        tables = (self._cos_cached, self._sin_cached)
-        tables_k = tables if self.scale is None else (self._cos_k_cached, self._sin_k_cached)
+        cos: Any = self._cos_cached  # tensors by now
+        sin: Any = self._sin_cached
+        cos_k, sin_k = (
+            (None, None) if self.scale is None else (self._cos_k_cached, self._sin_k_cached)
+        )
         if kv is None:
-            own_k = (None, None) if self.scale is None else tables_k
             return apply_rotary_emb_qkv_(
-                qkv, *tables, *own_k, self.interleaved, seqlen_offset, num_heads_q
+                qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q
             )
         q = apply_rotary_emb_func(
-            qkv, *tables, self.interleaved, inplace=True, seqlen_offsets=seqlen_offset
+            qkv, cos, sin, self.interleaved, inplace=True, seqlen_offsets=seqlen_offset
         )
-        return q, apply_rotary_emb_kv_(kv, *tables_k, self.interleaved, seqlen_offset)
+        if cos_k is not None and sin_k is not None:
+            cos, sin = cos_k, sin_k
+        return q, apply_rotary_emb_kv_(kv, cos, sin, self.interleaved, seqlen_offset)

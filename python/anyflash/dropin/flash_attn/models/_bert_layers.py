@@ -147,6 +147,7 @@ class BertEncoder(nn.Module):
         kwargs = {"cu_seqlens": cu_seqlens, "max_seqlen": longest}
         kwargs_k = {"cu_seqlens_k": cu_seqlens, "max_seqlen_k": longest}
         whole = self.layers if subset_mask is None else self.layers[:-1]
+        layer: Any  # a Block
         for layer in whole:
             own = {**kwargs, **kwargs_k} if layer.mixer.cross_attn else kwargs
             hidden_states = layer(hidden_states, mixer_kwargs=own)

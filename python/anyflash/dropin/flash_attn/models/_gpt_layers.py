@@ -72,7 +72,8 @@ def create_mixer_cls(
     fused_bias_fc = getattr(config, "fused_bias_fc", False)
     dwconv = getattr(config, "attn_dwconv", False)
     if process_group is None:
-        mha_cls, kwargs = MHA, {"fused_bias_fc": fused_bias_fc, "dwconv": dwconv}
+        mha_cls: type[MHA] | type[ParallelMHA] = MHA
+        kwargs = {"fused_bias_fc": fused_bias_fc, "dwconv": dwconv}
     else:
         if dwconv or not fused_bias_fc:
             raise ValueError(
@@ -182,7 +183,7 @@ def create_block(
     if getattr(config, "parallel_block", False):
         if not prenorm:
             raise ValueError("prenorm: expected True with parallel_block, got False")
-        block_cls = partial(
+        block_cls: Callable[..., Any] = partial(
             ParallelBlock, tied_norm=getattr(config, "parallel_block_tied_norm", False)
         )
     else:
@@ -224,12 +225,13 @@ def _init_weights(
         if rescale_prenorm_residual:
             _init_residual_outputs(module, linear_std / math.sqrt(2 * n_layer))
         return
-    is_linear = isinstance(module, nn.Linear)
-    nn.init.normal_(module.weight, std=linear_std if is_linear else initializer_range)
-    if is_linear:
+    if isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=initializer_range)
+    else:
+        nn.init.normal_(module.weight, std=linear_std)
         # Optimisers for muP read the factor of the learning rate here.
-        options = getattr(module.weight, "_optim", {})
-        module.weight._optim = {**options, "lr_multiplier": mup_width_scale}
+        weight: Any = module.weight
+        weight._optim = {**getattr(weight, "_optim", {}), "lr_multiplier": mup_width_scale}
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 

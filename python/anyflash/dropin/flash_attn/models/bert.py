@@ -255,8 +255,7 @@ class BertForPreTraining(BertPreTrainedModel):
                 config.dense_seq_output, prediction_logits are (masked tokens, vocabulary).
             next_sentence_label: (batch,), -1 for no label.
         """
-        dense = self.dense_seq_output and labels is not None
-        masked = labels > 0 if dense else None
+        masked = labels > 0 if self.dense_seq_output and labels is not None else None
         outputs = self.bert(
             input_ids,
             position_ids=position_ids,
@@ -265,7 +264,7 @@ class BertForPreTraining(BertPreTrainedModel):
             masked_tokens_mask=masked if self.last_layer_subset else None,
         )
         sequence_output = outputs.last_hidden_state
-        if dense:
+        if masked is not None and labels is not None:
             masked_idx = masked.flatten().nonzero().flatten()
             labels = labels.flatten()[masked_idx]
             if not self.last_layer_subset:

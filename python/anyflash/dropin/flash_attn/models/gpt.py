@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections import namedtuple
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -172,7 +172,9 @@ class GPTModel(GPTPreTrainedModel):
 
         width = getattr(config, "word_embed_proj_dim", None)
         if process_group is None:
-            embeddings_cls = partial(GPT2Embeddings, word_embed_proj_dim=width)
+            embeddings_cls: Callable[..., nn.Module] = partial(
+                GPT2Embeddings, word_embed_proj_dim=width
+            )
         elif width is not None:
             raise ValueError(
                 f"word_embed_proj_dim: expected None with tensor parallelism, got {width}"
@@ -192,12 +194,15 @@ class GPTModel(GPTPreTrainedModel):
             for i in range(config.num_hidden_layers)
         )
         if getattr(config, "rotary_emb_fraction", 0.0) > 0.0:
+            first: Any = self.layers[0]
+            layer: Any
             for layer in self.layers[1:]:  # all share the tables of the first
-                layer.mixer.rotary_emb = self.layers[0].mixer.rotary_emb
+                layer.mixer.rotary_emb = first.mixer.rotary_emb
         if self.prenorm:
             self.drop_f = nn.Dropout(config.resid_pdrop)
-            self.ln_f = norm_cls(config, **factory_kwargs)(config.hidden_size)
+            self.ln_f: Any = norm_cls(config, **factory_kwargs)(config.hidden_size)
             if process_group is not None:
+                parameter: Any
                 for parameter in self.ln_f.parameters():
                     parameter._shared_params = True
                     if self.sequence_parallel:
@@ -210,7 +215,8 @@ class GPTModel(GPTPreTrainedModel):
     ) -> dict[int, Any]:
         """The key and value caches by the numbers of the layers."""
         size = (batch_size, max_seqlen, dtype)
-        return dict(enumerate(x.allocate_inference_cache(*size, **kwargs) for x in self.layers))
+        layers: Any = self.layers
+        return dict(enumerate(x.allocate_inference_cache(*size, **kwargs) for x in layers))
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor | None = None, inference_params: Any = None
@@ -233,20 +239,21 @@ class GPTModel(GPTPreTrainedModel):
                 hidden_states = layer(hidden_states, mixer_kwargs=mixer_kwargs)
             return hidden_states
         # What awaits the next addition: the outputs of attention and MLP in a parallel block.
-        branches, residual = (hidden_states,), None
+        branches: list[Tensor | None] = [hidden_states]
         if self.parallel_block:
-            branches = (hidden_states, None)
+            branches.append(None)
+        residual = None
         for layer in self.layers:
             *branches, residual = layer(*branches, residual, mixer_kwargs=mixer_kwargs)
         return self._final_norm(branches, residual)
 
-    def _final_norm(self, branches: Sequence[Tensor | None], residual: Tensor | None) -> Tensor:
+    def _final_norm(self, branches: Sequence[Any], residual: Tensor | None) -> Tensor:
         if not self.fused_dropout_add_ln:
-            for branch in branches:
-                if branch is not None:
-                    dropped = self.drop_f(branch)
-                    residual = dropped if residual is None else residual + dropped
-            return self.ln_f(residual.to(dtype=self.ln_f.weight.dtype))
+            dropped = [self.drop_f(branch) for branch in branches if branch is not None]
+            total = dropped[0] if residual is None else residual + dropped[0]
+            for branch in dropped[1:]:
+                total = total + branch
+            return self.ln_f(total.to(dtype=self.ln_f.weight.dtype))
         return layer_norm_fn(
             branches[0],
             self.ln_f.weight,
@@ -283,7 +290,7 @@ class GPTLMHeadModel(GPTPreTrainedModel, GenerationMixin):
             config, "mup_width_scale", 1.0
         )
         linear_cls = nn.Linear if process_group is None else ColumnParallelLinear
-        self.lm_head = linear_cls(
+        self.lm_head: Any = linear_cls(
             hidden_size if width is None else width,
             _remap.padded_vocab_size(config),
             bias=getattr(config, "lm_head_bias", False),
@@ -296,7 +303,7 @@ class GPTLMHeadModel(GPTPreTrainedModel, GenerationMixin):
 
     def tie_weights(self) -> None:
         """Also makes the head's weights the word embeddings', if the configuration asks for it."""
-        words = self.transformer.embeddings.word_embeddings
+        words: Any = self.transformer.embeddings.word_embeddings
         if self.tie_word_embeddings:
             self.lm_head.weight = words.weight
         super().tie_weights()
@@ -360,7 +367,9 @@ class GPTLMHeadModel(GPTPreTrainedModel, GenerationMixin):
             sequence_parallel=self.lm_head.sequence_parallel,
         )
 
-    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True) -> Any:
+    def load_state_dict(  # type: ignore[override]  # upstream's signature
+        self, state_dict: dict[str, Tensor], strict: bool = True
+    ) -> Any:
         """Load, also checkpoints of before the norms moved to the start of the layers."""
         if "transformer.ln_0.weight" in state_dict:
             state_dict = _remap.rename(state_dict, _moved_norms(len(self.transformer.layers)))

@@ -79,7 +79,7 @@ def create_block(
             attn_drop_rate,
             use_flash_attn,
             fused_bias_fc,
-            cross_attn=last_layer_subset and layer_idx == n_layer - 1,
+            cross_attn=last_layer_subset and layer_idx is not None and layer_idx + 1 == n_layer,
         ),
         create_mlp_cls(embed_dim, mlp_ratio, act_layer, fused_mlp),
         norm_cls=norm_layer,
@@ -173,7 +173,8 @@ class VisionTransformer(nn.Module):
             **extra,
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        embedded = self.patch_embed.num_patches + (0 if no_embed_class else self.num_prefix_tokens)
+        patch_embed: Any = self.patch_embed
+        embedded = patch_embed.num_patches + (0 if no_embed_class else self.num_prefix_tokens)
         self.pos_embed = nn.Parameter(torch.randn(1, embedded, embed_dim) * 0.02)
 
         drop_path = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
@@ -201,7 +202,7 @@ class VisionTransformer(nn.Module):
         )
         self.dropout = nn.Dropout(p=drop_rate)
         self.drop_path = StochasticDepth(p=drop_path[-1], mode="row")
-        self.norm = norm_layer(embed_dim)
+        self.norm: Any = norm_layer(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         self.init_weights(weight_init)
 
@@ -262,7 +263,9 @@ class VisionTransformer(nn.Module):
         """Images (batch, in_chans, height, width) to logits (batch, num_classes)."""
         return self.forward_head(self.forward_features(x, all_tokens=False))
 
-    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True) -> Any:
+    def load_state_dict(  # type: ignore[override]  # upstream's signature
+        self, state_dict: dict[str, Tensor], strict: bool = True
+    ) -> Any:
         """Load, also timm's checkpoints.
 
         Those have a convolution for the embedding of patches, and one projection of queries, keys

@@ -60,7 +60,7 @@ def _positions(inference_params: Any) -> dict[str, Any]:
 class _Attention(nn.Module):
     """What MHA and ParallelMHA share: all but the projections."""
 
-    out_proj: nn.Module
+    out_proj: nn.Linear
 
     def __init__(
         self,
@@ -127,7 +127,11 @@ class _Attention(nn.Module):
                 interleaved=rotary_emb_interleaved,
                 device=device,
             )
-        options = dict(causal=causal, softmax_scale=softmax_scale, attention_dropout=dropout)
+        options: dict[str, Any] = {
+            "causal": causal, "softmax_scale": softmax_scale, "attention_dropout": dropout
+        }  # fmt: skip
+        self.inner_attn: FlashSelfAttention | SelfAttention
+        self.inner_cross_attn: FlashCrossAttention | CrossAttention
         if use_flash_attn:
             options["window_size"] = window_size
             if use_alibi:
@@ -183,8 +187,8 @@ class _Attention(nn.Module):
         # The graph of an earlier call ends here: attention over a cache has no gradient.
         cache = inference_params.key_value_memory_dict[self.layer_idx][rows].detach()
         lengths = inference_params.lengths_per_sample
+        inner: Any = self.inner_cross_attn
         if self.use_flash_attn:
-            inner = self.inner_cross_attn
             rotary.update(window_size=inner.window_size, alibi_slopes=inner.slopes())
         return flash_attn_with_kvcache(
             q,
@@ -193,8 +197,8 @@ class _Attention(nn.Module):
             kv[:, :, 0],
             kv[:, :, 1],
             cache_seqlens=inference_params.seqlen_offset if lengths is None else lengths[rows],
-            softmax_scale=self.inner_cross_attn.softmax_scale,
-            causal=self.inner_cross_attn.causal,
+            softmax_scale=inner.softmax_scale,
+            causal=inner.causal,
             **rotary,
         )
 

@@ -36,6 +36,7 @@ class _FlashAttention(nn.Module):
         self.causal = causal
         self.softmax_scale = softmax_scale
         self.drop = nn.Dropout(attention_dropout)
+        self.alibi_slopes: Tensor | None
         self.register_buffer("alibi_slopes", alibi_slopes, persistent=False)
         self.window_size = window_size
         self.deterministic = deterministic
@@ -106,7 +107,8 @@ class FlashSelfAttention(_FlashAttention):
         options = self._options(causal)
         if cu_seqlens is None:
             return flash_attn_qkvpacked_func(qkv, **options)
-        return flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, **options)
+        options["max_seqlen"] = max_seqlen
+        return flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, **options)
 
 
 class FlashCrossAttention(_FlashAttention):
@@ -165,9 +167,8 @@ class FlashCrossAttention(_FlashAttention):
                 f"{'none' if cu_seqlens is None else 'one'} for q and "
                 f"{'none' if cu_seqlens_k is None else 'one'} for kv"
             )
-        return flash_attn_varlen_kvpacked_func(
-            q, kv, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, **options
-        )
+        options.update(max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen_k)
+        return flash_attn_varlen_kvpacked_func(q, kv, cu_seqlens, cu_seqlens_k, **options)
 
 
 class _WrittenOutAttention(nn.Module):
@@ -269,7 +270,7 @@ class CrossAttention(_WrittenOutAttention):
         k, v = repeat(kv, "... h d -> ... (h g) d", g=heads // heads_k).unbind(dim=2)
         scores = self._scores(q, k, key_padding_mask)
         if self.causal if causal is None else causal:
-            keys = k.shape[1]
+            keys: Any = k.shape[1]
             row = torch.arange(seqlen_q, device=q.device)[:, None]
             column = torch.arange(keys, device=q.device)
             if key_padding_mask is not None:

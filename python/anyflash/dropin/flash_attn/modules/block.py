@@ -58,6 +58,12 @@ class _ResidualBlock(nn.Module):
 
     fused_dropout_add_ln: bool
     residual_in_fp32: bool
+    # Whatever the factories give; _finish checks those that the fused norm stands for.
+    mixer: Any
+    dropout1: Any
+    dropout2: Any
+    norm1: Any
+    norm2: Any
 
     def _finish(self, sequence_parallel: bool, mark_shared_params: bool) -> None:
         """Checks what the fused norm can stand for; marks the parameters of the norms, for
@@ -76,13 +82,14 @@ class _ResidualBlock(nn.Module):
                     parameter._shared_params = True
 
     def _sum_and_norm(
-        self, branches: list[Tensor], residual: Tensor | None, norms: list[nn.Module]
+        self, branches: list[Tensor], residual: Tensor | None, norms: list[Any]
     ) -> tuple[Tensor, ...]:
         """(normed by each norm, ..., sum), from branches that have had their dropout."""
-        for branch in branches:
-            residual = branch if residual is None else residual + branch
-        normed = [norm(residual.to(norm.weight.dtype)) for norm in norms]
-        return (*normed, residual.float() if self.residual_in_fp32 else residual)
+        total = branches[0] if residual is None else residual + branches[0]
+        for branch in branches[1:]:
+            total = total + branch
+        normed = [norm(total.to(norm.weight.dtype)) for norm in norms]
+        return (*normed, total.float() if self.residual_in_fp32 else total)
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
@@ -161,13 +168,14 @@ class Block(_ResidualBlock):
         self,
         branch: Tensor,
         residual: Tensor | None,
-        dropout: nn.Module,
+        dropout: Any,
         drop_path: StochasticDepth,
-        norm: nn.Module,
+        norm: Any,
     ) -> tuple[Tensor, Tensor]:
         """(norm of the sum, the sum, which counts with prenorm alone)"""
         if not self.fused_dropout_add_ln:
-            return self._sum_and_norm([drop_path(dropout(branch))], residual, [norm])
+            normed, total = self._sum_and_norm([drop_path(dropout(branch))], residual, [norm])
+            return normed, total
         rowscale = None
         if drop_path.p > 0.0 and self.training:
             rowscale = drop_path(branch.new_ones(branch.shape[:-1]))

@@ -28,7 +28,7 @@ def _positions_of(input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
 
 
 def _with_positions(
-    module: nn.Module, embeddings: Tensor, input_ids: Tensor, position_ids: Tensor | None
+    module: Any, embeddings: Tensor, input_ids: Tensor, position_ids: Tensor | None
 ) -> Tensor:
     """The embeddings plus those of their positions, if the module has such."""
     if module.max_position_embeddings <= 0:
@@ -141,12 +141,13 @@ class VocabParallelEmbedding(nn.Embedding):
         padding_idx: int | None = None,
         **kwargs: Any,
     ) -> None:
+        kwargs["padding_idx"] = padding_idx
         own = _own_share("num_embeddings", num_embeddings, process_group)
         if own != num_embeddings and padding_idx is not None:
             raise RuntimeError(
                 f"ParallelEmbedding does not support padding_idx: expected None, got {padding_idx}"
             )
-        super().__init__(own, *args, padding_idx=padding_idx, **kwargs)
+        super().__init__(own, *args, **kwargs)
         self.process_group = process_group
 
     def forward(self, input: Tensor) -> Tensor:

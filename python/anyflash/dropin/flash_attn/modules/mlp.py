@@ -81,14 +81,11 @@ class ParallelMLP(nn.Module):
         super().__init__()
         hidden_features = _default(hidden_features, in_features * 4)
         out_features = _default(out_features, in_features)
+        group: Any = process_group  # None: refused there, with a message
         options = {"sequence_parallel": sequence_parallel, "device": device, "dtype": dtype}
-        self.fc1 = ColumnParallelLinear(
-            in_features, hidden_features, process_group, bias=bias1, **options
-        )
+        self.fc1 = ColumnParallelLinear(in_features, hidden_features, group, bias=bias1, **options)
         self.activation = activation
-        self.fc2 = RowParallelLinear(
-            hidden_features, out_features, process_group, bias=bias2, **options
-        )
+        self.fc2 = RowParallelLinear(hidden_features, out_features, group, bias=bias2, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """(rows, ..., out_features); with sequence parallelism this rank's rows, of x as well."""

@@ -132,7 +132,8 @@ class SwiGLUFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
-        return swiglu_bwd(*ctx.saved_tensors, dout)
+        x, y = ctx.saved_tensors
+        return swiglu_bwd(x, y, dout)
 
 
 bias_gelu_impl = GeLUFunction.apply

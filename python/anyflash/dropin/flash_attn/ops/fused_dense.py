@@ -83,7 +83,8 @@ def _share(name: str, features: int, process_group: ProcessGroup, multiple_of: i
 
 def _default_group(process_group: Optional[ProcessGroup]) -> ProcessGroup:
     """torch.distributed's reading of None, for functions where None says that there is no group."""
-    return torch.distributed.group.WORLD if process_group is None else process_group
+    group: Any = torch.distributed.group.WORLD if process_group is None else process_group
+    return group
 
 
 class ColumnParallelLinear(nn.Linear):
@@ -197,7 +198,7 @@ class FusedMLP(nn.Module):
 
 
 def _mlp(
-    module: nn.Module, x: Tensor, process_group: Optional[ProcessGroup], sequence_parallel: bool
+    module: Any, x: Tensor, process_group: Optional[ProcessGroup], sequence_parallel: bool
 ) -> Tensor:
     return fused_mlp_func(
         x,

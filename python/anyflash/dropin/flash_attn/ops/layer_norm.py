@@ -50,7 +50,7 @@ def _dropout_add_norm(
         is_rms_norm=is_rms_norm,
         return_residual=prenorm,
     )
-    results = [normed.y]
+    results: list[Tensor | None] = [normed.y]
     results += [normed.residual] if prenorm else []
     results += [_byte_mask(normed.dropout_mask, x0)] if return_dmask else []
     return results[0] if len(results) == 1 else tuple(results)
@@ -91,7 +91,7 @@ def _dropout_add_norm_subset(
         return_residual=prenorm,
     )
     results = [normed.y.view(shape)]
-    results += [normed.residual.view(shape)] if prenorm else []
+    results += [normed.residual.view(shape)] if prenorm and normed.residual is not None else []
     results += [_byte_mask(normed.dropout_mask, x0).view(x0.shape)] if return_dmask else []
     return results[0] if len(results) == 1 else tuple(results)
 

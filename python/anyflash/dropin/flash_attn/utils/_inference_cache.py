@@ -72,7 +72,7 @@ class DecodingCGCache:
     dtype: torch.dtype | None = None
     callables: dict = field(default_factory=dict)
     mempool: Any = None
-    inference_params: InferenceParams | None = None
+    inference_params: Any = None  # InferenceParams, from the first update on
     run: Callable[[Tensor, Tensor, int], Tensor] | None = None
 
 
@@ -169,7 +169,8 @@ def _cached_tokens(inference_params: InferenceParams, seqlen: int) -> Iterator[N
     """Says that each sequence has seqlen tokens in the cache; seqlen_offset is restored."""
     before = inference_params.seqlen_offset
     inference_params.seqlen_offset = seqlen
-    inference_params.lengths_per_sample.fill_(seqlen)
+    if inference_params.lengths_per_sample is not None:
+        inference_params.lengths_per_sample.fill_(seqlen)
     try:
         yield
     finally:
@@ -241,7 +242,7 @@ def capture_graph(
         ).logits
 
     device = next(iter(model.parameters())).device
-    step = forward
+    step: Callable[[Tensor, Tensor], Tensor] = forward
     if device.type != "cuda":
         _say_without_graphs(device.type)
     else:

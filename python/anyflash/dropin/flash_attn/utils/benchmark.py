@@ -27,7 +27,10 @@ class _Call:
         self, fn: Callable[..., Any], inputs: Any, kwinputs: Any, amp: bool, amp_dtype: torch.dtype
     ) -> None:
         self.fn, self.inputs, self.kwinputs = fn, inputs, kwinputs
-        self.amp = {"device_type": _device_of(inputs, kwinputs).type, "enabled": amp}
+        self.amp: dict[str, Any] = {
+            "device_type": _device_of(inputs, kwinputs).type,
+            "enabled": amp,
+        }
         if amp:
             self.amp["dtype"] = amp_dtype
 

@@ -92,7 +92,7 @@ class _Decoder:
             )
         self.model = model
         self.vocab_size = vocab_size
-        self.cache = None
+        self.cache: Any = None
         if not cg:
             self.params = InferenceParams(max_seqlen=max_length, max_batch_size=batch_size)
             return
@@ -238,7 +238,7 @@ def decode_speculative(
     # A draft that was kept whole leaves two tokens that its own model has not seen.
     drafter = _Decoder(model_draft, *common, decoding_seqlens=(1, 2))
     checker = _Decoder(model, *common, decoding_seqlens=range(1, speculative_lookahead + 2))
-    sampling = {"top_k": top_k, "top_p": top_p, "temperature": temperature}
+    sampling: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "temperature": temperature}
     begin = _now(input_ids.device, tensor_parallel) if enable_timing else 0.0
     ids, scores = input_ids, []
     checks = drafted = kept = 0

@@ -114,10 +114,10 @@ def generate_qkv(
     keys = _Packing(k, key_padding_mask, key_unused_mask)
     q_unpad, k_unpad, v_unpad = queries.unpad(q), keys.unpad(k), keys.unpad(v)
     if qkvpacked:
-        masks = query_padding_mask, key_padding_mask
-        one_mask = all(m is None for m in masks) or (
-            all(m is not None for m in masks) and bool((masks[0] == masks[1]).all())
-        )
+        if query_padding_mask is None or key_padding_mask is None:
+            one_mask = query_padding_mask is key_padding_mask
+        else:
+            one_mask = bool((query_padding_mask == key_padding_mask).all())
         if not one_mask or q.shape != k.shape:
             raise ValueError("qkvpacked: expected one shape and one padding mask for q and k")
         unpadded, padded = (q_unpad, k_unpad, v_unpad), (q, k, v)
@@ -213,9 +213,9 @@ def construct_chunk_mask(
     return (column < first) | (column >= first + attention_chunk)
 
 
-def _upcast(x: Tensor | None) -> Tensor | None:
+def _upcast(x: Tensor) -> Tensor:
     """fp16 and bf16 in fp32."""
-    return None if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _descaled(x: Tensor, scale: Tensor | None, group: int = 1) -> Tensor:
@@ -311,7 +311,8 @@ def attention_ref(
     dtype = q.dtype
     seqlen_q, seqlen_k, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     if upcast:
-        q, k, v, qv = (_upcast(x) for x in (q, k, v, qv))
+        q, k, v = _upcast(q), _upcast(k), _upcast(v)
+        qv = None if qv is None else _upcast(qv)
     q, k, v = _descaled(q, q_descale, group), _descaled(k, k_descale), _descaled(v, v_descale)
     k, v = (repeat(x, "b s h d -> b s (h g) d", g=group) for x in (k, v))
     width = q.shape[-1] + (0 if qv is None else v.shape[-1])

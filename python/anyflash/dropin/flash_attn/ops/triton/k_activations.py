@@ -101,7 +101,7 @@ def _functions(activation: Union[Activation, str]) -> tuple[Function, Function]:
         raise ValueError(f"activation: expected one of {names}, got {activation!r}") from None
 
 
-def get_triton_activation_kernel(activation: Optional[Activation]) -> Optional[Function]:
+def get_triton_activation_kernel(activation: Union[Activation, str, None]) -> Optional[Function]:
     """The function of tensors; None for None.
 
     Raises:
@@ -110,7 +110,9 @@ def get_triton_activation_kernel(activation: Optional[Activation]) -> Optional[F
     return _functions(activation)[0] if activation else None
 
 
-def get_triton_activation_bwd_kernel(activation: Optional[Activation]) -> Optional[Function]:
+def get_triton_activation_bwd_kernel(
+    activation: Union[Activation, str, None],
+) -> Optional[Function]:
     """The derivative, a function of the activation's input; None for None.
 
     Raises:

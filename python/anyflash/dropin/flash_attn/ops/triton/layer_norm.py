@@ -119,7 +119,7 @@ def layer_norm_fn(
     )
     y = _deliver(out, normed.y)
     total = None if normed.residual is None else _deliver(residual_out, normed.residual)
-    results = [y]
+    results: list[Tensor | None] = [y]
     results += [] if weight1 is None else [normed.y1]
     results += [total] if prenorm else []
     results += [normed.dropout_mask, normed.dropout_mask1] if return_dropout_mask else []
@@ -244,6 +244,7 @@ class RMSNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.bias: Tensor | None
         self.eps = eps
         self.drop = nn.Dropout(dropout_p) if dropout_p > 0.0 else None
         self.zero_centered_weight = zero_centered_weight
@@ -292,8 +293,8 @@ def _reference(
     masks: tuple[Tensor | None, Tensor | None],
     upcast: bool,
 ) -> Any:
-    def widened(tensor: Tensor | None) -> Tensor | None:
-        return tensor.float() if upcast and tensor is not None else tensor
+    def widened(tensor: Tensor) -> Tensor:
+        return tensor.float() if upcast else tensor
 
     def dropped(tensor: Tensor, mask: Tensor | None) -> Tensor:
         if dropout_p <= 0.0:
@@ -312,7 +313,7 @@ def _reference(
         total = total + dropped(widened(x1), masks[1])
     if residual is not None:
         total = (total + widened(residual)).to(total.dtype)
-    weight, bias, weight1, bias1 = map(widened, parameters)
+    weight, bias, weight1, bias1 = (None if p is None else widened(p) for p in parameters)
     results = []
     for w, b in ((weight, bias), (weight1, bias1)):
         if w is not None:
