@@ -17,7 +17,7 @@ import anyflash
 from anyflash.testing import CORNER, CORRECTNESS, assert_close
 
 CASES = [case for case in CORRECTNESS + CORNER if case.dtype != "fp64"]
-OBJECTS = REPOSITORY / f"build/py{sys.version_info[0]}{sys.version_info[1]}/kernels/cpu"
+OBJECTS = REPOSITORY / "build/install/kernels/cpu"
 ISAS = ("avx2", "avx512", "avx512bf16", "neon")
 
 

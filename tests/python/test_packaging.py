@@ -85,7 +85,8 @@ def test_each_python_installs_the_wheel_and_calls_its_kernels(wheel, tmp_path, v
     if python is None:
         pytest.skip(f"no Python {version} on this machine")
     environment = Environment(tmp_path / "venv", tmp_path, python)
-    environment.install(wheel)
+    uv = (sys.executable, "-m", "uv", "--offline", "pip")  # knows older ones than pip does
+    call(*uv, "install", "--python", environment.python, "--no-deps", wheel)
     code = (
         "import ctypes; from pathlib import Path\n"
         f"library = ctypes.CDLL(str(Path({str(environment.site)!r}) / 'anyflash' / "
