@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import anyflash
 from anyflash.testing import CORNER, CORRECTNESS, assert_close
 
 CASES = [case for case in CORRECTNESS + CORNER if case.dtype != "fp64"]
-OBJECTS = REPOSITORY / f"build/py{sys.version_info[0]}{sys.version_info[1]}/kernels/cpu"
+OBJECTS = REPOSITORY / "build/install/kernels/cpu"
 ISAS = ("avx2", "avx512", "avx512bf16", "neon")
 
 

@@ -174,6 +174,38 @@ def test_a_damaged_library(installation, content):
     assert "reinstall" in findings(report, "problems")
 
 
+@pytest.mark.parametrize("name", ["libanyflash_ops.so", "libanyflash_kernels.so"])
+@pytest.mark.parametrize("provider", ["auto", "python"])
+def test_a_library_that_is_not_the_one_that_was_built(installation, name, provider):
+    """It is told whether or not the library would be used."""
+    library, facts = (installation / "anyflash" / name for name in (name, "_build.json"))
+    library.write_bytes(b"\x7fELF")
+    facts.write_text(json.dumps({"binary": True, "reasons": [], "crc32": {name: 1}}))
+    try:
+        status, report, _ = run_doctor(
+            installation, installation / "anyflash/dropin", ANYFLASH_PROVIDER=provider
+        )
+    finally:
+        library.unlink()
+        facts.unlink()
+    assert status == 1
+    assert report["operators"]["files"][name]["damage"] in findings(report, "problems")
+    assert f"{name} is damaged" in findings(report, "problems")
+
+
+def test_operators_that_no_compiler_could_build_are_no_problem(installation):
+    """zig builds the kernels alone, and the Python operators call them."""
+    facts = installation / "anyflash/_build.json"
+    why = "operators: there was no g++ or clang++"
+    facts.write_text(json.dumps({"binary": True, "reasons": [why], "crc32": {}}))
+    try:
+        _, report, _ = run_doctor(installation, installation / "anyflash/dropin")
+    finally:
+        facts.unlink()
+    assert why in findings(report, "notes") and why not in findings(report, "problems")
+    assert "g++" in findings(report, "notes")
+
+
 def test_python_operators_on_demand(installation):
     path = (installation, installation / "anyflash/dropin")
     status, report, _ = run_doctor(*path, ANYFLASH_PROVIDER="python")
