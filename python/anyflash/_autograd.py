@@ -43,9 +43,24 @@ def in_plain_eager() -> bool:
     return not is_compiling() and not in_functorch()
 
 
+def is_traced() -> bool:
+    """Whether make_fx or torch.jit.trace records operators, and no compiler does."""
+    if is_compiling():
+        return False
+    return torch._C._get_tracing_state() is not None or _mode("PROXY") is not None
+
+
+def _mode(kind: str) -> Any:
+    """The TorchDispatchMode of torch's own of a kind, if it is active."""
+    if torch._C._len_torch_dispatch_stack() == 0 or not hasattr(torch._C, "_get_dispatch_mode"):
+        return None
+    return torch._C._get_dispatch_mode(getattr(torch._C._TorchDispatchModeKey, kind))
+
+
 def has_readable_values(tensor: Tensor) -> bool:
     """Whether a check may read the tensor's values: it waits for no device and guards no graph."""
-    return type(tensor) is Tensor and tensor.device.type == "cpu" and in_plain_eager()
+    is_plain = type(tensor) is Tensor and tensor.device.type == "cpu" and in_plain_eager()
+    return is_plain and not is_traced()
 
 
 def _distinct(args: tuple[Any, ...]) -> list[Any]:
@@ -199,8 +214,7 @@ def is_watched() -> bool:
     """Whether a TorchDispatchMode looks at operators that compute something, now."""
     if is_compiling() or torch._C._len_torch_dispatch_stack() == 0:
         return False
-    mode, kind = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
-    return mode(kind.PROXY) is None and mode(kind.FUNCTIONAL) is None
+    return _mode("PROXY") is None and _mode("FUNCTIONAL") is None
 
 
 def call_operator(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from .._autograd import applier, below_autograd, is_compiling, needs_autograd
+from .._autograd import applier, below_autograd, call_operator, is_compiling, needs_autograd
 
 _ops = torch.ops.anyflash
 _DTYPE_NAMES = {
@@ -243,14 +243,17 @@ class RotaryFunction(Function):
 _apply_rotary = applier(RotaryFunction)
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Tensor:
-    """The operator ``rotary``, recorded where a gradient is asked for; one of the tables goes
-    through the math."""
+def _recorded(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Tensor:
+    """The operator ``rotary`` as autograd records it; a gradient of the tables goes through the
+    math."""
     if needs_autograd(cos, sin):
         return rotate(x, cos, sin, *rest)
-    if needs_autograd(x):
-        return _apply_rotary(x, cos, sin, *rest)
-    return below_autograd(_ops.rotary.default, x, cos, sin, *rest)
+    return _apply_rotary(x, cos, sin, *rest)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Tensor:
+    """The operator ``rotary`` for a public function's call."""
+    return call_operator(_ops.rotary.default, _recorded, (x, cos, sin, *rest), x, cos, sin)
 
 
 def rotary_(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> None:
@@ -278,4 +281,4 @@ def _fake_(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> None:
 
 MATH = {"rotary": _rotary_math, "rotary_": rotate_}
 FAKES = {"rotary": _fake, "rotary_": _fake_}
-DIFFERENTIABLE = {"rotary": rotary, "rotary_": rotary_}
+DIFFERENTIABLE = {"rotary": _recorded, "rotary_": rotary_}
