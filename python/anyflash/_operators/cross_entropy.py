@@ -5,6 +5,7 @@ kernels/cross_entropy_params.h has the formulas.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -14,7 +15,13 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from .. import _core, _records, _threads
-from .._autograd import applier, first_derivative_only, has_readable_values, in_plain_eager
+from .._autograd import (
+    applier,
+    below_autograd,
+    first_derivative_only,
+    has_readable_values,
+    in_plain_eager,
+)
 from . import can_check, check, expect, record_of
 
 _ops = torch.ops.anyflash
@@ -306,6 +313,8 @@ class CrossEntropyFunction(Function):
             smoothing, logit_scale, lse_square_scale, ignore_index, class_start_idx, total_classes
         )
         forward = implementation("cross_entropy_forward", on_kernel)
+        if on_kernel:
+            forward = functools.partial(below_autograd, forward)
         if process_group is None:
             return forward(logits, labels, precomputed_lse, *o)
         # First of all, since unequal parts may let some processes, not all, refuse a label.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from .. import _core, _records, _threads
-from .._autograd import applier, below_autograd, needs_autograd
+from .._autograd import applier, below_autograd, call_operator, is_compiling, needs_autograd
 from . import can_check, check, expect, record_of
 
 _ops = torch.ops.anyflash
@@ -192,14 +192,17 @@ class RotaryFunction(Function):
 _apply_rotary = applier(RotaryFunction)
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Tensor:
-    """The operator ``rotary``, recorded where a gradient is asked for; one of the tables goes
-    through the math."""
+def _recorded(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Tensor:
+    """The operator ``rotary`` as autograd records it; a gradient of the tables goes through the
+    math."""
     if needs_autograd(cos, sin):
         return rotate(x, cos, sin, *rest)
-    if needs_autograd(x):
-        return _apply_rotary(x, cos, sin, *rest)
-    return below_autograd(_ops.rotary.default, x, cos, sin, *rest)
+    return _apply_rotary(x, cos, sin, *rest)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Tensor:
+    """The operator ``rotary`` for a public function's call."""
+    return call_operator(_ops.rotary.default, _recorded, (x, cos, sin, *rest), x, cos, sin)
 
 
 def rotary_(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> None:
@@ -275,4 +278,4 @@ def _fake_(x: Tensor, *rest: Any) -> None:
 MATH: dict[str, Callable[..., Any]] = {"rotary": _rotary_math, "rotary_": rotate_}
 KERNELS: dict[str, Callable[..., Any]] = {"rotary": _rotary_kernel, "rotary_": _rotary_kernel_}
 FAKES = {"rotary": _fake, "rotary_": _fake_}
-DIFFERENTIABLE = {"rotary": rotary, "rotary_": rotary_}
+DIFFERENTIABLE = {"rotary": _recorded, "rotary_": rotary_}
