@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <utility>
@@ -36,6 +37,12 @@ struct AttentionArgs {
   double softcap = 0.0;
   int64_t window_left = -1;   // normalised: -1 = unbounded
   int64_t window_right = -1;  // causal is 0
+
+  // max_seqlen is a bound, however generous: no sequence is longer than all together.
+  int64_t longest_q() const { return packed() ? std::min(max_seqlen_q, q.size(0)) : max_seqlen_q; }
+  int64_t longest_k() const {
+    return packed() && !paged() ? std::min(max_seqlen_k, k.size(0)) : max_seqlen_k;
+  }
 
   bool packed() const { return cu_seqlens_q.has_value(); }
   bool paged() const { return block_table.has_value(); }

@@ -76,8 +76,8 @@ void AttentionInputs::set_sequences(const AttentionArgs& args) {
     params.block_table_stride = block_table_->stride(0);
     params.page_size = args.k.size(1);
   }
-  params.seqlen_q = args.max_seqlen_q;
-  params.seqlen_k = args.max_seqlen_k;
+  params.seqlen_q = args.longest_q();
+  params.seqlen_k = args.longest_k();
 }
 
 void AttentionInputs::set_scores(const AttentionArgs& args) {

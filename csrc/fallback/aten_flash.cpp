@@ -60,7 +60,7 @@ using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 // them is empty.
 int64_t longest_query(const AttentionArgs& args) {
   const bool some_empty = args.packed() && args.q.size(0) != args.batch();
-  return some_empty ? std::max<int64_t>(args.max_seqlen_q, 2) : args.max_seqlen_q;
+  return some_empty ? std::max<int64_t>(args.longest_q(), 2) : args.longest_q();
 }
 
 // Later versions append arguments (block_table, num_splits), which read as None (aten.h).
@@ -68,7 +68,7 @@ Results call_forward(const AttentionArgs& args, const Packed& packed) {
   const Window window(args);
   return aten<Results>("aten::_flash_attention_forward", "", packed.q, packed.k, packed.v,
                        packed.cu_seqlens_q, packed.cu_seqlens_k, longest_query(args),
-                       args.max_seqlen_k, /*dropout_p=*/0.0, args.purely_causal(),
+                       args.longest_k(), /*dropout_p=*/0.0, args.purely_causal(),
                        /*return_debug_mask=*/false, std::optional<double>(args.softmax_scale),
                        window.left, window.right, args.seqused_k, args.alibi_slopes);
 }
@@ -99,8 +99,8 @@ Gradients backward(const AttentionArgs& args, const BackwardArgs& grad) {
   const auto starts = [&](const OptionalTensor& x) { return args.packed() ? *x : undefined(); };
   const auto [dq, dk, dv] = aten<std::tuple<Tensor, Tensor, Tensor>>(
       "aten::_flash_attention_backward", "", grad.dout, args.q, args.k, args.v, grad.out,
-      contiguous(grad.lse), starts(args.cu_seqlens_q), starts(args.cu_seqlens_k), args.max_seqlen_q,
-      args.max_seqlen_k, /*dropout_p=*/0.0, args.purely_causal(), no_state, no_state,
+      contiguous(grad.lse), starts(args.cu_seqlens_q), starts(args.cu_seqlens_k), args.longest_q(),
+      args.longest_k(), /*dropout_p=*/0.0, args.purely_causal(), no_state, no_state,
       std::optional<double>(args.softmax_scale), window.left, window.right);
   return promised_gradients(args, dq, dk, dv);
 }

@@ -52,7 +52,7 @@ def _mask_type(args: AttentionArgs) -> int:
 def _lse_storage(args: AttentionArgs) -> Storage:
     assert args.cu_seqlens_q is not None
     bounds = args.cu_seqlens_q.long()
-    rows = -(-args.max_seqlen_q // _LSE_ROWS) * _LSE_ROWS
+    rows = -(-args.longest_q // _LSE_ROWS) * _LSE_ROWS
     return Storage(args.q.shape[0], bounds, bounds[:-1], bounds.diff(), rows)
 
 
@@ -92,8 +92,8 @@ def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
         _bias(args),
         args.cu_seqlens_q,
         args.cu_seqlens_k,
-        args.max_seqlen_q if args.packed else None,
-        args.max_seqlen_k if args.packed else None,
+        args.longest_q if args.packed else None,
+        args.longest_k if args.packed else None,
         0.0,
         _mask_type(args),
         True,
@@ -124,8 +124,8 @@ def backward(args: AttentionArgs, grad: BackwardArgs) -> Gradients:
         _batched(args, grad.out),
         args.cu_seqlens_q,
         args.cu_seqlens_k,
-        args.max_seqlen_q,
-        args.max_seqlen_k,
+        args.longest_q,
+        args.longest_k,
         _their_lse(args, grad.lse),
         0.0,
         state,
