@@ -109,7 +109,7 @@ def check_block_table_row(
     row: list[int], sequence: int, used: int, page_size: int, num_blocks: int
 ) -> None:
     """Every page that the first ``used`` rows of a sequence lie on is a page of the cache."""
-    for index, page in enumerate(row[: -(-max(used, 0) // page_size)]):
+    for index, page in enumerate(row[: -(-max(used, 0) // max(page_size, 1))]):
         check(
             0 <= page < num_blocks,
             f"block_table: expected pages 0 to {num_blocks - 1}, got {page} as page {index} ",

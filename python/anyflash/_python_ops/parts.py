@@ -127,7 +127,7 @@ def _slopes(args: AttentionArgs) -> Tensor | None:
 
 def _pages(cache: Tensor, table: list[int], length: int) -> Tensor:
     """The first ``length`` rows of one sequence, gathered: (length, heads_k, ...)."""
-    count = -(-length // cache.shape[1])
+    count = -(-length // max(cache.shape[1], 1))  # of empty pages there are none to gather
     index = torch.tensor(table[:count], dtype=torch.int64)
     return cache.index_select(0, index).flatten(0, 1)[:length]
 
