@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from .. import _core, _records, _threads
-from .._autograd import applier, below_autograd, call_operator, is_compiling, needs_autograd
+from .._autograd import applier, below_autograd, call_operator, needs_autograd
 from . import can_check, check, expect, record_of
 
 _ops = torch.ops.anyflash

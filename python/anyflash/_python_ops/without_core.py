@@ -75,13 +75,13 @@ def decide(problem: dict[str, Any]) -> dict[str, Any]:
 
 
 def plan_pieces(
-    seqlen_q: int, seqlen_k: int, left: int, right: int
+    seqlen_q: int, seqlen_k: int, left: int, right: int, explicit_masks: bool
 ) -> tuple[int, int, list[Piece]]:
     """core/pieces.h, cut coarser: one piece, or explicit masks for 512 rows at a time."""
     if seqlen_q == 0 or seqlen_k == 0:
         return 0, 0, []
     begin = max(0, seqlen_q - seqlen_k - right) if right >= 0 else 0
-    is_square = seqlen_q == seqlen_k and left < 0
+    is_square = seqlen_q == seqlen_k and left < 0 and not explicit_masks
     if (left, right) == (-1, -1) or (right == 0 and is_square):
         return 0, seqlen_q, [Piece(0, seqlen_q, 0, seqlen_k, int(right == 0), False)]
     starts = range(begin, seqlen_q, 512)
