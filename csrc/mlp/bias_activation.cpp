@@ -2,7 +2,6 @@
 
 #include "operators.h"
 #include "stable/aten.h"
-#include "stable/dtypes.h"
 #include "stable/grad_mode.h"
 #include "stable/view.h"
 
@@ -20,7 +19,9 @@ Choice prepare(const BiasActivationCall& call, int64_t backend) {
 // rounded.
 
 ScalarType compute_dtype(const Tensor& x) {
-  return dtypes().is_half(dtype_of(x)) ? ScalarType::Float : x.scalar_type();
+  const ScalarType dtype = x.scalar_type();
+  const bool is_half = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+  return is_half ? ScalarType::Float : dtype;
 }
 
 Tensor activation_input(const Tensor& x, const OptionalTensor& bias) {

@@ -2,7 +2,6 @@
 
 #include "operators.h"
 #include "stable/aten.h"
-#include "stable/dtypes.h"
 #include "stable/grad_mode.h"
 #include "stable/view.h"
 
@@ -10,7 +9,7 @@ namespace anyflash {
 namespace {
 
 // PyTorch multiplies fp16 matrices on the CPU two orders of magnitude slower than fp32 ones.
-bool is_widened(const Tensor& x) { return x.is_cpu() && dtype_of(x) == dtypes().fp16; }
+bool is_widened(const Tensor& x) { return x.is_cpu() && x.scalar_type() == ScalarType::Half; }
 
 Tensor widen(const Tensor& x) { return is_widened(x) ? to_dtype(x, ScalarType::Float) : x; }
 

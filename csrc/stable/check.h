@@ -2,10 +2,6 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <cstdint>
-#include <string>
 
 #include "core/text.h"
 
@@ -18,15 +14,5 @@ namespace anyflash {
 inline void check_code(AOTITorchError code, const char* what) {
   if (__builtin_expect(code != AOTI_TORCH_SUCCESS, 0)) raise_call_failed(what);
 }
-
-// "(2, 77, 8, 64)", "(12,)" and "()", as Python prints shapes.
-std::string shape_text(const torch::stable::Tensor& tensor);
-// "fp16", "bf16", "fp32", "fp64", "int32", ...
-std::string dtype_text(const torch::stable::Tensor& tensor);
-// "cpu", "cuda:0"
-std::string device_text(const torch::stable::Tensor& tensor);
-
-void check_same_device(const torch::stable::Tensor& reference, const char* reference_name,
-                       const torch::stable::Tensor& tensor, const char* name);
 
 }  // namespace anyflash

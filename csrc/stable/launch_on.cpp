@@ -17,10 +17,4 @@ LaunchOn::LaunchOn(const torch::stable::Tensor& x) {
   threads_ = {&torch_parallel_for, static_cast<int32_t>(num_threads)};
 }
 
-void launch(const Instance& instance, const void* params, const torch::stable::Tensor& x) {
-  const LaunchOn where(x);
-  const int32_t error = anyflash_launch(&instance, params, where.get());
-  AF_CHECK(error == 0, "anyflash: ", instance.name, " failed: ", anyflash_error_string(error));
-}
-
 }  // namespace anyflash

@@ -23,7 +23,4 @@ class LaunchOn {
   mutable CpuThreads threads_{};
 };
 
-// Launches on x's device. Raises with what the kernel returned.
-void launch(const Instance& instance, const void* params, const torch::stable::Tensor& x);
-
 }  // namespace anyflash

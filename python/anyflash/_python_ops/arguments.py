@@ -8,13 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DTYPE_NAMES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-}
-
 
 @dataclass
 class AttentionArgs:
@@ -40,6 +33,17 @@ class AttentionArgs:
     window_left: int  # -1: unbounded
     window_right: int  # -1: unbounded, 0: causal
     softcap: float
+
+    @property
+    def longest_q(self) -> int:
+        """max_seqlen is a bound, however generous: no sequence is longer than all together."""
+        return min(self.max_seqlen_q, self.q.shape[0]) if self.packed else self.max_seqlen_q
+
+    @property
+    def longest_k(self) -> int:
+        """The same of the keys."""
+        storage = self.packed and not self.paged
+        return min(self.max_seqlen_k, self.k.shape[0]) if storage else self.max_seqlen_k
 
     @property
     def packed(self) -> bool:
