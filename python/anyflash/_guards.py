@@ -28,11 +28,19 @@ def _as_context_manager(guard: Any) -> Any:
 
 #: What runs inside is not recorded by autograd.
 BelowAutograd = _as_context_manager(torch._C._AutoDispatchBelowAutograd)
-#: What runs inside neither is recorded nor counts as a write for autograd. Torch 2.0 has no such
-#: guard: there the operator counts its write itself, once more.
-BelowWriteCounts = _as_context_manager(
-    getattr(torch._C, "_AutoDispatchBelowADInplaceOrView", torch._C._AutoDispatchBelowAutograd)
-)
+
+
+def _below_write_counts() -> Any:
+    """Torch 2.0 has no such guard, but lets the key be excluded."""
+    if hasattr(torch._C, "_AutoDispatchBelowADInplaceOrView"):
+        return torch._C._AutoDispatchBelowADInplaceOrView
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+    return functools.partial(torch._C.ExcludeDispatchKeyGuard, keys)
+
+
+#: What runs inside neither is recorded by autograd nor counts as a write for it. For kernels that
+#: autograd's own have called.
+BelowWriteCounts = _as_context_manager(_below_write_counts())
 #: What runs inside keeps its dtypes under autocast.
 WithoutAutocast = _as_context_manager(torch._C._DisableAutocast)
 
@@ -50,7 +58,10 @@ def isolated(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def count_write(x: torch.Tensor) -> None:
-    """Tells autograd that x was written: who saved it before must not use it any more."""
+    """Tells autograd that x was written: who saved it before must not use it any more. Tensors made
+    in inference mode have no counter."""
+    if x.is_inference():
+        return
     if hasattr(torch.autograd.graph, "increment_version"):  # torch 2.1
         torch.autograd.graph.increment_version(x)
     else:

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import functools
 import pathlib
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,33 +16,21 @@ from . import _core
 from ._records import CpuThreads
 
 
-def _openmp_library() -> pathlib.Path | None:
-    """The OpenMP runtime that torch has brought into the process."""
-    try:
-        maps = pathlib.Path("/proc/self/maps").read_text()
-    except OSError:
-        return None
-    for name in ("libgomp", "libiomp5", "libomp"):
-        match = re.search(rf"\s(/\S*{name}\S*\.so\S*)$", maps, re.MULTILINE)
-        if match:
-            return pathlib.Path(match.group(1))
-    return None
+def _address(function: Any) -> int | None:
+    return ctypes.cast(function, ctypes.c_void_p).value
 
 
 @functools.cache
 def _parallel_for() -> int | None:
     """Torch's threads as the kernels take them; None: there is no way to them."""
     torch_cpu = pathlib.Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    with contextlib.suppress(OSError, AttributeError):  # torch 2.10 has the function
-        function = ctypes.CDLL(str(torch_cpu)).torch_parallel_for
-        return ctypes.cast(function, ctypes.c_void_p).value
-    with contextlib.suppress(OSError, AttributeError):
-        path = _openmp_library()
-        if path is not None:
-            gomp = ctypes.CDLL(str(path)).GOMP_parallel
-            return _core.loaded().anyflash_parallel_for_by_openmp(
-                ctypes.cast(gomp, ctypes.c_void_p)
-            )
+    with contextlib.suppress(OSError):
+        loaded = ctypes.CDLL(str(torch_cpu))
+        with contextlib.suppress(AttributeError):  # torch 2.10 has the function
+            return _address(loaded.torch_parallel_for)
+        with contextlib.suppress(AttributeError):  # found in what torch is linked with
+            gomp_parallel = _address(loaded.GOMP_parallel)
+            return _core.loaded().anyflash_parallel_for_by_openmp(gomp_parallel)
     return None
 
 
