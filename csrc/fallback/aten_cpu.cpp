@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "fallback/far_rows.h"
 #include "fallback/pieces.h"
 #include "fallback/promised.h"
 #include "fallback/routes.h"
@@ -64,7 +65,9 @@ IntervalMask<int64_t> interval_of(const AttentionArgs& args, const Run& run) {
 }
 
 Plan plan_run(const AttentionArgs& args, const Run& run, PlanFor purpose) {
-  return plan_pieces(interval_of(args, run), args.bias ? PlanFor::kBias : purpose);
+  // PyTorch's causal mask comes before the scale: -inf times 0 or a negative number.
+  const bool is_explicit = args.bias || args.softmax_scale <= 0;
+  return plan_pieces(interval_of(args, run), is_explicit ? PlanFor::kExplicit : purpose);
 }
 
 bool covers_all_rows(const Plan& plan, const Run& run) {
@@ -245,6 +248,7 @@ ForwardResult forward(const AttentionArgs& args) {
 }
 
 Gradients backward(const AttentionArgs& args, const BackwardArgs& grad) {
+  if (far_rows(grad.lse)) return math::backward(args, grad);
   const std::vector<Run> runs = split_runs(args);
   const auto piece = single_call(args, runs, PlanFor::kBackward);
   if (piece && piece->keys() == args.k.size(1)) {

@@ -24,11 +24,11 @@ int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Nothing to compute, or a bias beside packed sequences, which this attention does not take
-// together.
+// Nothing to compute, a scale that does not keep the order of the scores, or a bias beside packed
+// sequences, which this attention does not take together.
 bool is_for_math(const AttentionArgs& args) {
   return args.q.numel() == 0 || args.k.numel() == 0 || args.max_seqlen_k == 0 ||
-         (args.packed() && args.bias);
+         args.softmax_scale <= 0 || (args.packed() && args.bias);
 }
 
 // A bias carries the causal mask, so that it alone tells which rows see nothing.

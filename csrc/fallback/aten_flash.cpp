@@ -22,6 +22,11 @@ bool has_nothing_to_do(const AttentionArgs& args) {
   return args.q.numel() == 0 || args.k.numel() == 0 || args.max_seqlen_k == 0;
 }
 
+// It looks for the largest score before it scales, so the scale must be positive.
+bool is_for_math(const AttentionArgs& args) {
+  return may_lose_keys(args) || has_nothing_to_do(args) || args.softmax_scale <= 0;
+}
+
 struct Window {
   OptionalInt left, right;
   explicit Window(const AttentionArgs& args) {
@@ -81,7 +86,7 @@ Tensor dense_lse(const AttentionArgs& args, const Tensor& lse) {
 }  // namespace
 
 ForwardResult forward(const AttentionArgs& args) {
-  if (may_lose_keys(args) || has_nothing_to_do(args)) return math::forward(args);
+  if (is_for_math(args)) return math::forward(args);
   const Packed packed = packed_for(args);
   const Results results = call_forward(args, packed);
   Tensor out = std::get<0>(results), lse = std::get<1>(results);
@@ -93,7 +98,7 @@ ForwardResult forward(const AttentionArgs& args) {
 }
 
 Gradients backward(const AttentionArgs& args, const BackwardArgs& grad) {
-  if (may_lose_keys(args) || has_nothing_to_do(args)) return math::backward(args, grad);
+  if (is_for_math(args)) return math::backward(args, grad);
   const Window window(args);
   const Tensor no_state = full({2}, 0, args.q, ScalarType::Long);
   const auto starts = [&](const OptionalTensor& x) { return args.packed() ? *x : undefined(); };

@@ -117,7 +117,7 @@ static __attribute__((noinline)) void add_few_rows(
     const int64_t offset = first - item.key_begin;
     few_row_products<T, kRows>(panel.q_zipped, k + offset, keys, head_dim, tiles.scores);
     few_row_products<T, kRows>(panel.dout_zipped, v + offset, keys, head_dim_v, tiles.dp);
-    const float factor = finish_gradient_scores(p, sequence, panel.lanes, first, keys, tiles);
+    const float factor = finish_gradient_scores(p, sequence, panel, first, keys, tiles);
     gradient_tiles<Fp32Product>(p, panel, keys, factor, tiles);
     add_to_keys<kRows>(tiles.scores, panel.dout_zipped, keys, columns_v,
                        chunk.dv + offset * columns_v);

@@ -48,6 +48,7 @@ inline ScoreArguments score_arguments(const AttentionParams& p, Extras extras) {
   a.scale = float(p.softmax_scale);
   a.softcap = float(p.softcap);
   a.inverse_softcap = p.softcap > 0 ? float(1.0 / p.softcap) : 0.0f;
+  a.logit = extras == Extras::none ? a.scale : 1.0f;
   a.exponent = extras == Extras::none ? float(p.softmax_scale * 1.4426950408889634) : kLog2e;
   a.window_left = window(p.window_left);
   a.window_right = window(p.window_right);

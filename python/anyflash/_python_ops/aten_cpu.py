@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import pieces
+from . import math, pieces
+from .far_rows import far_rows
 from .math import empty_results
 from .parts import INFINITY, ViewPart, covers_everything, parts_of
 from .pieces import Piece
@@ -51,7 +52,9 @@ class PartProblem:
         self.mask = pieces.IntervalMask(
             part.seqlen_q, part.seqlen_k, args.window_left, args.window_right
         )
-        self.plan = pieces.plan_pieces(self.mask, part.bias is not None)
+        # PyTorch's causal mask comes before the scale: -inf times 0 or a negative number.
+        explicit_masks = part.bias is not None or args.softmax_scale <= 0
+        self.plan = pieces.plan_pieces(self.mask, explicit_masks)
         self.q = _computable(part.q)
         self.k = _expanded(_computable(part.k), args.heads)
         self.v = _expanded(_computable(part.v), args.heads)
@@ -213,6 +216,8 @@ def _backward_part(
 
 def backward(args: AttentionArgs, grad: BackwardArgs) -> Gradients:
     """dq, dk, dv of schemas.def, from the out and lse that are given."""
+    if far_rows(grad.lse) is not None:
+        return math.backward(args, grad)
     dq, dk, dv = (torch.empty_like(x) for x in (args.q, args.k, args.v))
     if not covers_everything(args):
         for gradient in (dq, dk, dv):
