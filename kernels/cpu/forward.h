@@ -153,7 +153,7 @@ ANYFLASH_INLINE void as_rows(const float* out, int columns, int vectors, float* 
 
 // The reference of the sums is a product, rounded: far from 0 that is more than a sink or another
 // part of the keys may overlook.
-ANYFLASH_INLINE void refer_to_max(const AttentionParams& p, const Panel& panel) {
+static __attribute__((noinline)) void refer_to_max(const AttentionParams& p, const Panel& panel) {
   for (int lane = 0; lane < panel.lanes.vectors * kLanes; lane += kLanes) {
     const Float max = load(panel.max + lane);
     const Exponents exponents = Exponents::of(max, exponent_scale(p));

@@ -116,8 +116,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, how: _Masking, sequence: int) -> tu
     # Neither torch.logsumexp, whose derivative is exp(logits - lse), nor exp(scores - lse) below:
     # far from 0 the log-sum-exp does not hold the sum.
     largest = logits.detach().amax(-1, keepdim=True)
-    lse = largest + (logits - largest).exp().sum(-1, keepdim=True).log()
-    weights = torch.where(row_sees, logits.softmax(-1)[..., :seqlen_k], torch.zeros_like(scores))
+    log_sum = (logits - largest).exp().sum(-1, keepdim=True).log()
+    lse = largest + log_sum
+    weights = torch.where(row_sees, (scores - largest - log_sum).exp(), torch.zeros_like(scores))
     if how.dropout_p > 0:
         state = how.extra["rng_state"]
         if state is None:

@@ -103,8 +103,8 @@ TEST_CASE("overlap is told as by looking at every pair of elements") {
     TensorView written = tensor(memory, {2, 3 + draw(4), 2, 1 + draw(4)}, draw(64));
     const int64_t apart = 1 + draw(3);  // rows of several tensors side by side
     for (int dim = 0; dim < 3; ++dim) written.strides[dim] *= apart;
-    TensorView read = tensor(memory, {1 + draw(2), 1 + draw(4), 1 + draw(2), 1 + draw(4)},
-                             draw(128));
+    TensorView read =
+        tensor(memory, {1 + draw(2), 1 + draw(4), 1 + draw(2), 1 + draw(4)}, draw(128));
     if (draw(2) == 0) std::copy_n(written.strides, 4, read.strides);
     if (draw(4) == 0) read.strides[draw(3)] = 0;
     const bool expected = overlap_by_elements(written, read);
@@ -142,8 +142,7 @@ TEST_CASE("attention is prepared without torch") {
 
   const Caller wrong{0xF, 213};
   call.k.sizes[2] = call.v.sizes[2] = 2;
-  REQUIRE(anyflash_prepare_attention(&call, nullptr, true, &wrong, &choice) ==
-          Status::value_error);
+  REQUIRE(anyflash_prepare_attention(&call, nullptr, true, &wrong, &choice) == Status::value_error);
   REQUIRE_THAT(anyflash_text(), ContainsSubstring("backend: expected a chain"));
 }
 
