@@ -161,6 +161,8 @@ class BuildPy(build_py):
     """
 
     def run(self) -> None:
+        if NO_BINARY and setting("ANYFLASH_BUILD"):  # not before: zig may still be on its way
+            raise SystemExit(f"anyflash: ANYFLASH_BUILD=1 asks for the binary, but {NO_BINARY}")
         if self.editable_mode:
             package = ROOT / "python" / NAME
         else:
@@ -184,8 +186,6 @@ class Dist(Distribution):
 
 NO_BINARY = no_binary_reason()
 PURE_PYTHON: dict[str, Any] = {"binary": False, "cuda": False, "reasons": [f"binary: {NO_BINARY}"]}
-if NO_BINARY and setting("ANYFLASH_BUILD"):
-    raise SystemExit(f"anyflash: ANYFLASH_BUILD=1 asks for the binary, but {NO_BINARY}")
 
 setup(
     distclass=Dist,

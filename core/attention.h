@@ -2,6 +2,8 @@
 // semantics: csrc/schemas.def.
 #pragma once
 
+#include <algorithm>
+
 #include "core/describe.h"
 #include "core/dispatch.h"
 #include "core/tensor_view.h"
@@ -38,6 +40,13 @@ struct AttentionCall {
   TensorView rng_state;
   AttentionOptions options;
 
+  // max_seqlen is a bound, however generous: no sequence is longer than all together.
+  int64_t longest_q() const {
+    return packed() ? std::min(options.max_seqlen_q, q.size(0)) : options.max_seqlen_q;
+  }
+  int64_t longest_k() const {
+    return packed() && !paged() ? std::min(options.max_seqlen_k, k.size(0)) : options.max_seqlen_k;
+  }
   bool packed() const { return cu_seqlens_q.given(); }
   bool paged() const { return block_table.given(); }
   int64_t batch() const { return packed() ? cu_seqlens_q.size(0) - 1 : q.size(0); }

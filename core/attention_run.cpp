@@ -55,8 +55,8 @@ AttentionParams params_of(const AttentionCall& call) {
   params.heads_k = call.heads_k();
   params.head_dim = call.head_dim();
   params.head_dim_v = call.head_dim_v();
-  params.seqlen_q = options.max_seqlen_q;
-  params.seqlen_k = options.max_seqlen_k;
+  params.seqlen_q = call.longest_q();
+  params.seqlen_k = call.longest_k();
   params.softmax_scale = options.softmax_scale;
   params.softcap = options.softcap;
   params.window_left = options.window_left;

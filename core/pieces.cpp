@@ -29,7 +29,7 @@ class Planner {
     const int64_t windowed =
         std::clamp(first_row([&](int64_t row) { return mask_.kv_begin(row) > 0; }, plan_.row_begin),
                    plan_.row_begin, plan_.row_end);
-    if (purpose_ == PlanFor::kBias) {
+    if (purpose_ == PlanFor::kExplicit) {
       add_chunks(plan_.row_begin, plan_.row_end, chunk_rows());
     } else {
       add_from_first_key(plan_.row_begin, windowed);

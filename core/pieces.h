@@ -37,7 +37,8 @@ enum class PlanFor : int32_t {
   kForward,
   kBackward,  // pieces share few keys: what several of them add to a key's gradient costs passes
               // over memory
-  kBias,      // neither causal nor merging pieces: the scores are masked explicitly anyway
+  kExplicit,  // neither causal nor merging pieces: the scores are masked explicitly anyway, or
+              // must be
 };
 
 Plan plan_pieces(const IntervalMask<int64_t>& mask, PlanFor purpose);

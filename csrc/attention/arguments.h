@@ -2,6 +2,7 @@
 // same as views (core/attention.h).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <utility>
@@ -28,6 +29,12 @@ struct AttentionArgs : AttentionOptions {
       bias{};  // broadcastable to (batch, heads, max_seqlen_q, max_seqlen_k), float or bool
   OptionalTensor sinks{};      // (heads)
   OptionalTensor rng_state{};  // (2) int64: seed, offset
+
+  // max_seqlen is a bound, however generous: no sequence is longer than all together.
+  int64_t longest_q() const { return packed() ? std::min(max_seqlen_q, q.size(0)) : max_seqlen_q; }
+  int64_t longest_k() const {
+    return packed() && !paged() ? std::min(max_seqlen_k, k.size(0)) : max_seqlen_k;
+  }
 
   bool packed() const { return cu_seqlens_q.has_value(); }
   bool paged() const { return block_table.has_value(); }

@@ -5,7 +5,6 @@
 
 #include "operators.h"
 #include "stable/aten.h"
-#include "stable/check.h"
 #include "stable/contiguous_rows.h"
 #include "stable/grad_mode.h"
 
@@ -30,6 +29,13 @@ struct Packing {
   int64_t max_seqlen_k = 0;
   OptionalTensor block_table;
 };
+
+// "(2, 77, 8, 64)" and "(12,)", as Python prints shapes.
+std::string shape_text(const Tensor& x) {
+  std::string sizes;
+  for (const int64_t size : x.sizes()) sizes += text(sizes.empty() ? "" : ", ", size);
+  return text("(", sizes, x.dim() == 1 ? ",)" : ")");
+}
 
 std::array<int64_t, 2> window_of(const std::vector<int64_t>& window_size) {
   AF_CHECK(window_size.size() == 2, "window_size: expected (left, right), got ", window_size.size(),

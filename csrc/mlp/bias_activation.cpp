@@ -20,7 +20,8 @@ Choice prepare(const BiasActivationCall& call, int64_t backend) {
 
 ScalarType compute_dtype(const Tensor& x) {
   const ScalarType dtype = x.scalar_type();
-  return dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ? ScalarType::Float : dtype;
+  const bool is_half = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+  return is_half ? ScalarType::Float : dtype;
 }
 
 Tensor activation_input(const Tensor& x, const OptionalTensor& bias) {

@@ -5,6 +5,7 @@
 
 #include "attention/results.h"
 #include "core/interface.h"
+#include "routes/far_rows.h"
 #include "routes/routes.h"
 #include "routes/runs.h"
 
@@ -64,6 +65,8 @@ IntervalMask<int64_t> interval_of(const AttentionArgs& args, const Run& run) {
 }
 
 Plan plan_run(const AttentionArgs& args, const Run& run, PlanFor purpose) {
+  // PyTorch's causal mask comes before the scale: -inf times 0 or a negative number.
+  const bool is_explicit = args.bias || args.softmax_scale <= 0;
   const IntervalMask<int64_t> mask = interval_of(args, run);
   Plan plan;
   plan.pieces.resize(16);
@@ -71,7 +74,7 @@ Plan plan_run(const AttentionArgs& args, const Run& run, PlanFor purpose) {
     const auto room = static_cast<int64_t>(plan.pieces.size());
     const int64_t count =
         anyflash_plan_pieces(mask.seqlen_q, mask.seqlen_k, mask.window_left, mask.window_right,
-                             args.bias ? PlanFor::kBias : purpose, plan.pieces.data(), room,
+                             is_explicit ? PlanFor::kExplicit : purpose, plan.pieces.data(), room,
                              &plan.row_begin, &plan.row_end);
     plan.pieces.resize(static_cast<size_t>(count));
     if (count <= room) return plan;
@@ -256,6 +259,7 @@ ForwardResult forward(const AttentionArgs& args) {
 }
 
 Gradients backward(const AttentionArgs& args, const BackwardArgs& grad) {
+  if (far_rows(grad.lse)) return math::backward(args, grad);
   const std::vector<Run> runs = split_runs(args);
   const auto piece = single_call(args, runs, PlanFor::kBackward);
   if (piece && piece->keys() == args.k.size(1)) {

@@ -10,8 +10,9 @@ namespace {
 
 Tensor by_head(const Tensor& x) { return transpose(x, 1, 2); }
 
-bool has_nothing_to_do(const AttentionArgs& args) {
-  return args.q.numel() == 0 || args.k.numel() == 0;
+// Nothing to compute, or a scale that does not keep the order of the scores.
+bool is_for_math(const AttentionArgs& args) {
+  return args.q.numel() == 0 || args.k.numel() == 0 || args.softmax_scale <= 0;
 }
 
 // out and the log-sum-exp. Not through the dispatcher: its results are of several types (aten.h).
@@ -35,14 +36,14 @@ std::pair<Tensor, Tensor> call_forward(const AttentionArgs& args) {
 }  // namespace
 
 ForwardResult forward(const AttentionArgs& args) {
-  if (has_nothing_to_do(args)) return math::forward(args);
+  if (is_for_math(args)) return math::forward(args);
   const auto [out, lse] = call_forward(args);
   return {as_promised(by_head(out), args.q),
           contiguous(reshape(lse, {args.q.size(0), args.heads(), args.q.size(1)}))};
 }
 
 Gradients backward(const AttentionArgs& args, const BackwardArgs& grad) {
-  if (has_nothing_to_do(args)) return math::backward(args, grad);
+  if (is_for_math(args)) return math::backward(args, grad);
   const Tensor no_state = full({}, 0, args.q, ScalarType::Long);
   const auto [dq, dk, dv] = aten<std::tuple<Tensor, Tensor, Tensor>>(
       "aten::_scaled_dot_product_cudnn_attention_backward", "", by_head(grad.dout), by_head(args.q),

@@ -24,21 +24,16 @@ int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Nothing to compute, or a bias beside packed sequences, which this attention does not take
-// together.
+// Nothing to compute, a scale that does not keep the order of the scores, or a bias beside packed
+// sequences, which this attention does not take together.
 bool is_for_math(const AttentionArgs& args) {
   return args.q.numel() == 0 || args.k.numel() == 0 || args.max_seqlen_k == 0 ||
-         (args.packed() && args.bias);
+         args.softmax_scale <= 0 || (args.packed() && args.bias);
 }
 
 // A bias carries the causal mask, so that it alone tells which rows see nothing.
 int64_t mask_type(const AttentionArgs& args) {
   return args.purely_causal() && !args.bias ? kBottomRight : kNoMask;
-}
-
-// max_seqlen may be a generous bound; this attention insists on one within the storage.
-int64_t longest(int64_t max_seqlen, const Tensor& x) {
-  return std::min(max_seqlen, x.size(x.dim() - 3));
 }
 
 // Four dimensions: packed tensors are one batch entry.
@@ -104,7 +99,7 @@ Tensor lengths_of(const AttentionArgs& args, const OptionalTensor& starts) {
 
 RowMap lse_rows_of(const AttentionArgs& args) {
   return RowMap(args.cu_seqlens_q, lengths_of(args, args.cu_seqlens_q), std::nullopt,
-                args.q.size(0), 0, round_up(longest(args.max_seqlen_q, args.q), kLseRows));
+                args.q.size(0), 0, round_up(args.longest_q(), kLseRows));
 }
 
 // (batch, heads, padded rows) -> schemas.def
@@ -148,7 +143,7 @@ void clear_unreached(const AttentionArgs& args, const Tensor& lse, const Gradien
   const Tensor empty_row = aten<Tensor>("aten::eq", "Tensor", lse, scalar(kInfinity));
   aten<Tensor>("aten::masked_fill_", "Tensor", result.dq, by_row(args, empty_row), scalar(0.0));
   if (!args.packed()) return;
-  const int64_t rows = longest(args.max_seqlen_k, args.k);
+  const int64_t rows = args.longest_k();
   const Tensor queries = to_dtype(lengths_of(args, args.cu_seqlens_q), ScalarType::Float);
   const RowMap keys(args.cu_seqlens_k, lengths_of(args, args.cu_seqlens_k), std::nullopt,
                     args.k.size(0), 0, rows);
@@ -170,8 +165,7 @@ std::pair<Tensor, Tensor> call_forward(const AttentionArgs& args, const Optional
   const auto handle = [](const OptionalTensor& x) { return x ? x->get() : nullptr; };
   AtenTensorHandle bias_handle = handle(bias), starts_q = handle(args.cu_seqlens_q),
                    starts_k = handle(args.cu_seqlens_k);
-  int64_t longest_q = longest(args.max_seqlen_q, args.q),
-          longest_k = longest(args.max_seqlen_k, args.k);
+  int64_t longest_q = args.longest_q(), longest_k = args.longest_k();
   const bool packed = args.packed();
   double scale = args.softmax_scale;
   AtenTensorHandle out, lse, seed, offset;
@@ -205,9 +199,9 @@ Gradients backward(const AttentionArgs& args, const BackwardArgs& grad) {
   const auto [dq, dk, dv, dbias] = aten<std::tuple<Tensor, Tensor, Tensor, Tensor>>(
       "aten::_efficient_attention_backward", "", batched(args, grad.dout), batched(args, args.q),
       repeated(args, args.k), repeated(args, args.v), aligned_bias(args),
-      contiguous(batched(args, grad.out)), args.cu_seqlens_q, args.cu_seqlens_k,
-      longest(args.max_seqlen_q, args.q), longest(args.max_seqlen_k, args.k),
-      to_their_lse(args, grad.lse), /*dropout_p=*/0.0, no_state, no_state, mask_type(args),
+      contiguous(batched(args, grad.out)), args.cu_seqlens_q, args.cu_seqlens_k, args.longest_q(),
+      args.longest_k(), to_their_lse(args, grad.lse), /*dropout_p=*/0.0, no_state, no_state,
+      mask_type(args),
       /*bias_requires_grad=*/false, std::optional<double>(args.softmax_scale), OptionalInt(),
       OptionalInt(),
       /*shared_storage_dqdkdv=*/false);

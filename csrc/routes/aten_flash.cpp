@@ -22,6 +22,11 @@ bool has_nothing_to_do(const AttentionArgs& args) {
   return args.q.numel() == 0 || args.k.numel() == 0 || args.max_seqlen_k == 0;
 }
 
+// It looks for the largest score before it scales, so the scale must be positive.
+bool is_for_math(const AttentionArgs& args) {
+  return may_lose_keys(args) || has_nothing_to_do(args) || args.softmax_scale <= 0;
+}
+
 struct Window {
   OptionalInt left, right;
   explicit Window(const AttentionArgs& args) {
@@ -60,7 +65,7 @@ using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 // them is empty.
 int64_t longest_query(const AttentionArgs& args) {
   const bool some_empty = args.packed() && args.q.size(0) != args.batch();
-  return some_empty ? std::max<int64_t>(args.max_seqlen_q, 2) : args.max_seqlen_q;
+  return some_empty ? std::max<int64_t>(args.longest_q(), 2) : args.longest_q();
 }
 
 // Later versions append arguments (block_table, num_splits), which read as None (aten.h).
@@ -68,7 +73,7 @@ Results call_forward(const AttentionArgs& args, const Packed& packed) {
   const Window window(args);
   return aten<Results>("aten::_flash_attention_forward", "", packed.q, packed.k, packed.v,
                        packed.cu_seqlens_q, packed.cu_seqlens_k, longest_query(args),
-                       args.max_seqlen_k, /*dropout_p=*/0.0, args.purely_causal(),
+                       args.longest_k(), /*dropout_p=*/0.0, args.purely_causal(),
                        /*return_debug_mask=*/false, std::optional<double>(args.softmax_scale),
                        window.left, window.right, args.seqused_k, args.alibi_slopes);
 }
@@ -81,7 +86,7 @@ Tensor dense_lse(const AttentionArgs& args, const Tensor& lse) {
 }  // namespace
 
 ForwardResult forward(const AttentionArgs& args) {
-  if (may_lose_keys(args) || has_nothing_to_do(args)) return math::forward(args);
+  if (is_for_math(args)) return math::forward(args);
   const Packed packed = packed_for(args);
   const Results results = call_forward(args, packed);
   Tensor out = std::get<0>(results), lse = std::get<1>(results);
@@ -93,14 +98,14 @@ ForwardResult forward(const AttentionArgs& args) {
 }
 
 Gradients backward(const AttentionArgs& args, const BackwardArgs& grad) {
-  if (may_lose_keys(args) || has_nothing_to_do(args)) return math::backward(args, grad);
+  if (is_for_math(args)) return math::backward(args, grad);
   const Window window(args);
   const Tensor no_state = full({2}, 0, args.q, ScalarType::Long);
   const auto starts = [&](const OptionalTensor& x) { return args.packed() ? *x : undefined(); };
   const auto [dq, dk, dv] = aten<std::tuple<Tensor, Tensor, Tensor>>(
       "aten::_flash_attention_backward", "", grad.dout, args.q, args.k, args.v, grad.out,
-      contiguous(grad.lse), starts(args.cu_seqlens_q), starts(args.cu_seqlens_k), args.max_seqlen_q,
-      args.max_seqlen_k, /*dropout_p=*/0.0, args.purely_causal(), no_state, no_state,
+      contiguous(grad.lse), starts(args.cu_seqlens_q), starts(args.cu_seqlens_k), args.longest_q(),
+      args.longest_k(), /*dropout_p=*/0.0, args.purely_causal(), no_state, no_state,
       std::optional<double>(args.softmax_scale), window.left, window.right);
   return promised_gradients(args, dq, dk, dv);
 }

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "attention/results.h"
+#include "routes/far_rows.h"
 
 namespace anyflash {
 
@@ -19,6 +20,9 @@ Tensor mul_(const Tensor& x, double factor) { return factor == 1 ? x : mul_(x, s
 Tensor less(const Tensor& a, const Tensor& b) { return aten<Tensor>("aten::lt", "Tensor", a, b); }
 Tensor greater_equal(const Tensor& a, const Tensor& b) {
   return aten<Tensor>("aten::ge", "Tensor", a, b);
+}
+Tensor where(const Tensor& condition, const Tensor& yes, const Tensor& no) {
+  return aten<Tensor>("aten::where", "self", condition, yes, no);
 }
 Tensor equal(const Tensor& a, double b) { return aten<Tensor>("aten::eq", "Tensor", a, scalar(b)); }
 void fill_where_(const Tensor& x, const Tensor& where, double value) {
@@ -215,13 +219,32 @@ DenseAttention::Scores DenseAttention::scores(const Tensor& queries, const Chunk
   return result;
 }
 
+// The largest logit of each row, the sink among them; 0 of a row without any.
+Tensor DenseAttention::reference_of(const Tensor& row_max) const {
+  const Tensor max = sinks_ ? aten<Tensor>("aten::maximum", "", row_max, *sinks_) : mul(row_max, 1);
+  fill_where_(max, equal(max, -kInfinity), 0);
+  return max;
+}
+
+// 1 / the sum of a far row's weights exp(logit - reference), 1 of the others. A log-sum-exp that is
+// larger by more than rounding has other keys in it, which these are nothing beside.
+Tensor DenseAttention::weight_of_far_rows(const Tensor& far, const Tensor& p,
+                                          const Tensor& reference, const Tensor& lse) const {
+  Tensor total = sum(p, {-1}, true);
+  if (sinks_) total = add(total, exp_(sub(*sinks_, reference)));
+  const Tensor own_lse = add(reference, aten<Tensor>("aten::log", "", total));
+  const Tensor slack = mul(aten<Tensor>("aten::abs", "", lse), 0x1p-12);
+  fill_where_(total, less(own_lse, sub(lse, slack)), kInfinity);
+  return where(far, aten<Tensor>("aten::reciprocal", "", total),
+               full({}, 1, total, total.scalar_type()));
+}
+
 void DenseAttention::forward_chunk(const Chunk& chunk, const Tensor& out, const Tensor& lse) const {
   const Tensor queries = mul_(grouped_rows(batch_.q, chunk), args_.softmax_scale);
   const Tensor s = scores(queries, chunk, /*keep_tanh=*/false).values;
-  Tensor max = amax(s, -1, true);
-  const Tensor dead = equal(max, -kInfinity);  // no visible key
-  if (sinks_) max = aten<Tensor>("aten::maximum", "", max, *sinks_);
-  fill_where_(max, dead, 0);
+  const Tensor row_max = amax(s, -1, true);
+  const Tensor dead = equal(row_max, -kInfinity);  // no visible key
+  const Tensor max = reference_of(row_max);
   const Tensor p = exp_(sub(s, max));
   Tensor total = sum(p, {-1}, true);
   if (sinks_) total = add(total, exp_(sub(*sinks_, max)));
@@ -285,13 +308,22 @@ void DenseAttention::backward_chunk(const Chunk& chunk, const DenseGrad& grad,
     fill_where_(dlse, dead, 0);
     offset = sub(offset, dlse);
   }
+  const Scores scores = this->scores(queries, chunk, /*keep_tanh=*/true);
+  const OptionalTensor far = far_rows(lse);
+  const Tensor reference =
+      far ? where(*far, reference_of(amax(scores.values, -1, true)), lse) : lse;
+  const Tensor p = exp_(sub(scores.values, reference));
+  if (far) {
+    // Everything is linear in dout and offset, which therefore take the sum of the weights.
+    const Tensor weight = weight_of_far_rows(*far, p, reference, lse);
+    mul_(by_head(dout, chunk, dout.size(2)), weight);
+    offset = mul(offset, weight);
+  }
   if (result.dsinks) {
-    const Tensor sink_p = exp_(sub(*sinks_, lse));
+    const Tensor sink_p = exp_(sub(*sinks_, reference));
     accumulate(*result.dsinks, sum(mul(sink_p, mul(offset, -1)), {0, 2, 3}));
   }
 
-  const Scores scores = this->scores(queries, chunk, /*keep_tanh=*/true);
-  const Tensor p = exp_(sub(scores.values, lse));
   Tensor dp = by_head(bmm(dout, transpose(chunk_keys(values_, chunk), 1, 2)), chunk, chunk.keys);
   if (const OptionalTensor drop = dropped(chunk)) {
     fill_where_(dp, *drop, 0);

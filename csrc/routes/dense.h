@@ -71,6 +71,9 @@ class DenseAttention {
   Tensor lse_rows(const Tensor& lse, const Chunk& chunk) const;
   OptionalTensor dropped(const Chunk& chunk) const;
   Tensor bias_chunk(const Tensor& bias, const Chunk& chunk) const;
+  Tensor reference_of(const Tensor& row_max) const;
+  Tensor weight_of_far_rows(const Tensor& far, const Tensor& p, const Tensor& reference,
+                            const Tensor& lse) const;
   void forward_chunk(const Chunk& chunk, const Tensor& out, const Tensor& lse) const;
   void backward_chunk(const Chunk& chunk, const DenseGrad& grad, const DenseGradResult& result,
                       const Tensor& sum_dk, const Tensor& sum_dv) const;

@@ -61,7 +61,7 @@ OptionalTensor key_lengths(const AttentionArgs& args) {
   if (!lengths && !args.leftpad_k) return std::nullopt;
   if (!lengths)
     lengths = to_int64(
-        full({args.batch()}, static_cast<double>(args.max_seqlen_k), args.q, ScalarType::Double));
+        full({args.batch()}, static_cast<double>(args.longest_k()), args.q, ScalarType::Double));
   if (args.leftpad_k) lengths = sub(*lengths, to_int64(*args.leftpad_k));
   return maximum(*lengths, scalar(int64_t{0}));
 }
@@ -118,17 +118,17 @@ PaddedProblem::PaddedProblem(const AttentionArgs& args)
   if (args.packed()) {
     lengths_q = differences(*args.cu_seqlens_q, args.batch());
     query_rows_.emplace(args.cu_seqlens_q, *lengths_q, std::nullopt, args.q.size(0), 0,
-                        args.max_seqlen_q);
+                        args.longest_q());
   }
   const bool packed_k = args.packed() && !args.paged();
   if (lengths_k) {
-    const int64_t rows = packed_k ? args.k.size(0) : args.batch() * args.max_seqlen_k;
+    const int64_t rows = packed_k ? args.k.size(0) : args.batch() * args.longest_k();
     key_rows_.emplace(packed_k ? args.cu_seqlens_k : std::nullopt, *lengths_k, args.leftpad_k, rows,
-                      args.max_seqlen_k, args.max_seqlen_k);
+                      args.longest_k(), args.longest_k());
   }
   if (lengths_q && !lengths_k)
     lengths_k = to_int64(
-        full({args.batch()}, static_cast<double>(args.max_seqlen_k), q, ScalarType::Double));
+        full({args.batch()}, static_cast<double>(args.longest_k()), q, ScalarType::Double));
   q = pad_query(args.q);
   k = pad_key(args, args.k);
   v = pad_key(args, args.v);

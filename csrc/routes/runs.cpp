@@ -32,7 +32,7 @@ Tensor dense_rows(const Span& span, const Run& run, const Tensor& x) {
 }
 
 Tensor gather_pages(const AttentionArgs& args, const Run& run, const Tensor& x) {
-  const int64_t page = x.size(1);
+  const int64_t page = std::max<int64_t>(x.size(1), 1);  // of empty pages there are none to gather
   const int64_t pages = (run.k.begin + run.k.length + page - 1) / page;
   const Tensor table = narrow(select(*args.block_table, 0, run.sequence), 0, 0, pages);
   const Tensor gathered =

@@ -11,13 +11,4 @@ void raise_call_failed(const char* what) {
   throw std::runtime_error(message);
 }
 
-std::string shape_text(const torch::stable::Tensor& tensor) {
-  std::ostringstream stream;
-  const int64_t rank = tensor.dim();
-  stream << "(";
-  for (int64_t i = 0; i < rank; ++i) stream << (i == 0 ? "" : ", ") << tensor.size(i);
-  stream << (rank == 1 ? ",)" : ")");
-  return stream.str();
-}
-
 }  // namespace anyflash

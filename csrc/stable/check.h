@@ -2,10 +2,6 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <cstdint>
-#include <string>
 
 #include "core/text.h"
 
@@ -18,8 +14,5 @@ namespace anyflash {
 inline void check_code(AOTITorchError code, const char* what) {
   if (__builtin_expect(code != AOTI_TORCH_SUCCESS, 0)) raise_call_failed(what);
 }
-
-// "(2, 77, 8, 64)", "(12,)" and "()", as Python prints shapes.
-std::string shape_text(const torch::stable::Tensor& tensor);
 
 }  // namespace anyflash

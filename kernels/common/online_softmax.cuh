@@ -96,7 +96,7 @@ struct OnlineSoftmax {
   }
 };
 
-// What a row comes to: out = numerator * inverse_sum, lse in natural units. `sum` is the whole
+// What a row comes to: out = numerator * inverse_sum. `max` is its largest logit, `sum` the whole
 // row's, `sink` one more logit without a value (-inf: none). A row without keys has out 0 and lse
 // +inf whatever the sink.
 struct RowResult {
@@ -104,14 +104,13 @@ struct RowResult {
   float lse;
 };
 
-__device__ __forceinline__ RowResult finish_row(float max, float sum, float scale, float sink) {
+__device__ __forceinline__ RowResult finish_row(float max, float sum, float sink) {
   const bool empty = max == -infinity();
-  const float log2_sink = sink * kLog2e;
-  const float log2_max = fmaxf(finite_max(max) * scale, log2_sink);  // a sink may be far above
-  const float weight = ptx::ex2(max * scale - log2_max);
-  const float whole = sum * weight + ptx::ex2(log2_sink - log2_max);
+  const float largest = fmaxf(finite_max(max), sink);  // a sink may be far above
+  const float weight = ptx::ex2((max - largest) * kLog2e);
+  const float whole = sum * weight + ptx::ex2((sink - largest) * kLog2e);
   return {empty ? 0.0f : weight * ptx::rcp(whole),
-          empty ? infinity() : (log2_max + ptx::lg2(whole)) * kLn2};
+          empty ? infinity() : largest + ptx::lg2(whole) * kLn2};
 }
 
 }  // namespace anyflash

@@ -16,7 +16,8 @@ struct ScoreArguments {
   float scale;    // of the raw products, in score_mod
   float softcap;  // 0: none
   float inverse_softcap;
-  float exponent;       // of the softmax: log2(e), with Extras::none times softmax_scale
+  float logit;          // of the softmax's scores: 1, with Extras::none softmax_scale
+  float exponent;       // log2(e) times that
   int32_t window_left;  // negative: unbounded
   int32_t window_right;
   bool alibi_by_key;           // the mask is purely causal: slope * key, else - slope * distance

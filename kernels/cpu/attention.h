@@ -3,6 +3,7 @@
 
 #include "kernels/cpu/backward.h"
 #include "kernels/cpu/backward_bias.h"
+#include "kernels/cpu/backward_far_rows.h"
 #include "kernels/cpu/decode.h"
 #include "kernels/cpu/forward.h"
 
@@ -16,8 +17,11 @@ ANYFLASH_INLINE ForwardKernels forward_kernels() {
 
 template <class T>
 ANYFLASH_INLINE BackwardKernels backward_kernels() {
-  return {kPanel,           kBlock,        max_chunk_keys, backward_scratch_bytes<T>,
-          backward_item<T>, delta_rows<T>, sink_gradient,  bias_scratch_bytes<T>,
+  return {kPanel,           kBlock,
+          max_chunk_keys,   backward_scratch_bytes<T>,
+          backward_item<T>, delta_rows<T>,
+          sink_gradient,    far_rows_scratch_bytes<T>,
+          far_rows<T>,      bias_scratch_bytes<T>,
           bias_item<T>};
 }
 

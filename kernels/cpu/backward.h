@@ -131,7 +131,8 @@ static void backward_item(const BackwardPlan& plan, const BackwardItem& item, ch
 
   const int64_t num_rows = sequence.mask.seqlen_q * plan.rows.heads;
   const int64_t num_panels = (num_rows + kPanel - 1) / kPanel;
-  const bool few_rows = num_rows <= kFewRows;
+  // The scores of far rows are to be those that far_rows() saw, to the last bit.
+  const bool few_rows = num_rows <= kFewRows && plan.reference.data == nullptr;
   const T *k_rows[kMaxChunk], *v_rows[kMaxChunk];
   find_key_rows(p, p.k, sequence, kv_head, item.key_begin, keys, k_rows);
   find_key_rows(p, p.v, sequence, kv_head, item.key_begin, keys, v_rows);

@@ -1,7 +1,7 @@
 // Gradients of the bias and the sinks, and the row sums that every gradient needs.
 #pragma once
 
-#include "kernels/cpu/gradient_tiles.h"
+#include "kernels/cpu/backward_far_rows.h"
 
 namespace anyflash::cpu::ANYFLASH_ISA {
 
@@ -30,7 +30,7 @@ static void delta_rows(const BackwardPlan& plan, int64_t sequence_index, int64_t
 // dsink = -sum over rows of p_sink * delta. A row without keys has lse +inf and weighs nothing.
 static __attribute__((noinline)) void sink_gradient(const BackwardPlan& plan, int64_t head) {
   const AttentionParams& p = *plan.params;
-  const Float sink = broadcast(p.sinks[head] * kLog2e);
+  const Float sink = broadcast(p.sinks[head]);
   Float total{};
   for (int64_t b = 0; b < p.batch; ++b) {
     const Sequence sequence(p, b);
@@ -39,7 +39,14 @@ static __attribute__((noinline)) void sink_gradient(const BackwardPlan& plan, in
       const int count = static_cast<int>(smaller<int64_t>(kLanes, queries - query));
       const Float lse = load_some(statistic(p, p.lse, sequence, query, head), count);
       const Float delta = load_some(statistic(p, plan.delta, sequence, query, head), count);
-      const Float weight = exp2<6>(sink - lse * kLog2e);
+      Float exponent = sink * kLog2e - lse * kLog2e;
+      if (plan.reference.data) {
+        const auto own = [&](const RowStatistics& x) __attribute__((always_inline)) {
+          return load_some(statistic(p, x, sequence, query, head), count);
+        };
+        exponent = sink_exponent(p, sink, own(plan.reference)) - own(plan.remainder);
+      }
+      const Float weight = exp2<6>(exponent);
       // Lanes without a row have delta 0, but any weight.
       total = total - select(delta == Float{}, Float{}, weight * delta);
     }

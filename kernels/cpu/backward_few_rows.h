@@ -80,21 +80,25 @@ ANYFLASH_INLINE void add_to_keys(const float* tile, const Word* x, int count, in
   }
 }
 
-// dq[r] += sum over keys of tile[key][r] * keys[key]
+// dq[r] += sum over keys of tile[key][r] * keys[key], the block's sum first: one running sum over
+// many thousand keys would lose digits.
 template <class T, int kRows>
 ANYFLASH_INLINE void add_to_rows(const float* tile, const T* const* keys, int count, int head_dim,
                                  float* dq) {
   const int64_t columns = round_up(head_dim, kLanes);
   for (int i = 0; i < head_dim; i += kLanes) {
     Float totals[kRows];
-    for (int r = 0; r < kRows; ++r) totals[r] = load(dq + r * columns + i);
+    for (int r = 0; r < kRows; ++r) totals[r] = Float{};
     for (int key = 0; key < count; ++key) {
       const Float y = load_some(keys[key] + i, head_dim - i);
       for (int r = 0; r < kRows; ++r) {
         totals[r] = multiply_add(broadcast(tile[key * kPanel + r]), y, totals[r]);
       }
     }
-    for (int r = 0; r < kRows; ++r) store(dq + r * columns + i, totals[r]);
+    for (int r = 0; r < kRows; ++r) {
+      float* at = dq + r * columns + i;
+      store(at, load(at) + totals[r]);
+    }
   }
 }
 
@@ -113,7 +117,7 @@ static __attribute__((noinline)) void add_few_rows(
     const int64_t offset = first - item.key_begin;
     few_row_products<T, kRows>(panel.q_zipped, k + offset, keys, head_dim, tiles.scores);
     few_row_products<T, kRows>(panel.dout_zipped, v + offset, keys, head_dim_v, tiles.dp);
-    const float factor = finish_gradient_scores(p, sequence, panel.lanes, first, keys, tiles);
+    const float factor = finish_gradient_scores(p, sequence, panel, first, keys, tiles);
     gradient_tiles<Fp32Product>(p, panel, keys, factor, tiles);
     add_to_keys<kRows>(tiles.scores, panel.dout_zipped, keys, columns_v,
                        chunk.dv + offset * columns_v);

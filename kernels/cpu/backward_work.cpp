@@ -81,8 +81,10 @@ class BackwardWork {
  public:
   BackwardWork(const BackwardKernels& kernels, const AttentionParams& params)
       : kernels_(kernels),
-        plan_{&params, {params.dropout_p > 0 ? 1 : params.heads / params.heads_k}, {}, nullptr} {
+        plan_{&params, {params.dropout_p > 0 ? 1 : params.heads / params.heads_k}, {}, {}, {},
+              nullptr} {
     add_deltas();
+    if (some_row_is_far()) add_far_rows();
     add_items();
     if (params.dbias != nullptr) add_bias_tiles();
     panels_ = std::make_unique<GradientPanels>(
@@ -100,6 +102,16 @@ class BackwardWork {
     const int64_t delta_threads = 1 + num_deltas_ * p.head_dim_v / kWorthAThread;
     int32_t error = run_parallel(threads, delta_threads, size(queries_), 0, delta, this);
     if (error != 0) return error;
+
+    if (!far_rows_.empty()) {
+      const auto far_rows = [](void* self, int64_t i, char* scratch) {
+        const auto* work = static_cast<const BackwardWork*>(self);
+        work->kernels_.far_rows(work->plan_, work->far_rows_[static_cast<size_t>(i)], scratch);
+      };
+      error = run_parallel(threads, size(far_rows_), size(far_rows_),
+                           kernels_.far_rows_scratch_bytes(plan_), far_rows, this);
+      if (error != 0) return error;
+    }
 
     if (p.dsinks != nullptr) {
       const auto dsink = [](void* self, int64_t head, char*) {
@@ -155,6 +167,36 @@ class BackwardWork {
     num_deltas_ = rows * p.heads * (p.cu_seqlens_q ? 1 : p.batch);
     delta_.reset(new float[static_cast<size_t>(num_deltas_)]);
     plan_.delta = {delta_.get(), p.heads * rows, rows};
+  }
+
+  bool some_row_is_far() const {
+    const AttentionParams& p = *plan_.params;
+    for (const Queries& queries : queries_) {
+      const Sequence sequence(p, queries.sequence);
+      for (int64_t head = 0; head < p.heads; ++head) {
+        const float* lse = p.lse.data + (p.cu_seqlens_q ? 0 : sequence.index * p.lse.batch_stride) +
+                           head * p.lse.head_stride + sequence.q_row;
+        if (std::any_of(lse + queries.begin, lse + queries.end, is_far)) return true;
+      }
+    }
+    return false;
+  }
+
+  void add_far_rows() {
+    const AttentionParams& p = *plan_.params;
+    far_statistics_.reset(new float[static_cast<size_t>(2 * num_deltas_)]);
+    plan_.reference = plan_.remainder = plan_.delta;
+    plan_.reference.data = far_statistics_.get();
+    plan_.remainder.data = far_statistics_.get() + num_deltas_;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const int64_t rows = std::max<int64_t>(Sequence(p, b).mask.seqlen_q, 0) * plan_.rows.heads;
+      for (int64_t space = 0; space < p.heads / plan_.rows.heads; ++space) {
+        for (int64_t row = 0; row < rows; row += kernels_.panel_rows) {
+          const int64_t end = std::min(rows, row + kernels_.panel_rows);
+          far_rows_.push_back({b, space, 1, row, end, 0, 0, nullptr});
+        }
+      }
+    }
   }
 
   // Chunks of a row space follow each other in order: each waits for the one before.
@@ -236,9 +278,11 @@ class BackwardWork {
   const BackwardKernels& kernels_;
   BackwardPlan plan_;
   std::vector<Queries> queries_;
+  std::vector<Item> far_rows_;
   std::vector<BackwardItem> items_;
   std::vector<BiasItem> bias_tiles_;
   std::unique_ptr<float[]> delta_;
+  std::unique_ptr<float[]> far_statistics_;
   std::unique_ptr<GradientPanels> panels_;
   int64_t num_deltas_ = 0;
   int64_t num_panels_ = 0;

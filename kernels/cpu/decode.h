@@ -200,7 +200,7 @@ ANYFLASH_INLINE void for_row_groups(int rows, Step step) {
 struct DecodeRows {
   float* out;    // [row][column of v]
   float* sum;    // [row][kLanes]: partial sums, one per lane
-  float* max;    // [row], log2
+  float* max;    // [row], of the scores
   float* scale;  // [row], for the block at hand
 };
 
@@ -209,6 +209,7 @@ ANYFLASH_INLINE void decode_softmax(const AttentionParams& p, const IntervalMask
                                     int64_t query, float slope, int64_t first, int keys, int row,
                                     const DecodeRows& rows, float* scores) {
   const bool purely_causal = p.window_left < 0 && p.window_right == 0;
+  const bool scaled = only_scaled(p);
   const Scales scales = Scales::of(p);
   const auto begin =
       static_cast<int32_t>(smaller<int64_t>(kDecodeBlock, mask.kv_begin(query) - first));
@@ -225,7 +226,7 @@ ANYFLASH_INLINE void decode_softmax(const AttentionParams& p, const IntervalMask
     Float x = load(scores + i * kLanes);
     if (p.softcap > 0) {
       x = tanh(x * scales.argument) * scales.cap;
-    } else {
+    } else if (!scaled) {
       x = x * scales.logit;
     }
     if (p.alibi_slopes) {
@@ -238,11 +239,12 @@ ANYFLASH_INLINE void decode_softmax(const AttentionParams& p, const IntervalMask
     largest = maximum(largest, x);
   }
   const float max = largest_lane(largest);
-  const Float reference = maximum(broadcast(-1e30f), broadcast(max));
-  const Float scale = exp2<6>(broadcast(rows.max[row]) - reference);
+  const Float reference = finite_reference(broadcast(max));
+  const float factor = exponent_scale(p);
+  const Float scale = exp2<6>((broadcast(rows.max[row]) - reference) * factor);
   Float sum = load(rows.sum + row * kLanes) * scale;
   for (int i = 0; i < kDecodeBlock / kLanes; ++i) {
-    const Float x = exp2<6>(logits[i] - reference);
+    const Float x = exp2<6>((logits[i] - reference) * factor);
     sum = sum + x;
     store(scores + i * kLanes, x);
   }
@@ -274,7 +276,7 @@ ANYFLASH_INLINE void write_decoded(const ForwardPlan& plan, const Item& item,
   for (int h = 0; h < item.num_spaces; ++h) {
     for (int r = 0; r < rows; ++r) {
       const float* row = all.out + (h * padded + r) * columns;
-      const float max = all.max[h * padded + r];
+      const float max = all.max[h * padded + r] * logit_scale(p);
       const float total = sum(load(all.sum + (h * padded + r) * kLanes));
       if (partial != nullptr) {
         memcpy(partial, row, static_cast<size_t>(columns) * sizeof(float));
@@ -284,7 +286,7 @@ ANYFLASH_INLINE void write_decoded(const ForwardPlan& plan, const Item& item,
         continue;
       }
       const int64_t query = plan.rows.query(r), head = plan.rows.head(item.space + h, r);
-      const Float sink = broadcast(p.sinks ? p.sinks[head] * kLog2e : -kInfinity);
+      const Float sink = broadcast(p.sinks ? p.sinks[head] : -kInfinity);
       const Statistics end = finish_softmax(p, broadcast(max), broadcast(total), sink);
       T* out = query_row<T>(p, p.out, sequence, query, head);
       for (int column = 0; column < columns; column += kLanes) {
@@ -380,8 +382,7 @@ ANYFLASH_INLINE void decode_rows_of_item(const ForwardPlan& plan, const Item& it
       for (int r = 0; r < rows; ++r) {
         const int64_t head = plan.rows.head(item.space + h, r);
         const float slope =
-            p.alibi_slopes ? p.alibi_slopes[sequence.index * p.alibi_batch_stride + head] * kLog2e
-                           : 0.0f;
+            p.alibi_slopes ? p.alibi_slopes[sequence.index * p.alibi_batch_stride + head] : 0.0f;
         decode_softmax(p, sequence.mask, plan.rows.query(r), slope, first, count, r, own,
                        scores + r * kDecodeBlock);
       }

@@ -17,7 +17,7 @@ struct Panel {
   Lanes lanes;
   Word* q;     // [word of head_dim][lane]
   float* out;  // [column of v][lane]
-  float* max;  // log2, -inf before the first visible key
+  float* max;  // of the scores, -inf before the first visible key
   float* sum;
 };
 
@@ -34,36 +34,46 @@ struct Statistics {
   Float factor;  // of the weighted sums
 };
 
-// The end of a softmax: `max` (log2) and `sum` over keys, `sink` (log2) or -inf.
+// exp(x - reference) of logits that are at most `reference`, which is not -inf.
+ANYFLASH_INLINE Float weight_beside(Float x, Float reference) {
+  return exp2<6>((x - reference) * kLog2e);
+}
+
+// The largest logit of lanes, or 0 where there is none: exp(-inf - 0) is 0.
+ANYFLASH_INLINE Float finite_reference(Float max) {
+  return select(max == broadcast(-kInfinity), Float{}, max);
+}
+
+// The end of a softmax: the largest logit and `sum` over keys, `sink` or -inf.
 ANYFLASH_INLINE Statistics finish_softmax(const AttentionParams& p, Float max, Float sum,
                                           Float sink) {
-  const Float largest = maximum(sink, max);
-  const Float reference = maximum(broadcast(-1e30f), largest);
-  const Float shrink = exp2<6>(max - reference);
-  const Float total = sum * shrink + exp2<6>(sink - reference);
+  const Float reference = finite_reference(maximum(sink, max));
+  const Float shrink = weight_beside(max, reference);
+  const Float total = sum * shrink + weight_beside(sink, reference);
   const Int unseen = sum == Float{};
-  return {select(unseen, broadcast(kInfinity), (reference + log2(total)) * kLn2),
-          select(unseen, Float{}, shrink / (total * static_cast<float>(1.0 - p.dropout_p)))};
+  return {
+      select(unseen, broadcast(kInfinity), multiply_add(log2(total), broadcast(kLn2), reference)),
+      select(unseen, Float{}, shrink / (total * static_cast<float>(1.0 - p.dropout_p)))};
 }
 
 // Scores become probabilities in place, for bf16 products as pairs of keys. `scale` receives what
 // the sums so far have to be multiplied with.
 template <class Product, bool kDropout>
 ANYFLASH_INLINE void softmax(const Panel& panel, const BlockScratch& block, int keys,
-                             const float* maxima, float factor, float* scale) {
+                             const float* maxima, float scale_of_exponents, float* scale) {
   for (int lane = 0; lane < panel.lanes.vectors * kLanes; lane += kLanes) {
     const Float before = load(panel.max + lane);
-    const Float max = maximum(before, load(maxima + lane) * factor);
-    // A row that has seen nothing: finite, so that exp2(-inf - reference) is 0.
-    const Float reference = maximum(broadcast(-1e30f), max);
-    const Float rescale = exp2<6>(before - reference);
+    const Float max = maximum(before, load(maxima + lane));
+    const Exponents exponents = Exponents::of(max, scale_of_exponents);
+    const Float rescale = exp2<6>((before - finite_reference(max)) * exponents.factor);
     Float sum = load(panel.sum + lane) * rescale;
     store(panel.max + lane, max);
     store(scale + lane, rescale);
     float* tile = block.scores + lane;
     const Word* kept = block.kept + lane;
     const auto probability = [&](int key) __attribute__((always_inline)) {
-      return exp2<Product::kExp2Degree>(load(tile + key * kPanel) * factor - reference);
+      const Float x = load(tile + key * kPanel);
+      return exp2<Product::kExp2Degree>(x * exponents.factor - exponents.reference);
     };
     const auto dropped = [&](Float x, int key) __attribute__((always_inline)) {
       return kDropout ? (Float)((Words)x & load_words(kept + key * kPanel)) : x;
@@ -100,12 +110,12 @@ ANYFLASH_INLINE void attend(const AttentionParams& p, const Sequence& sequence, 
   multiply<Product, Start::zero, true>(
       panel.lanes.vectors,
       {block.keys, words, 1, panel.q, kPanel, block.scores, kPanel, keys, words}, nullptr, maxima);
-  const float factor = finish_scores(p, panel.lanes, first, keys, block.scores, maxima);
+  finish_scores(p, panel.lanes, first, keys, block.scores, maxima);
   if (p.dropout_p > 0) {
     dropout_mask(p, sequence, panel.lanes, first, keys, block.kept);
-    softmax<Product, true>(panel, block, keys, maxima, factor, scale);
+    softmax<Product, true>(panel, block, keys, maxima, exponent_scale(p), scale);
   } else {
-    softmax<Product, false>(panel, block, keys, maxima, factor, scale);
+    softmax<Product, false>(panel, block, keys, maxima, exponent_scale(p), scale);
   }
   const int steps = (keys + Product::kPerWord - 1) / Product::kPerWord;
   multiply<Product, Start::scaled, false>(
@@ -141,6 +151,24 @@ ANYFLASH_INLINE void as_rows(const float* out, int columns, int vectors, float* 
             reinterpret_cast<Word*>(staging), round_up(columns, kLanes));
 }
 
+// The reference of the sums is a product, rounded: far from 0 that is more than a sink or another
+// part of the keys may overlook.
+static __attribute__((noinline)) void refer_to_max(const AttentionParams& p, const Panel& panel) {
+  for (int lane = 0; lane < panel.lanes.vectors * kLanes; lane += kLanes) {
+    const Float max = load(panel.max + lane);
+    const Exponents exponents = Exponents::of(max, exponent_scale(p));
+    const Float rounding =
+        multiply_add(finite_reference(max), exponents.factor, -exponents.reference);
+    if (!(largest_lane(maximum(rounding, -rounding)) > 0x1p-12f)) continue;
+    const Float grown = exp2<6>(-rounding);
+    store(panel.sum + lane, load(panel.sum + lane) * grown);
+    for (int column = 0; column < p.head_dim_v; ++column) {
+      float* at = panel.out + column * kPanel + lane;
+      store(at, load(at) * grown);
+    }
+  }
+}
+
 template <class T>
 ANYFLASH_INLINE void write_panel(const ForwardPlan& plan, const Item& item,
                                  const Sequence& sequence, const Panel& panel, int64_t row_begin,
@@ -148,15 +176,16 @@ ANYFLASH_INLINE void write_panel(const ForwardPlan& plan, const Item& item,
   const AttentionParams& p = *plan.params;
   const int columns = static_cast<int>(p.head_dim_v);
   const int64_t stride = round_up(columns, kLanes);
+  refer_to_max(p, panel);
   alignas(64) float lse[kPanel];
   if (item.partial == nullptr) {
     alignas(64) float sink[kPanel];
     for (int r = 0; r < kPanel; ++r) {
-      sink[r] = p.sinks ? p.sinks[plan.rows.head(item.space, row_begin + r)] * kLog2e : -kInfinity;
+      sink[r] = p.sinks ? p.sinks[plan.rows.head(item.space, row_begin + r)] : -kInfinity;
     }
     for (int lane = 0; lane < panel.lanes.vectors * kLanes; lane += kLanes) {
-      const Statistics end =
-          finish_softmax(p, load(panel.max + lane), load(panel.sum + lane), load(sink + lane));
+      const Statistics end = finish_softmax(p, load(panel.max + lane) * logit_scale(p),
+                                            load(panel.sum + lane), load(sink + lane));
       store(lse + lane, end.lse);
       for (int column = 0; column < columns; ++column) {
         float* at = panel.out + column * kPanel + lane;
@@ -170,7 +199,7 @@ ANYFLASH_INLINE void write_panel(const ForwardPlan& plan, const Item& item,
     if (item.partial != nullptr) {
       float* out = item.partial + (row_begin - item.row_begin + r) * partial_row_floats(p);
       memcpy(out, row, static_cast<size_t>(columns) * sizeof(float));
-      out[columns] = panel.max[r];
+      out[columns] = panel.max[r] * logit_scale(p);
       out[columns + 1] = panel.sum[r];
       continue;
     }
@@ -286,15 +315,15 @@ static void combine_parts(const ForwardPlan& plan, const Combination& combinatio
       for (int64_t s = 0; s < combination.splits; ++s) {
         max = maximum(max, broadcast(part[s * combination.split_stride + columns]));
       }
-      const Float reference = maximum(broadcast(-1e30f), max);
+      const Float reference = finite_reference(max);
       const auto weight = [&](int64_t s) __attribute__((always_inline)) {
-        return exp2<6>(broadcast(part[s * combination.split_stride + columns]) - reference);
+        return weight_beside(broadcast(part[s * combination.split_stride + columns]), reference);
       };
       Float sum{};
       for (int64_t s = 0; s < combination.splits; ++s) {
         sum = sum + weight(s) * part[s * combination.split_stride + columns + 1];
       }
-      const Float sink = broadcast(p.sinks ? p.sinks[head] * kLog2e : -kInfinity);
+      const Float sink = broadcast(p.sinks ? p.sinks[head] : -kInfinity);
       const Statistics end = finish_softmax(p, max, sum, sink);
       T* out = query_row<T>(p, p.out, sequence, query, head);
       for (int column = 0; column < columns; column += kLanes) {

@@ -13,8 +13,10 @@ struct GradientPanel {
   Word* dout;         // [word of head_dim_v][lane]
   Word* q_zipped;     // [row][column]
   Word* dout_zipped;  // [row][column]
-  float* lse;         // log2; +inf for lanes without a row
+  float* lse;         // log2; +inf for lanes without a row; of far rows, the remainder
   float* delta;
+  float* reference;  // of far rows, else 0
+  bool far;          // some row is
 };
 
 // Tiles [key][lane] of one block of keys and one panel.
@@ -35,11 +37,24 @@ struct GradientBlock {
   int count;
 };
 
-// Dot products to logits, with what the gradient needs beside them. Returns what the logits still
-// have to be multiplied with.
+// Scores to exponents beside the rows' references.
+static __attribute__((noinline)) void subtract_references(const GradientPanel& panel, int keys,
+                                                          float scale, float* tile) {
+  for (int lane = 0; lane < panel.lanes.vectors * kLanes; lane += kLanes) {
+    const Float reference = load(panel.reference + lane);
+    for (int key = 0; key < keys; ++key) {
+      float* at = tile + key * kPanel + lane;
+      store(at, (load(at) - reference) * scale);
+    }
+  }
+}
+
+// Dot products to logits, with what the gradient needs beside them. Returns what makes exponents of
+// them.
 ANYFLASH_INLINE float finish_gradient_scores(const AttentionParams& p, const Sequence& sequence,
-                                             const Lanes& lanes, int64_t first, int keys,
+                                             const GradientPanel& panel, int64_t first, int keys,
                                              const GradientTiles& tiles) {
+  const Lanes& lanes = panel.lanes;
   if (p.dropout_p > 0) dropout_mask(p, sequence, lanes, first, keys, tiles.kept);
   const bool scaled = only_scaled(p);
   if (!scaled) {
@@ -49,7 +64,9 @@ ANYFLASH_INLINE float finish_gradient_scores(const AttentionParams& p, const Seq
   if (first < lanes.all.begin || lanes.all.end < first + keys) {
     hide(lanes, first, keys, tiles.scores);
   }
-  return scaled ? Scales::of(p).logit : 1.0f;
+  if (!panel.far) return exponent_scale(p);
+  subtract_references(panel, keys, exponent_scale(p), tiles.scores);
+  return 1.0f;
 }
 
 // S and dP, not yet functions of each other.
@@ -65,7 +82,7 @@ ANYFLASH_INLINE float score_products(const AttentionParams& p, const Sequence& s
   multiply<Product, Start::zero, false>(
       lanes.vectors,
       {block.values, words_v, 1, panel.dout, kPanel, tiles.dp, kPanel, block.count, words_v});
-  return finish_gradient_scores(p, sequence, lanes, block.first, block.count, tiles);
+  return finish_gradient_scores(p, sequence, panel, block.first, block.count, tiles);
 }
 
 struct Gradient {
@@ -159,6 +176,7 @@ ANYFLASH_INLINE GradientPanel take_panel(const AttentionParams& p, Scratch& scra
   panel.dout_zipped = scratch.take<Word>(kPanel / Product::kPerWord * columns_v);
   panel.lse = scratch.take<float>(kPanel);
   panel.delta = scratch.take<float>(kPanel);
+  panel.reference = scratch.take<float>(kPanel);
   clear_padding<Product>(panel.q_zipped, p.head_dim, columns);
   clear_padding<Product>(panel.dout_zipped, p.head_dim_v, columns_v);
   return panel;
@@ -168,13 +186,18 @@ ANYFLASH_INLINE void load_statistics(const BackwardPlan& plan, const RowSpace& r
                                      const Sequence& sequence, int64_t space, int64_t row_begin,
                                      GradientPanel& panel) {
   const AttentionParams& p = *plan.params;
+  panel.far = false;
   for (int r = 0; r < panel.lanes.vectors * kLanes; ++r) {
     panel.lse[r] = kInfinity;
-    panel.delta[r] = 0;
+    panel.delta[r] = panel.reference[r] = 0;
     if (r >= panel.lanes.rows) continue;
     const int64_t query = rows.query(row_begin + r), head = rows.head(space, row_begin + r);
     panel.lse[r] = *statistic(p, p.lse, sequence, query, head) * kLog2e;
     panel.delta[r] = *statistic(p, plan.delta, sequence, query, head);
+    if (plan.reference.data == nullptr) continue;
+    panel.reference[r] = *statistic(p, plan.reference, sequence, query, head);
+    panel.lse[r] = *statistic(p, plan.remainder, sequence, query, head);
+    panel.far |= panel.reference[r] != 0;
   }
 }
 
@@ -208,7 +231,7 @@ ANYFLASH_INLINE GradientTiles take_tiles(const AttentionParams& p, Scratch& scra
 template <class Product>
 ANYFLASH_INLINE int64_t panel_and_tiles_bytes(const AttentionParams& p) {
   const int64_t columns = round_up(p.head_dim, kLanes) + round_up(p.head_dim_v, kLanes);
-  return 4 * (2 * kPanel * (columns + 1) + 5 * kBlock * kPanel) + 64 * 16;
+  return 4 * (kPanel * (2 * columns + 3) + 5 * kBlock * kPanel) + 64 * 17;
 }
 
 }  // namespace anyflash::cpu::ANYFLASH_ISA

@@ -52,8 +52,7 @@ ANYFLASH_INLINE void register_tile(const Operands& m, int row, const Float* scal
   float* c = m.c + row * m.c_row;
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) {
-      if (kStart == Start::zero) sums[r][v] = Float{};
-      if (kStart == Start::add) sums[r][v] = load(c + r * m.c_row + v * kLanes);
+      if (kStart != Start::scaled) sums[r][v] = Float{};
       if (kStart == Start::scaled) sums[r][v] = load(c + r * m.c_row + v * kLanes) * scale[v];
     }
   }
@@ -72,6 +71,8 @@ ANYFLASH_INLINE void register_tile(const Operands& m, int row, const Float* scal
   }
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) {
+      // Block sums first: one running sum over many thousand steps would lose digits.
+      if (kStart == Start::add) sums[r][v] = load(c + r * m.c_row + v * kLanes) + sums[r][v];
       if (kMaximum) maxima[v] = maximum(maxima[v], sums[r][v]);
       store(c + r * m.c_row + v * kLanes, sums[r][v]);
     }

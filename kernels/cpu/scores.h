@@ -1,6 +1,6 @@
 // From dot products to logits: scale, softcap, ALiBi, bias, masks and dropout bits, on tiles
-// tile[key][lane] whose lanes are rows. Logits are kept in units of log2, so that exp2 is the
-// softmax.
+// tile[key][lane] whose lanes are rows. Logits are what the caller means by them, floats up to the
+// end of their range; the softmax multiplies with log2(e) what is left of them beside the largest.
 #pragma once
 
 #include "kernels/cpu/rows.h"
@@ -21,6 +21,7 @@ ANYFLASH_INLINE int balanced_block(int64_t keys) {
 
 constexpr float kLog2e = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
+constexpr float kLeastNormal = 0x1p-126f;
 
 // The rows of a panel, one per lane. Lanes behind the last row repeat it, so that they never ask
 // for a mask of their own.
@@ -61,7 +62,7 @@ ANYFLASH_INLINE void describe_lanes(const AttentionParams& p, const RowSpace& sp
     lanes.key_end[r] = static_cast<int32_t>(larger<int64_t>(0, mask.kv_end(query)));
     lanes.diagonal[r] = static_cast<int32_t>(query + mask.shift());
     if (p.alibi_slopes) {
-      lanes.slope[r] = p.alibi_slopes[sequence.index * p.alibi_batch_stride + head_of_all] * kLog2e;
+      lanes.slope[r] = p.alibi_slopes[sequence.index * p.alibi_batch_stride + head_of_all];
     }
     if (p.bias) {
       lanes.bias[r] =
@@ -78,36 +79,63 @@ ANYFLASH_INLINE void describe_lanes(const AttentionParams& p, const RowSpace& sp
 
 // What scores are multiplied with: rounded once, since the error grows with the score.
 struct Scales {
-  float logit;     // dot product to logit, in log2
+  float logit;     // dot product to logit
   float argument;  // dot product to the argument of the softcap's tanh
-  float cap;       // log2
+  float cap;
 
   ANYFLASH_INLINE Scales of(const AttentionParams& p) {
-    constexpr double kLog2eExactly = 1.4426950408889634;
-    return {static_cast<float>(p.softmax_scale * kLog2eExactly),
+    return {static_cast<float>(p.softmax_scale),
             p.softcap > 0 ? static_cast<float>(p.softmax_scale / p.softcap) : 0.0f,
-            static_cast<float>(p.softcap * kLog2eExactly)};
+            static_cast<float>(p.softcap)};
   }
 };
 
 // Logits that are a positive multiple of the dot product: the softmax scales them itself.
 ANYFLASH_INLINE bool only_scaled(const AttentionParams& p) {
-  return p.softmax_scale > 0 && p.softcap == 0 && !p.alibi_slopes && !p.bias;
+  return p.softmax_scale >= kLeastNormal && p.softcap == 0 && !p.alibi_slopes && !p.bias;
 }
 
-// kLanes keys of one row's bias, in log2; -inf where a boolean mask hides. Missing keys are 0.
+// What the tiles hold is a multiple of the logits: the one is this times the other,
+ANYFLASH_INLINE float logit_scale(const AttentionParams& p) {
+  return only_scaled(p) ? Scales::of(p).logit : 1.0f;
+}
+
+// and the exponent of 2 is this times what the tiles hold.
+ANYFLASH_INLINE float exponent_scale(const AttentionParams& p) {
+  constexpr double kLog2eExactly = 1.4426950408889634;
+  return only_scaled(p) ? static_cast<float>(p.softmax_scale * kLog2eExactly) : kLog2e;
+}
+
+// Scores x of a row to exponents x * factor - reference, 0 for the largest.
+struct Exponents {
+  Float factor;
+  Float reference;
+
+  // Of lanes whose largest score is `max`, -inf where none is seen yet. `scale`: exponent_scale.
+  ANYFLASH_INLINE Exponents of(Float max, float scale) {
+    const Float product = max * scale;
+    // From 2^30 on the rounding of the product alone could be an exponent. Two scores that differ
+    // are then at least 2^6 apart, so that the smaller weighs nothing: so it does by a factor that
+    // is a power of two and takes the largest score to 2^29 exactly.
+    const Int far = maximum(product, -product) >= broadcast(0x1p30f);
+    const Words power = ((127u + 29u + 127u) << 23) - ((Words)max & 0x7F800000u);
+    const Float factor = select(far, (Float)power, broadcast(scale));
+    return {factor, select(max == broadcast(-kInfinity), Float{}, max * factor)};
+  }
+};
+
+// kLanes keys of one row's bias; -inf where a boolean mask hides. Missing keys are 0.
 ANYFLASH_INLINE Float load_bias(const AttentionParams& p, const char* row, int64_t key, int count) {
   const int64_t stride = p.bias_stride[3];
   const char* first = row + key * stride * bias_bytes(p.bias_type);
-  const Float log2e = broadcast(kLog2e);
   if (stride == 1 && p.bias_type == BiasType::fp32) {
-    return load_some(reinterpret_cast<const float*>(first), count) * log2e;
+    return load_some(reinterpret_cast<const float*>(first), count);
   }
   if (stride == 1 && p.bias_type == BiasType::bf16) {
-    return load_some(reinterpret_cast<const Bf16*>(first), count) * log2e;
+    return load_some(reinterpret_cast<const Bf16*>(first), count);
   }
   if (stride == 1 && p.bias_type == BiasType::fp16) {
-    return load_some(reinterpret_cast<const Fp16*>(first), count) * log2e;
+    return load_some(reinterpret_cast<const Fp16*>(first), count);
   }
   Float x{};
   for (int i = 0; i < count; ++i, first += stride * bias_bytes(p.bias_type)) {
@@ -116,13 +144,13 @@ ANYFLASH_INLINE Float load_bias(const AttentionParams& p, const char* row, int64
         x[i] = *first ? 0.0f : -kInfinity;
         break;
       case BiasType::fp32:
-        x[i] = load_some(reinterpret_cast<const float*>(first), 1)[0] * kLog2e;
+        x[i] = load_some(reinterpret_cast<const float*>(first), 1)[0];
         break;
       case BiasType::bf16:
-        x[i] = load_some(reinterpret_cast<const Bf16*>(first), 1)[0] * kLog2e;
+        x[i] = load_some(reinterpret_cast<const Bf16*>(first), 1)[0];
         break;
       default:
-        x[i] = load_some(reinterpret_cast<const Fp16*>(first), 1)[0] * kLog2e;
+        x[i] = load_some(reinterpret_cast<const Fp16*>(first), 1)[0];
     }
   }
   return x;
@@ -193,10 +221,10 @@ ANYFLASH_INLINE void hide(const Lanes& lanes, int64_t first_key, int keys, float
   }
 }
 
-// Dot products to logits. Returns what the softmax still has to multiply them with; `maxima` of
-// each lane are found again where the tile changed.
-ANYFLASH_INLINE float finish_scores(const AttentionParams& p, const Lanes& lanes, int64_t first_key,
-                                    int keys, float* tile, float* maxima) {
+// Dot products to what exponent_scale is for; `maxima` of each lane are found again where the tile
+// changed.
+ANYFLASH_INLINE void finish_scores(const AttentionParams& p, const Lanes& lanes, int64_t first_key,
+                                   int keys, float* tile, float* maxima) {
   const bool scaled = only_scaled(p);
   const bool inside = lanes.all.begin <= first_key && first_key + keys <= lanes.all.end;
   if (!scaled) change_scores(p, lanes, first_key, keys, tile, nullptr);
@@ -210,7 +238,6 @@ ANYFLASH_INLINE float finish_scores(const AttentionParams& p, const Lanes& lanes
       store(maxima + lane, largest);
     }
   }
-  return scaled ? Scales::of(p).logit : 1.0f;
 }
 
 // mask[key][lane]: all bits where the probability is kept. Rows of the panel are neighbouring

@@ -59,8 +59,8 @@ struct Item {
   float* partial;
 };
 
-// A row of unfinished output: head_dim_v weighted sums of v, then the largest logit (log2) and the
-// sum of the weights.
+// A row of unfinished output: head_dim_v weighted sums of v, then the largest logit and the sum of
+// the weights.
 ANYFLASH_HOST_DEVICE int64_t partial_row_floats(const AttentionParams& p) {
   return p.head_dim_v + 2;
 }
@@ -99,10 +99,20 @@ struct GradientPanels;
 float* wait_for_turn(GradientPanels& panels, int64_t panel, int64_t turn);
 void pass_on(GradientPanels& panels, int64_t panel, bool last);
 
+// A log-sum-exp from which on its rounding is no longer small beside the logarithm of a sum of
+// weights; +inf is that of a row without keys.
+ANYFLASH_HOST_DEVICE bool is_far(float lse) {
+  return lse <= -16384.0f || (lse >= 16384.0f && lse <= 3.4028235e38f);
+}
+
 struct BackwardPlan {
   const AttentionParams* params;
   RowSpace rows;
   RowStatistics delta;  // sum(dout * out) - dlse
+  // Where a row is far (else null): its largest score, 0 in other rows, and what the log-sum-exp is
+  // more than that, in log2.
+  RowStatistics reference;
+  RowStatistics remainder;
   GradientPanels* panels;
 };
 
@@ -134,6 +144,8 @@ struct BackwardKernels {
   void (*backward)(const BackwardPlan& plan, const BackwardItem& item, char* scratch);
   void (*delta)(const BackwardPlan& plan, int64_t sequence, int64_t query_begin, int64_t query_end);
   void (*dsink)(const BackwardPlan& plan, int64_t head);
+  int64_t (*far_rows_scratch_bytes)(const BackwardPlan& plan);
+  void (*far_rows)(const BackwardPlan& plan, const Item& item, char* scratch);
   int64_t (*bias_scratch_bytes)(const BackwardPlan& plan);
   void (*dbias)(const BackwardPlan& plan, const BiasItem& item, char* scratch);
 };

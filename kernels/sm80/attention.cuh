@@ -12,7 +12,7 @@
 namespace anyflash::sm80 {
 
 inline Divisor page_size(const AttentionParams& p) {
-  return Divisor::of(p.block_table ? p.page_size : 1);
+  return Divisor::of(p.block_table && p.page_size > 0 ? p.page_size : 1);
 }
 
 inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
@@ -27,7 +27,7 @@ inline bool is_valid(const AttentionParams& p, int32_t max_head_dim) {
   return p.heads_k > 0 && p.heads % p.heads_k == 0 && p.head_dim > 0 && p.head_dim_v > 0 &&
          p.head_dim % 8 == 0 && p.head_dim_v % 8 == 0 && p.head_dim <= max_head_dim &&
          p.head_dim_v <= max_head_dim && is_aligned(p.q) && is_aligned(p.k) && is_aligned(p.v) &&
-         is_aligned(p.out) && p.bias_type == BiasType::none && (!p.block_table || p.page_size > 0);
+         is_aligned(p.out) && p.bias_type == BiasType::none;
 }
 
 // The cheapest kernel that has what the call needs. The plain one takes its maxima before it
@@ -48,6 +48,7 @@ inline ScoreArguments score_arguments(const AttentionParams& p, Extras extras) {
   a.scale = float(p.softmax_scale);
   a.softcap = float(p.softcap);
   a.inverse_softcap = p.softcap > 0 ? float(1.0 / p.softcap) : 0.0f;
+  a.logit = extras == Extras::none ? a.scale : 1.0f;
   a.exponent = extras == Extras::none ? float(p.softmax_scale * 1.4426950408889634) : kLog2e;
   a.window_left = window(p.window_left);
   a.window_right = window(p.window_right);

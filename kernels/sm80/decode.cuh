@@ -229,7 +229,7 @@ class DecodeTile {
     }
     const bool last = a_.splits == 1;
     const float sink = last && p_.sinks ? p_.sinks[query_head] : -infinity();
-    const RowResult result = finish_row(max, sum, a_.score.exponent, sink);
+    const RowResult result = finish_row(max * a_.score.logit, sum, sink);
     const int64_t in_parts = part_row(p_, split, s_.index, query_head, query);
     if (part == 0) {
       float* lse =
@@ -314,24 +314,24 @@ __global__ void __launch_bounds__(kCombineWarps* kWarpThreads)
   if (token >= s.seqlen_q) return;
 
   constexpr int32_t kLaneParts = int32_t(kMostSplits) / kWarpThreads;
-  float log2_part[kLaneParts];  // the parts' sums
-  float log2_max = -infinity();
+  float part_sum[kLaneParts];  // its logarithm
+  float max = -infinity();
 #pragma unroll
   for (int32_t i = 0; i < kLaneParts; ++i) {
     const int32_t part = i * kWarpThreads + lane;
     const float lse = part < a.splits ? a.part_lse[part * rows + row] : infinity();
-    log2_part[i] = lse == infinity() ? -infinity() : lse * kLog2e;
-    log2_max = fmaxf(log2_max, log2_part[i]);
+    part_sum[i] = lse == infinity() ? -infinity() : lse;
+    max = fmaxf(max, part_sum[i]);
   }
-  log2_max = warp_max(log2_max);
+  max = warp_max(max);
   float sum = 0;
 #pragma unroll
   for (int32_t i = 0; i < kLaneParts; ++i) {
-    log2_part[i] = ptx::ex2(log2_part[i] - finite_max(log2_max));  // from here on the weight
-    sum += log2_part[i];
+    part_sum[i] = ptx::ex2((part_sum[i] - finite_max(max)) * kLog2e);  // from here on the weight
+    sum += part_sum[i];
   }
   const float sink = p.sinks ? p.sinks[head] : -infinity();
-  const RowResult result = finish_row(log2_max, warp_sum(sum), 1.0f, sink);
+  const RowResult result = finish_row(max, warp_sum(sum), sink);
   if (lane == 0) statistics_of(p, p.lse, s, head)[token] = result.lse;
 
   char* out = strided_rows(p.out, p.cu_seqlens_q != nullptr, s.index, s.first_q, head)[token];
@@ -341,7 +341,7 @@ __global__ void __launch_bounds__(kCombineWarps* kWarpThreads)
 #pragma unroll
     for (int32_t i = 0; i < kLaneParts; ++i) {
       for (int32_t from = 0; from < kWarpThreads && i * kWarpThreads + from < a.splits; ++from) {
-        const float weight = ptx::shuffle(log2_part[i], from);
+        const float weight = ptx::shuffle(part_sum[i], from);
         if (weight == 0 || column >= p.head_dim_v) continue;
         const float* part =
             a.part_out + ((i * kWarpThreads + from) * rows + row) * p.head_dim_v + column;

@@ -105,7 +105,7 @@ class ForwardTile {
 #pragma unroll
       for (int32_t h = 0; h < 2; ++h) {
         const RowResult result =
-            finish_row(softmax_.max[m][h], quad_sum(softmax_.sum[m][h]), a_.score.exponent, sink);
+            finish_row(softmax_.max[m][h] * a_.score.logit, quad_sum(softmax_.sum[m][h]), sink);
         if (lane_ % 4 == 0 && row(m, h) < s_.seqlen_q) lse[row(m, h)] = result.lse;
         const float factor = kExtras == Extras::dropout ? result.inverse_sum * a_.score.keep_scale
                                                         : result.inverse_sum;

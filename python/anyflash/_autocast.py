@@ -13,8 +13,13 @@ from torch import Tensor
 _TAKES_DEVICE = hasattr(torch, "get_autocast_dtype")  # torch 2.4: is_autocast_enabled(device_type)
 
 
+_is_any_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)  # torch 2.1
+
+
 def is_enabled(x: Tensor) -> bool:
     """True under autocast for x's device."""
+    if not _is_any_enabled():
+        return False
     if _TAKES_DEVICE:
         device = x.device.type
         return (device == "cpu" or device == "cuda") and torch.is_autocast_enabled(device)

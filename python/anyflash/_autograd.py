@@ -43,9 +43,24 @@ def in_plain_eager() -> bool:
     return not is_compiling() and not in_functorch()
 
 
+def is_traced() -> bool:
+    """Whether make_fx or torch.jit.trace records operators, and no compiler does."""
+    if is_compiling():
+        return False
+    return torch._C._get_tracing_state() is not None or _mode("PROXY") is not None
+
+
+def _mode(kind: str) -> Any:
+    """The TorchDispatchMode of torch's own of a kind, if it is active."""
+    if torch._C._len_torch_dispatch_stack() == 0 or not hasattr(torch._C, "_get_dispatch_mode"):
+        return None
+    return torch._C._get_dispatch_mode(getattr(torch._C._TorchDispatchModeKey, kind))
+
+
 def has_readable_values(tensor: Tensor) -> bool:
     """Whether a check may read the tensor's values: it waits for no device and guards no graph."""
-    return type(tensor) is Tensor and tensor.device.type == "cpu" and in_plain_eager()
+    is_plain = type(tensor) is Tensor and tensor.device.type == "cpu" and in_plain_eager()
+    return is_plain and not is_traced()
 
 
 def _distinct(args: tuple[Any, ...]) -> list[Any]:
@@ -74,10 +89,8 @@ def inside_kernel() -> Iterator[None]:
         _kernel.active = before
 
 
-def _single_level(function: type[Function]) -> Callable[..., Any]:
-    """``function.apply`` for inside an autograd kernel that a functorch transform called."""
-    from torch._functorch.utils import enable_single_level_autograd_function
-    from torch.autograd.function import _SingleLevelFunction
+def _in_one_step(function: type[Function], base: type) -> Any:
+    """The function with its context set up by forward, as functorch and the C base want it."""
 
     def forward(ctx: Any, *args: Any) -> Any:
         output = function.forward(*args)
@@ -85,7 +98,15 @@ def _single_level(function: type[Function]) -> Callable[..., Any]:
         return output
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
-    single = type(function.__name__, (_SingleLevelFunction,), members)
+    return type(function.__name__, (base,), members)
+
+
+def _single_level(function: type[Function]) -> Callable[..., Any]:
+    """``function.apply`` for inside an autograd kernel that a functorch transform called."""
+    from torch._functorch.utils import enable_single_level_autograd_function
+    from torch.autograd.function import _SingleLevelFunction
+
+    single = _in_one_step(function, _SingleLevelFunction)
 
     def apply(*args: Any) -> Any:
         with enable_single_level_autograd_function():
@@ -94,16 +115,17 @@ def _single_level(function: type[Function]) -> Callable[..., Any]:
     return apply
 
 
-def applier(function: type[Function]) -> Callable[..., Any]:
-    """``function.apply`` for eager mode, without what it does for functorch (30 of 40 us).
+def direct_apply(function: type[Function]) -> Callable[..., Any]:
+    """``function.apply`` where neither a transform of torch.func nor a compiler is at work, without
+    what it does for them (30 of 40 us). It is private to torch: taken only where torch has it."""
+    apply = torch._C._FunctionBase.__dict__.get("apply")
+    has_transforms = hasattr(torch._C, "_are_functorch_transforms_active")
+    return function.apply if apply is None or not has_transforms else apply.__get__(None, function)
 
-    The short cut is private to torch, so it is taken only where torch has it.
-    """
-    try:
-        direct = torch._C._FunctionBase.__dict__["apply"].__get__(None, function)
-        transforms_active = torch._C._are_functorch_transforms_active
-    except (AttributeError, KeyError):
-        return function.apply
+
+def applier(function: type[Function]) -> Callable[..., Any]:
+    """``function.apply``, by the short cut in eager mode."""
+    direct, transforms_active = direct_apply(function), in_functorch
 
     def apply(*args: Any) -> Any:
         inside = getattr(_kernel, "active", False)
@@ -192,8 +214,7 @@ def is_watched() -> bool:
     """Whether a TorchDispatchMode looks at operators that compute something, now."""
     if is_compiling() or torch._C._len_torch_dispatch_stack() == 0:
         return False
-    mode, kind = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
-    return mode(kind.PROXY) is None and mode(kind.FUNCTIONAL) is None
+    return _mode("PROXY") is None and _mode("FUNCTIONAL") is None
 
 
 def call_operator(

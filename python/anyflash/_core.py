@@ -298,6 +298,7 @@ def check_fused_mlp(call: MlpCall) -> None:
     raise_for(loaded().anyflash_check_fused_mlp(ctypes.byref(call)))
 
 
+@functools.cache
 def activation_number(name: str) -> int:
     """The number of an activation's name.
 
@@ -313,7 +314,7 @@ def plan_pieces(
     seqlen_q: int, seqlen_k: int, window_left: int, window_right: int, purpose: int
 ) -> tuple[int, int, list[Piece]]:
     """core/pieces.h: the rows that see a key, and the pieces. purpose: 0 forward, 1 backward,
-    2 with a bias."""
+    2 with explicit masks."""
     room = 16
     while True:
         pieces = (Piece * room)()

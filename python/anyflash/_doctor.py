@@ -140,6 +140,9 @@ def _operators(report: Report) -> dict[str, Any]:
         "build": _loader.build_facts(),
         "kernels": _machine.kernel_state(),
     }
+    for file in state["files"].values():
+        if file["damage"]:
+            report.problem(f"{file['damage']}. It is not opened.", "reinstall")
     if _loader.provider == "none":
         report.problem(f"No operators could be loaded: {'; '.join(_loader.reasons)}.", "reinstall")
     elif _loader.provider == "python":
@@ -166,22 +169,22 @@ def _explain_python_operators(report: Report, state: dict[str, Any]) -> None:
             "newer_torch",
         )
     elif state["files"]["libanyflash_ops.so"]["present"]:
-        damage = state["files"]["libanyflash_ops.so"]["damage"]
-        broken = f" The file is damaged: {damage}." if damage else because
         report.problem(
             "The compiled operators are installed but could not be used; the Python operators "
-            f"stand in for them. {same}{broken}",
+            f"stand in for them. {same}{because}",
             "reinstall",
         )
     elif any("ANYFLASH_BUILD=0" in reason for reason in build.get("reasons", ())):
         report.note(f"The Python operators are in use: ANYFLASH_BUILD=0 chose them. {same}")
     else:
-        why = "; ".join(build.get("reasons", ())) or "the file libanyflash_ops.so is missing"
-        report.problem(
-            f"The compiled operators are not there ({why}); the Python operators stand in for "
-            f"them. {same}",
-            "reinstall" if build.get("binary") else "compiler",
+        what = (
+            f"The compiled operators are not there ({_loader.why_not_built()}); the Python "
+            f"operators stand in for them. {same}"
         )
+        if any(reason.startswith("operators:") for reason in build.get("reasons", ())):
+            report.note(what, "compiler")
+        else:
+            report.problem(what, "reinstall" if build.get("binary") else "compiler")
 
 
 def _torch(report: Report) -> dict[str, Any]:

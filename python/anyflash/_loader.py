@@ -73,17 +73,19 @@ def damage(path: pathlib.Path) -> str | None:
     )
 
 
-def _why_not_built() -> str:
+def why_not_built() -> str:
+    """Why a library is missing, by the word that the build left."""
     facts = build_facts()
     if "reasons" not in facts:
         return f"{LIBRARY.parent} holds only a part of the package, as frozen or zipped ones do"
-    return "; ".join(facts["reasons"]) or "the file was there when anyflash was installed"
+    told = (reason for reason in facts["reasons"] if not reason.startswith("cuda:"))
+    return "; ".join(told) or "the file was there when anyflash was installed"
 
 
 def _obstacle_to(path: pathlib.Path) -> str | None:
     """Why a library is not opened; None: nothing speaks against it."""
     if not path.is_file():
-        return f"{path.name} is not there: {_why_not_built()}"
+        return f"{path.name} is not there: {why_not_built()}"
     try:
         return damage(path)
     except OSError as error:

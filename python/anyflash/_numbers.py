@@ -61,8 +61,6 @@ def scaled(q: Tensor, softmax_scale: Any) -> tuple[Tensor, float]:
     A scale that asks for a gradient is multiplied into q, from where its gradient comes; and so is
     every tensor in a graph, which cannot read it.
     """
-    if softmax_scale is None:
-        return q, q.size(-1) ** -0.5 if q.dim() and q.size(-1) else 1.0
     if not isinstance(softmax_scale, Tensor):
         return q, real("softmax_scale", softmax_scale)
     if not (needs_autograd(softmax_scale) or in_functorch() or is_seen()):

@@ -107,24 +107,27 @@ def attention(
     single = q.dim() == 3 and cu_seqlens_q is None
     if single:
         q, k, v = _one_sequence(q, k, v)
-    q, k, v = contiguous_last_dim(q), contiguous_last_dim(k), contiguous_last_dim(v)
+    if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
+        q, k, v = contiguous_last_dim(q), contiguous_last_dim(k), contiguous_last_dim(v)
     if cu_seqlens_q is not None:
         max_seqlen_q = _longest("max_seqlen_q", max_seqlen_q, q.size(0))
         max_seqlen_k = _longest("max_seqlen_k", max_seqlen_k, k.size(0))
     else:
         max_seqlen_q = max_seqlen_k = 0
-    q, softmax_scale = _numbers.scaled(q, softmax_scale)
-    dropout_p, softcap = real("dropout_p", dropout_p), real("softcap", softcap)
+    if softmax_scale is None:
+        head_dim = q.size(-1)
+        softmax_scale = head_dim**-0.5 if head_dim else 1.0
+    elif type(softmax_scale) is not float:
+        q, softmax_scale = _numbers.scaled(q, softmax_scale)
+    if not (type(dropout_p) is float and type(softcap) is float):
+        dropout_p, softcap = real("dropout_p", dropout_p), real("softcap", softcap)
     if dropout_p > 0.0 and rng_state is None and must_be_given():
         rng_state = draw_rng_state(q.device)
     window_size_left, window_size_right = _numbers.window(window_size)
-    call = AttentionCall(
-        q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqused_k=seqused_k,
-        leftpad_k=leftpad_k, block_table=block_table, alibi_slopes=alibi_slopes, bias=bias,
-        sinks=sinks, rng_state=rng_state, dropout_p=dropout_p, softmax_scale=softmax_scale,
-        causal=causal, window_size_left=window_size_left, window_size_right=window_size_right,
-        softcap=softcap, deterministic=deterministic, backend=backends.resolve(backend),
+    call = AttentionCall(  # in its order: with names it would take half a microsecond more
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k,
+        block_table, alibi_slopes, bias, sinks, rng_state, dropout_p, softmax_scale, causal,
+        window_size_left, window_size_right, softcap, deterministic, backends.resolve(backend),
     )  # fmt: skip
     out, lse, _ = attend(call)
     if single:

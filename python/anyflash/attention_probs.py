@@ -22,7 +22,8 @@ ROUNDING = 128
 
 def effective_dropout(dropout_p: float) -> float:
     """dropout_p, or 0 where it is too small to drop anything: 1e-30 asks for the pattern alone."""
-    dropout_p = real("dropout_p", dropout_p)
+    if type(dropout_p) is not float:
+        dropout_p = real("dropout_p", dropout_p)
     return 0.0 if 0.0 < dropout_p < NEGLIGIBLE_DROPOUT else dropout_p
 
 

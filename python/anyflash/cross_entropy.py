@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import in_plain_eager, needs_autograd
+from ._autograd import in_plain_eager, is_seen, is_traced, needs_autograd
 from ._groups import place_in
 from ._operators import runs_on_kernel
 from ._operators.cross_entropy import (
@@ -90,7 +90,8 @@ def cross_entropy(
     if logit_scale != 1.0 or label_smoothing != 0.0:
         precomputed_lse = None
     on_kernel = runs_on_kernel("cross_entropy", logits)
-    if world_size > 1 or needs_autograd(logits):
+    in_graph = is_traced() or (on_kernel and is_seen())
+    if world_size > 1 or (needs_autograd(logits) and not in_graph):
         inplace = inplace_backward and in_plain_eager() and has_own_rows(logits)
         group = process_group if world_size > 1 else None
         return apply_cross_entropy(

@@ -81,7 +81,10 @@ def attention_kvcache(
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         cache_seqlens = _numbers.integer("cache_seqlens", cache_seqlens)
         cache_seqlens = torch.full((q.size(0),), cache_seqlens, dtype=torch.int32, device=q.device)
-    q, softmax_scale = _numbers.scaled(q, softmax_scale)
+    if softmax_scale is None:
+        softmax_scale = q.size(-1) ** -0.5 if q.dim() and q.size(-1) else 1.0
+    else:
+        q, softmax_scale = _numbers.scaled(q, softmax_scale)
     window_size_left, window_size_right = _numbers.window(window_size)
     call = KVCacheCall(
         q=contiguous_last_dim(q), k_cache=k_cache, v_cache=v_cache, k=k, v=v,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._autograd import below_autograd, needs_autograd
+from ._autograd import below_autograd, is_seen, needs_autograd
 from ._operators import runs_on_kernel
 from ._operators.norm import DTYPE_CODES, MATH, apply_norm
 
@@ -114,7 +114,8 @@ def dropout_add_norm(
     sum_dtype = residual.dtype if residual is not None else residual_dtype or x.dtype
     sum_is_x = sum_dtype == x.dtype and all(a is None for a in (residual, x1, rowscale, mask))
     tensors = (x, residual, x1, weight, bias, weight1, bias1, rowscale)
-    is_recorded = needs_autograd(*tensors)
+    in_graph = is_seen()
+    is_recorded = in_graph or needs_autograd(*tensors)
     on_kernel = runs_on_kernel("norm", x)
     is_stored = not sum_is_x and (return_residual or (is_recorded and on_kernel))
     args = (
@@ -130,6 +131,8 @@ def dropout_add_norm(
     )
     if not on_kernel:
         y, y1, z, mean, rstd = MATH["norm_forward"](*args)
+    elif in_graph:
+        y, y1, z, mean, rstd = torch.ops.anyflash.norm_forward.default(*args)
     elif is_recorded:
         scale_asks = rowscale is not None and rowscale.requires_grad
         y, y1, z, mean, rstd = apply_norm(*args, scale_asks)

@@ -75,6 +75,7 @@ _BIAS_SHAPES = {
     "plane": lambda b, h, sq, sk: (sq, sk),
     "bool": lambda b, h, sq, sk: (b, 1, sq, sk),
     "inf": lambda b, h, sq, sk: (1, 1, sq, sk),
+    "lowest": lambda b, h, sq, sk: (1, 1, sq, sk),
 }
 
 
@@ -118,7 +119,10 @@ def _make_bias(case: Case, generator: torch.Generator) -> Tensor:
         if case.bias == "bool":
             return visible
         bias = bias.masked_fill(~visible, float("-inf"))
-    return bias.to(DTYPES[case.dtype])
+    bias = bias.to(DTYPES[case.dtype])
+    if case.bias == "lowest":
+        bias[..., 1, :] = torch.finfo(bias.dtype).min
+    return bias
 
 
 def _make_options(case: Case, generator: torch.Generator) -> dict[str, Any]:

@@ -18,7 +18,8 @@ class Case:
         alibi: "", "heads" for slopes (heads,), "batch" for slopes (batch, heads).
         bias: "", or a shape: "full" (batch, heads, seqlen_q, seqlen_k), "head" (1, heads, ..),
             "key" (batch, 1, 1, seqlen_k), "plane" (seqlen_q, seqlen_k); "bool" and "inf" hide keys,
-            among them all keys of a row.
+            among them all keys of a row; "lowest" is the dtype's lowest number for all keys of a
+            row, which hides nothing.
         seqused_k: keys used of each sequence, leading padding included; None means all stored.
         leftpad_k: leading keys skipped in each sequence.
         strides: "contiguous", "transposed" (heads outermost), "sliced" (NaN between rows and heads,
@@ -248,6 +249,12 @@ CORNER = [
     Case("window_only_diagonal", window=(0, 0), dtype="bf16"),
     Case("bias_minus_inf", bias="inf"),
     Case("bias_minus_inf_causal_fp16", bias="inf", causal=True, dtype="fp16", head_dim=64),
+    Case("bias_lowest", bias="lowest"),
+    Case("bias_lowest_sinks", bias="lowest", sinks=True, causal=True),
+    Case("bias_lowest_bf16", bias="lowest", causal=True, dtype="bf16", head_dim=64),
+    Case("scale_zero", softmax_scale=0.0, causal=True),
+    Case("scale_negative", softmax_scale=-0.15, causal=True),
+    Case("scale_negative_window_fp64", softmax_scale=-0.3, window=(9, 3), dtype="fp64"),
     Case("dropout_keeps_all", dropout=1e-30),
     # Enough probabilities survive for the error rule, which compares the worst of several.
     Case("dropout_nearly_all", dropout=0.99),

@@ -113,8 +113,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, how: _Masking, sequence: int) -> tu
         logits = torch.cat([scores, column_of_sinks], -1)
     elif seqlen_k == 0:
         logits = scores.new_zeros(heads, seqlen_q, 1)
-    lse = torch.logsumexp(logits, -1, keepdim=True)
-    weights = torch.where(row_sees, torch.exp(scores - lse), torch.zeros_like(scores))
+    # Neither torch.logsumexp, whose derivative is exp(logits - lse), nor exp(scores - lse) below:
+    # far from 0 the log-sum-exp does not hold the sum.
+    largest = logits.detach().amax(-1, keepdim=True)
+    log_sum = (logits - largest).exp().sum(-1, keepdim=True).log()
+    lse = largest + log_sum
+    weights = torch.where(row_sees, (scores - largest - log_sum).exp(), torch.zeros_like(scores))
     if how.dropout_p > 0:
         state = how.extra["rng_state"]
         if state is None:

@@ -231,23 +231,30 @@ inline double dropout_factor(const Sequence& s, int64_t head, int64_t i, int64_t
   return 1 / (1 - p.dropout_p);
 }
 
+// How far a probability may be off whose logit may be: at most 1, however far that is.
+inline double probability_error(double probability, double logit_error) {
+  return std::min(1.0, probability * std::expm1(std::min(logit_error, 700.0)));
+}
+
 // One query row: its logits to all keys, and their softmax.
 struct Row {
   std::vector<Logit> logits;
+  double largest = kInfinity;  // the log-sum-exp in two parts: far from 0 one does not hold both
+  double log_sum = 0;
   double lse = kInfinity;
   double lse_error = 0;  // also the relative error that all probabilities of the row share
 
   Row(const Sequence& s, int64_t head, int64_t i, const Matrix& q, const Matrix& k,
       const Arithmetic& arithmetic) {
     const AttentionParams& p = s.p;
-    double largest = -kInfinity;
+    double most = -kInfinity;
     for (int64_t j = 0; j < s.seqlen_k; ++j) {
       logits.push_back(logit(s, head, i, j, Dot(q[i], k[j], p.head_dim)));
-      largest = std::max(largest, logits.back().value);
+      most = std::max(most, logits.back().value);
     }
-    if (largest == -kInfinity) return;
+    if (most == -kInfinity) return;
     const double sink = p.sinks ? p.sinks[head] : -kInfinity;
-    largest = std::max(largest, sink);
+    largest = std::max(most, sink);
     double sum = std::exp(sink - largest), error = sum * 4 * kRoundoff * std::fabs(sink);
     if (sum == 0) error = 0;  // no sink: the line above is 0 * infinity
     for (Logit& x : logits) {
@@ -257,7 +264,8 @@ struct Row {
       sum += std::exp(x.value - largest);
       error += std::exp(x.value - largest) * x.error;
     }
-    lse = largest + std::log(sum);
+    log_sum = std::log(sum);
+    lse = largest + log_sum;
     lse_error = error / sum + arithmetic.exp_error + sum_error(s.seqlen_k) +
                 4 * kRoundoff * (std::fabs(largest) + std::fabs(lse));
   }
@@ -279,12 +287,14 @@ inline void forward(const AttentionParams& p, const Arithmetic& arithmetic, Valu
         for (int64_t j = 0; j < s.seqlen_k && row.lse < kInfinity; ++j) {
           const Logit& x = row.logits[j];
           const double factor = dropout_factor(s, head, i, j);
-          const double weight = std::exp(x.value - row.lse) * factor;
-          if (weight == 0) continue;
+          const double probability = std::exp(x.value - row.largest - row.log_sum);
+          const double weight = probability * factor;
+          if (x.value == -kInfinity || factor == 0) continue;
           const double weight_error =
-              weight * (x.error + row.lse_error + arithmetic.exp_error +
-                        arithmetic.operand_roundoff + sum_error(s.seqlen_k)) +
-              factor * arithmetic.operand_least;
+              factor * (probability_error(probability, x.error + row.lse_error) +
+                        probability * (arithmetic.exp_error + arithmetic.operand_roundoff +
+                                       sum_error(s.seqlen_k)) +
+                        arithmetic.operand_least);
           for (int64_t c = 0; c < p.head_dim_v; ++c) {
             value[c] += weight * v[j][c];
             error[c] += weight_error * std::fabs(v[j][c]);
@@ -328,6 +338,12 @@ inline void backward(const AttentionParams& p, const Arithmetic& arithmetic, Val
         for (int64_t i = 0; i < s.seqlen_q; ++i) {
           std::vector<double> q_gradient(p.head_dim), q_error(p.head_dim);
           const double lse = p.lse.data[s.statistic_position(p.lse, i, head)];
+          // Far from 0 a float does not hold the sum of the weights: it is made again.
+          double largest = lse, log_sum = 0, lse_error = 4 * kRoundoff * std::fabs(lse);
+          if (lse < kInfinity && std::fabs(lse) >= 16384) {
+            const Row row(s, head, i, q, k, arithmetic);
+            largest = row.largest, log_sum = row.log_sum, lse_error = row.lse_error;
+          }
           double dlse = 0;
           if (p.dlse.data) dlse = p.dlse.data[s.statistic_position(p.dlse, i, head)];
           const Dot dout_out(dout[i], out[i], p.head_dim_v);
@@ -336,12 +352,14 @@ inline void backward(const AttentionParams& p, const Arithmetic& arithmetic, Val
           for (int64_t j = 0; j < s.seqlen_k && lse < kInfinity; ++j) {
             const Dot dot(q[i], k[j], p.head_dim);
             const Logit x = logit(s, head, i, j, dot);
-            const double probability = std::exp(x.value - lse);
-            if (probability == 0) continue;
-            const double error = x.error + arithmetic.exp_error +
-                                 4 * kRoundoff * (std::fabs(x.value) + std::fabs(lse));
+            if (x.value == -kInfinity) continue;
+            const double probability = std::exp(x.value - largest - log_sum);
+            const double error =
+                probability_error(probability,
+                                  x.error + lse_error + 4 * kRoundoff * std::fabs(x.value)) +
+                probability * arithmetic.exp_error;
             const double factor = dropout_factor(s, head, i, j), weight = probability * factor;
-            const double weight_slack = weight * (error + operand + rows_error);
+            const double weight_slack = factor * error + weight * (operand + rows_error);
             for (int64_t c = 0; c < p.head_dim_v; ++c) {
               v_gradient[j][c] += weight * dout[i][c];
               v_error[j][c] += weight_slack * std::fabs(dout[i][c]);
@@ -349,7 +367,7 @@ inline void backward(const AttentionParams& p, const Arithmetic& arithmetic, Val
             const Dot dout_v(dout[i], v[j], p.head_dim_v);
             double gradient = probability * (factor * dout_v.value - delta);
             double slack =
-                std::fabs(gradient) * error +
+                std::fabs(factor * dout_v.value - delta) * error +
                 probability *
                     (factor * dout_v.size * sum_error(p.head_dim_v) + delta_error +
                      4 * kRoundoff * (factor * std::fabs(dout_v.value) + std::fabs(delta)));
@@ -377,11 +395,12 @@ inline void backward(const AttentionParams& p, const Arithmetic& arithmetic, Val
             dq.set(at + c, x, std::fabs(scale) * q_error[c] + storage_error(dtype, x));
           }
           if (dsinks && lse < kInfinity) {
-            const double sink = p.sinks[head], probability = std::exp(sink - lse);
-            const double error = arithmetic.exp_error + sum_error(rows_of_all) +
-                                 4 * kRoundoff * (std::fabs(sink) + std::fabs(lse));
+            const double sink = p.sinks[head], probability = std::exp(sink - largest - log_sum);
+            const double error =
+                probability_error(probability, lse_error + 4 * kRoundoff * std::fabs(sink)) +
+                probability * (arithmetic.exp_error + sum_error(rows_of_all));
             dsinks->add(head, -probability * delta,
-                        probability * (delta_error + std::fabs(delta) * error));
+                        probability * delta_error + std::fabs(delta) * error);
           }
         }
       }

@@ -31,7 +31,7 @@ void check_plan(const IntervalMask<int64_t>& mask, PlanFor purpose) {
         0 <= piece.key_begin && piece.key_begin < piece.key_end && piece.key_end <= mask.seqlen_k;
     square &= piece.mask != Piece::Mask::kCausal || piece.rows() == piece.keys();
     masks_as_asked &=
-        purpose != PlanFor::kBias || (piece.mask != Piece::Mask::kCausal && !piece.merges);
+        purpose != PlanFor::kExplicit || (piece.mask != Piece::Mask::kCausal && !piece.merges);
     for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
       bool any = false;
       for (int64_t key = piece.key_begin; key < piece.key_end; ++key) {
@@ -69,7 +69,7 @@ TEST_CASE("pieces cover every visible (row, key) once and nothing else", "[piece
     for (int64_t seqlen_k : {1, 2, 5, 33, 34, 100}) {
       for (int64_t left : {-1, 0, 1, 6, 40}) {
         for (int64_t right : {-1, 0, 1, 5, 50}) {
-          for (PlanFor purpose : {PlanFor::kForward, PlanFor::kBackward, PlanFor::kBias}) {
+          for (PlanFor purpose : {PlanFor::kForward, PlanFor::kBackward, PlanFor::kExplicit}) {
             check_plan({seqlen_q, seqlen_k, left, right}, purpose);
           }
         }
@@ -79,7 +79,7 @@ TEST_CASE("pieces cover every visible (row, key) once and nothing else", "[piece
 }
 
 TEST_CASE("long sequences are cut into chunks and merged pieces", "[pieces]") {
-  for (PlanFor purpose : {PlanFor::kForward, PlanFor::kBackward, PlanFor::kBias}) {
+  for (PlanFor purpose : {PlanFor::kForward, PlanFor::kBackward, PlanFor::kExplicit}) {
     check_plan({1100, 1130, -1, 0}, purpose);
     check_plan({400, 430, -1, 0}, purpose);
     check_plan({700, 600, 200, 3}, purpose);

@@ -229,7 +229,9 @@ class Problem {
       const int64_t size = p_.alibi_batch_stride * std::max<int64_t>(p_.batch - 1, 0) + p_.heads;
       p_.alibi_slopes = keep(floats(size, 0, 0.3));
     }
-    if (shape_.sinks) p_.sinks = keep(floats(p_.heads, -2, 3));
+    if (shape_.sinks) {
+      p_.sinks = keep(floats(p_.heads, -2 * shape_.sink_size, 3 * shape_.sink_size));
+    }
     p_.dropout_p = shape_.dropout_p;
     if (p_.dropout_p > 0) {
       p_.rng_state = keep(std::vector<int64_t>{random_.signed_bits(), random_.signed_bits()});
@@ -390,7 +392,8 @@ class Problem {
             if (boolean) {
               static_cast<uint8_t*>(data)[at] = !hide;
             } else {
-              write(dtype, data, at, hide ? -reference::kInfinity : random_.normal());
+              const double x = shape_.bias_size * random_.normal();
+              write(dtype, data, at, hide ? -reference::kInfinity : x);
             }
           }
         }

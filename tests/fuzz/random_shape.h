@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "kernels/features.h"
 #include "kernels/launch.h"
@@ -160,6 +161,14 @@ class ShapeDrawer {
       s.bias_type = kTypes[random_.integer(0, 3)];
       s.dbias = s.backward && s.bias_type != BiasType::boolean && random_.chance(0.7);
     }
+    // Now and then numbers from far away, up to what is left of them after a sum.
+    const auto size = [&](bool half) {
+      if (!random_.chance(0.02)) return 1.0;
+      return std::pow(10.0, random_.uniform() * (half ? 3 : 35));
+    };
+    s.amplitude = std::sqrt(size(scope_.dtype == Dtype::fp16));
+    s.bias_size = size(s.bias_type == BiasType::fp16);
+    s.sink_size = size(false);
     s.strides = Strides::random;
     s.alignment = scope_.head_dim_multiple;
   }

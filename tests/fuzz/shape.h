@@ -47,6 +47,8 @@ struct Shape {
   double dropout_p = 0;
   BiasType bias_type = BiasType::none;
   double amplitude = 1;  // of q and k: large ones make probabilities of 0 and 1
+  double bias_size = 1;
+  double sink_size = 1;
 
   Strides strides = Strides::contiguous;
   int64_t alignment = 1;  // rows begin at multiples of so many elements

@@ -64,13 +64,10 @@ def test_text_says_what_runs(capsys):
     assert "aten_cpu" in text or "kernel " in text
 
 
-def test_the_cpu_is_named_with_its_kernels(capsys, provider):
+def test_the_cpu_is_named_with_its_kernels(capsys):
     facts = doctor.diagnose(probe=False).facts
     main(["doctor", "--no-probe"])
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("CPU "))
-    if provider == "python":
-        assert facts["cpu"] == {"isa": "none", "kernels": []}
-        return
     assert facts["cpu"]["isa"] == _loader.cpu_isa()
     assert facts["cpu"]["isa"] in line
     for name in facts["cpu"]["kernels"]:
@@ -78,9 +75,7 @@ def test_the_cpu_is_named_with_its_kernels(capsys, provider):
         assert name.split("_")[-1] in line
 
 
-def test_an_unknown_instruction_set(provider):
-    if provider == "python":
-        pytest.skip("the Python operators have no kernels")
+def test_an_unknown_instruction_set():
     status, report, _ = run_doctor(Path(anyflash.__file__).parents[1], ANYFLASH_CPU_ISA="sse")
     assert status == 1
     assert "ANYFLASH_CPU_ISA: unknown instruction set 'sse'" in findings(report, "problems")
@@ -172,6 +167,38 @@ def test_a_damaged_library(installation, content):
     assert report["trial"]["cpu"] == "ok"
     assert "could not be used" in findings(report, "problems")
     assert "reinstall" in findings(report, "problems")
+
+
+@pytest.mark.parametrize("name", ["libanyflash_ops.so", "libanyflash_kernels.so"])
+@pytest.mark.parametrize("provider", ["auto", "python"])
+def test_a_library_that_is_not_the_one_that_was_built(installation, name, provider):
+    """It is told whether or not the library would be used."""
+    library, facts = (installation / "anyflash" / name for name in (name, "_build.json"))
+    library.write_bytes(b"\x7fELF")
+    facts.write_text(json.dumps({"binary": True, "reasons": [], "crc32": {name: 1}}))
+    try:
+        status, report, _ = run_doctor(
+            installation, installation / "anyflash/dropin", ANYFLASH_PROVIDER=provider
+        )
+    finally:
+        library.unlink()
+        facts.unlink()
+    assert status == 1
+    assert report["operators"]["files"][name]["damage"] in findings(report, "problems")
+    assert f"{name} is damaged" in findings(report, "problems")
+
+
+def test_operators_that_no_compiler_could_build_are_no_problem(installation):
+    """zig builds the kernels alone, and the Python operators call them."""
+    facts = installation / "anyflash/_build.json"
+    why = "operators: there was no g++ or clang++"
+    facts.write_text(json.dumps({"binary": True, "reasons": [why], "crc32": {}}))
+    try:
+        _, report, _ = run_doctor(installation, installation / "anyflash/dropin")
+    finally:
+        facts.unlink()
+    assert why in findings(report, "notes") and why not in findings(report, "problems")
+    assert "g++" in findings(report, "notes")
 
 
 def test_python_operators_on_demand(installation):

@@ -93,6 +93,7 @@ def test_a_refusal_tells_of_no_fallback(monkeypatch):
 
     chosen = _operators._core.choose
     monkeypatch.setattr(_operators._core, "choose", choose)
+    _operators._is_kernel.cache_clear()
     integers, labels = torch.ones(2, 8, dtype=torch.int64), torch.ones(2, dtype=torch.int64)
     tables = torch.ones(4, 4)
     with anyflash.backend("kernel, math"):

@@ -235,3 +235,104 @@ def test_lse_of_causal_alibi(seqlen, slope, device):
     other, other_lse = anyflash.attention(q, k, v, bias=bias, causal=True, return_lse=True)
     torch.testing.assert_close(out, other, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(lse, other_lse + slope * i, atol=1e-4, rtol=1e-4)
+
+
+FEATURES = st.fixed_dictionaries(
+    {"causal": st.booleans(), "window_size": st.sampled_from([(-1, -1), (3, 2), (0, 0)])},
+    optional={
+        "alibi_slopes": st.just(True),
+        "sinks": st.just(True),
+        "softcap": st.just(2.0),
+        "dropout_p": st.just(0.3),
+        "bias": st.sampled_from(["full", "key"]),
+    },
+).filter(lambda features: not {"softcap", "dropout_p"} <= features.keys())  # refused
+
+
+def _options(features: dict, heads: int, bias_shape: tuple[int, ...], device: str) -> dict:
+    """Tensors in place of the drawn marks."""
+    options = dict(features)
+    for name in ("alibi_slopes", "sinks"):
+        if name in options:
+            options[name] = torch.rand(heads, device=device)
+    if "bias" in options:
+        shape = bias_shape if options["bias"] == "full" else (1, 1, 1, bias_shape[3])
+        options["bias"] = _random(*shape, device=device)
+    if "dropout_p" in options:
+        options["rng_state"] = torch.tensor([5, 7], device=device)
+    for name in ("sinks", "bias"):
+        if name in options:
+            options[name].requires_grad_()
+    return options
+
+
+def _with_gradients(q, k, v, options: dict, backend: str | None):
+    """out, lse and the gradients of all that has one; None where the back end cannot do it."""
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    if backend != "aten_cpu":  # which has no other gradients
+        leaves += [options[name] for name in ("sinks", "bias") if name in options]
+    try:
+        out, lse = anyflash.attention(q, k, v, **options, return_lse=True, backend=backend)
+    except RuntimeError as error:
+        assert "can run this attention" in str(error)
+        return None
+    return out, lse, *torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+
+@FEW
+@given(
+    lengths=st.lists(st.tuples(LENGTH, LENGTH), min_size=1, max_size=4),
+    features=FEATURES,
+    more=st.sampled_from([(1, 0), (0, 1), (1000, 9), (1 << 30, 1 << 30)]),
+    backend=st.sampled_from([None, "kernel", "aten_cpu", "math"]),
+)
+def test_max_seqlen_is_only_a_bound(lengths, features, more, backend, device):
+    """However generous it is: the same bits, and no memory for it."""
+    features = {n: x for n, x in features.items() if n != "bias"}  # has max_seqlen in its shape
+    longest = [max(max(pair[i] for pair in lengths), 4) for i in (0, 1)]
+    cu = [
+        torch.tensor([0, *torch.tensor([p[i] for p in lengths]).cumsum(0)], dtype=torch.int32)
+        for i in (0, 1)
+    ]
+    q = _random(int(cu[0][-1]), 2, 8, device=device)
+    k, v = (_random(int(cu[1][-1]), 2, 8, device=device) for _ in "kv")
+    options = _options(features, 2, (), device)
+    options.update(cu_seqlens_q=cu[0].to(device), cu_seqlens_k=cu[1].to(device))
+    results = []
+    for extra in ((0, 0), more):
+        bounds = {"max_seqlen_q": longest[0] + extra[0], "max_seqlen_k": longest[1] + extra[1]}
+        results.append(_with_gradients(q, k, v, {**options, **bounds}, backend))
+    if results[0] is None:
+        assert results[1] is None
+        return
+    for one, other in zip(*results):
+        assert torch.equal(one, other)
+
+
+@MANY
+@given(
+    sizes=st.tuples(*[st.sampled_from([0, 1, 7])] * 3).filter(lambda sizes: 0 in sizes),
+    features=FEATURES,
+    packed=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    backend=st.sampled_from([None, "kernel", "aten_cpu", "math"]),
+)
+def test_empty_tensors_have_one_answer(sizes, features, packed, dtype, backend, device):
+    """No batch, no queries or no keys: out 0 and lse +inf where there are rows, gradients of 0."""
+    batch, seqlen_q, seqlen_k = sizes
+    options = _options(features, 2, (batch, 2, seqlen_q, seqlen_k), device)
+    q = _random(batch, seqlen_q, 2, 8, device=device).to(dtype)
+    k, v = (_random(batch, seqlen_k, 2, 8, device=device).to(dtype) for _ in "kv")
+    if packed:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
+        options.update(cu_seqlens_q=starts * seqlen_q, cu_seqlens_k=starts * seqlen_k)
+        options.update(max_seqlen_q=seqlen_q, max_seqlen_k=seqlen_k)
+    results = _with_gradients(q, k, v, options, backend)
+    if results is None:
+        return
+    out, lse, *gradients = results
+    assert out.shape == q.shape
+    assert lse.shape == ((2, batch * seqlen_q) if packed else (batch, 2, seqlen_q))
+    assert (out == 0).all() and (lse == float("inf")).all()
+    assert all((gradient == 0).all() for gradient in gradients)

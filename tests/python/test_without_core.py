@@ -27,10 +27,9 @@ for case in CORRECTNESS:
     out, lse = anyflash.attention(*inputs.qkv, **inputs.options, return_lse=True)
     found = {"out": out, "lse": lse}
     if graded:
-        arriving = (inputs.dout, inputs.dlse)
-        gradients = torch.autograd.grad((out, lse), tuple(graded.values()), arriving)
+        gradients = torch.autograd.grad(out, tuple(graded.values()), inputs.dout)
         found.update({name: x for name, x in zip(graded, gradients)})
-    expected = expect(inputs, gradients=bool(graded))
+    expected = expect(inputs, gradients=bool(graded), dlse=False)
     for name, x in found.items():
         assert_close(x, expected.exact[name], expected.low[name], f"{case.name} {name}")
 print(len(CORRECTNESS), anyflash.decide({"device": "cpu", "dtype": "fp32"})["route"])
@@ -88,7 +87,7 @@ def _run(package: Path, program: str) -> str:
 def test_every_case_as_plain_operators(package):
     count, route = _run(package, RUN).split()
     assert int(count) > 20
-    assert route == "math"
+    assert route == "aten_cpu"
 
 
 def test_what_does_not_fit_is_refused(package):

@@ -15,6 +15,7 @@ core refuses, for both.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,13 +26,19 @@ from .. import _core, _records, backends
 from .._autograd import in_plain_eager, is_compiling
 
 
-def _choose_kernel(family: str, device: torch.device, dtype: torch.dtype) -> bool:
+@functools.cache
+def _is_kernel(family: str, device: torch.device, dtype: torch.dtype, backend: int) -> bool:
+    """A choice, made and told once: what it depends on stays as it is in a process."""
     if _core.library is None:
         from .._python_ops import without_core
 
-        without_core.choose(family, backends.current_code())
+        without_core.choose(family, backend)
         return False
-    return _core.choose(family, device, dtype, backends.current_code()).route == "kernel"
+    return _core.choose(family, device, dtype, backend).route == "kernel"
+
+
+def _choose_kernel(family: str, device: torch.device, dtype: torch.dtype) -> bool:
+    return _is_kernel(family, device, dtype, backends.current_code())
 
 
 # torch.compile evaluates it while it traces and keeps the result, as it does for attention.
@@ -54,25 +61,29 @@ def runs_on_kernel(family: str, x: Tensor) -> bool:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def record_of(kind: type[Any], tensors: Mapping[str, Tensor | None], **options: Any) -> Any | None:
-    """The arguments of a call as the core sees them; None where it cannot: without the core, and
-    while a graph is traced, whose sizes may be symbols.
+def can_check(*tensors: Any) -> bool:
+    """Whether the core can check a call: not without it, and not while a graph is traced, whose
+    sizes may be symbols. Else ``expect`` has to do."""
+    if _core.library is None or is_compiling():
+        return False
+    given = (x for x in tensors if isinstance(x, Tensor) and type(x) not in _PLAIN)
+    return all(type(size) is int for x in given for size in x.shape)
+
+
+def record_of(kind: type[Any], tensors: Mapping[str, Tensor | None], **options: Any) -> Any:
+    """The arguments of a call as the core sees them.
 
     Raises:
         RuntimeError: an integer that 64 bits do not hold.
     """
-    if _core.library is None or is_compiling():
-        return None
-    record, is_plain = _records.new(kind), in_plain_eager()
+    record, has_memory = _records.new(kind), in_plain_eager()
     for name, x in tensors.items():
         if x is None:
             continue
-        if is_plain and type(x) in _PLAIN:
+        if has_memory and type(x) in _PLAIN:
             _records.put(record, name, x)
-        elif all(type(size) is int for size in x.shape):
-            _records.put_shape(record, name, x)
         else:
-            return None
+            _records.put_shape(record, name, x)
     for name, value in options.items():
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise RuntimeError(f"{name}: expected a number of 64 bits, got {value}")
@@ -80,17 +91,12 @@ def record_of(kind: type[Any], tensors: Mapping[str, Tensor | None], **options: 
     return record
 
 
-def is_checked(family: str, *records: Any) -> bool:
-    """Has the core check a call; False where that is left to ``expect``. The first record is None
-    where ``record_of`` had none.
-
+def check(family: str, *records: Any) -> None:
+    """
     Raises:
         RuntimeError: what cannot be computed.
     """
-    if records[0] is None:
-        return False
     _core.prepare(family, *records, finds_kernel=False)
-    return True
 
 
 def expect(condition: bool, name: str, *tensors: Tensor | None) -> None:

@@ -3,7 +3,9 @@ fakes, the derivative and the way from the public functions to the operator are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,16 +14,19 @@ from torch.autograd.function import Function
 
 from .._autograd import (
     applier,
-    below_autograd,
-    call_operator,
+    direct_apply,
     first_derivative_only,
+    in_functorch,
     is_exporting,
     is_seen,
+    needs_autograd,
     refuse_gradient,
 )
+from .._guards import BelowAutograd
 from . import known_names
 
-_ops = torch.ops.anyflash
+_forward = torch.ops.anyflash._flash_attn_forward.default
+_backward = torch.ops.anyflash._flash_attn_backward.default
 _PAGED = (
     "block_table: paged attention has no gradient, but a backward went through its result; "
     "expected a call under torch.no_grad(), or keys and values without pages"
@@ -129,7 +134,13 @@ def _backward_fake(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
 FAKES = {"_flash_attn_forward": _forward_fake, "_flash_attn_backward": _backward_fake}
 
 
-# ---- The derivative.
+# ---- The derivative. Tuples are taken apart by names that are looked up once: this is the path of
+# every training step.
+
+
+def _picker(source: Sequence[str], names: Sequence[str]) -> Callable[[Sequence[Any]], Any]:
+    """Of a tuple with the names ``source``, the elements with the names ``names``."""
+    return operator.itemgetter(*(source.index(name) for name in names))
 
 
 class Saved(NamedTuple):
@@ -148,10 +159,10 @@ class Saved(NamedTuple):
     sinks: Tensor | None
     out: Tensor
     softmax_lse: Tensor
-    rng_state: Tensor
+    rng_state: Tensor | None
 
 
-class _Numbers(NamedTuple):
+class Numbers(NamedTuple):
     """The other arguments of the forward that its backward takes."""
 
     max_seqlen_q: int
@@ -166,62 +177,82 @@ class _Numbers(NamedTuple):
     backend: int
 
 
+class _More(NamedTuple):
+    """What else _flash_attn_backward takes."""
+
+    dout: Tensor
+    dsoftmax_lse: Tensor | None
+    bias_requires_grad: bool
+    sinks_requires_grad: bool
+
+
+class Gradients(NamedTuple):
+    """Of the arguments that may ask for one."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    alibi_slopes: Tensor | None
+    bias: Tensor | None
+    sinks: Tensor | None
+
+
+_RESULTS = ("out", "softmax_lse", "rng_state")
+_inputs_saved = _picker(AttentionCall._fields, [n for n in Saved._fields if n not in _RESULTS])
+_numbers_of = _picker(AttentionCall._fields, Numbers._fields)
+_arguments_of_backward = _picker(
+    (*Saved._fields, *Numbers._fields, *_More._fields), BackwardCall._fields
+)
+
+
+#: Which Gradients are asked for, from needs_input_grad; and the places of Gradients + None among an
+#: operator's arguments.
+asked_gradients = functools.partial(_picker, names=Gradients._fields)
+
+
+def places_of_gradients(names: Sequence[str]) -> Callable[[Sequence[Any]], Any]:
+    """Puts (*Gradients, None) in the places of an operator's arguments, None in all others."""
+    source = Gradients._fields
+    places = (source.index(name) if name in source else len(source) for name in names)
+    return operator.itemgetter(*places)
+
+
 def remember(
-    ctx: Any, call: AttentionCall, out: Tensor, softmax_lse: Tensor, rng_state: Tensor
+    ctx: Any, call: Sequence[Any], out: Tensor, softmax_lse: Tensor, rng_state: Tensor | None
 ) -> None:
-    """Keeps in a Function's context what ``differentiate`` needs."""
-    saved = Saved(
-        q=call.q, k=call.k, v=call.v, cu_seqlens_q=call.cu_seqlens_q,
-        cu_seqlens_k=call.cu_seqlens_k, seqused_k=call.seqused_k, leftpad_k=call.leftpad_k,
-        block_table=call.block_table, alibi_slopes=call.alibi_slopes, bias=call.bias,
-        sinks=call.sinks, out=out, softmax_lse=softmax_lse, rng_state=rng_state,
-    )  # fmt: skip
-    ctx.save_for_backward(*saved)
-    ctx.numbers = _Numbers(
-        max_seqlen_q=call.max_seqlen_q, max_seqlen_k=call.max_seqlen_k, dropout_p=call.dropout_p,
-        softmax_scale=call.softmax_scale, causal=call.causal,
-        window_size_left=call.window_size_left, window_size_right=call.window_size_right,
-        softcap=call.softcap, deterministic=call.deterministic, backend=call.backend,
-    )  # fmt: skip
+    """Keeps in a Function's context what ``differentiate`` needs: the elements of an AttentionCall,
+    and the results, rng_state only where there was dropout."""
+    ctx.save_for_backward(*_inputs_saved(call), out, softmax_lse, rng_state)
+    ctx.numbers = _numbers_of(call)
     ctx.set_materialize_grads(False)
 
 
 def differentiate(
-    ctx: Any, dout: Tensor | None, dsoftmax_lse: Tensor | None, wanted: Mapping[str, bool]
-) -> dict[str, Tensor]:
-    """The gradients of the arguments whose names are wanted; a refusal where there is none."""
-    saved, numbers = Saved(*ctx.saved_tensors), ctx.numbers
+    ctx: Any, dout: Tensor | None, dsoftmax_lse: Tensor | None, asked: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    """Gradients, those that are asked for, and a refusal in the place of one that there is not."""
+    saved = Saved(*ctx.saved_tensors)
     if dout is None:
         dout = torch.zeros_like(saved.out)
     if saved.block_table is not None:
-        return {
-            name: refuse_gradient(dout, getattr(saved, name), _PAGED)
-            for name in ("q", "k", "v", "alibi_slopes", "bias", "sinks")
-            if wanted.get(name)
-        }
-    wants_bias, wants_sinks = wanted.get("bias", False), wanted.get("sinks", False)
-    call = BackwardCall(
-        dout=dout, q=saved.q, k=saved.k, v=saved.v, out=saved.out, softmax_lse=saved.softmax_lse,
-        dsoftmax_lse=dsoftmax_lse, cu_seqlens_q=saved.cu_seqlens_q,
-        cu_seqlens_k=saved.cu_seqlens_k, max_seqlen_q=numbers.max_seqlen_q,
-        max_seqlen_k=numbers.max_seqlen_k, seqused_k=saved.seqused_k, leftpad_k=saved.leftpad_k,
-        alibi_slopes=saved.alibi_slopes, bias=saved.bias, sinks=saved.sinks,
-        rng_state=saved.rng_state if numbers.dropout_p > 0.0 else None,
-        dropout_p=numbers.dropout_p, softmax_scale=numbers.softmax_scale, causal=numbers.causal,
-        window_size_left=numbers.window_size_left, window_size_right=numbers.window_size_right,
-        softcap=numbers.softcap, deterministic=numbers.deterministic,
-        bias_requires_grad=wants_bias, sinks_requires_grad=wants_sinks, backend=numbers.backend,
-    )  # fmt: skip
-    dq, dk, dv, dbias, dsinks = below_autograd(_ops._flash_attn_backward.default, *call)
-    gradients = {"q": dq, "k": dk, "v": dv}
-    if wants_bias:
-        gradients["bias"] = dbias
-    if wants_sinks:
-        gradients["sinks"] = dsinks
-    if wanted.get("alibi_slopes"):
-        assert saved.alibi_slopes is not None
-        gradients["alibi_slopes"] = refuse_gradient(dout, saved.alibi_slopes, _ALIBI)
-    return gradients
+        return [
+            refuse_gradient(dout, getattr(saved, name), _PAGED) if is_asked else None
+            for name, is_asked in zip(Gradients._fields, asked)
+        ]
+    _, _, _, alibi_asked, bias_asked, sinks_asked = asked
+    more = (dout, dsoftmax_lse, bias_asked, sinks_asked)
+    with BelowAutograd():
+        dq, dk, dv, dbias, dsinks = _backward(
+            *_arguments_of_backward((*saved, *ctx.numbers, *more))
+        )
+    dalibi = None
+    if alibi_asked:
+        dalibi = refuse_gradient(dout, saved.alibi_slopes, _ALIBI)  # type: ignore[arg-type]
+    return dq, dk, dv, dalibi, dbias if bias_asked else None, dsinks if sinks_asked else None
+
+
+_asked = asked_gradients(AttentionCall._fields)
+_places = places_of_gradients(AttentionCall._fields)
 
 
 class AttentionFunction(Function):
@@ -231,26 +262,27 @@ class AttentionFunction(Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return below_autograd(_ops._flash_attn_forward.default, *arguments)
+        with BelowAutograd():
+            return _forward(*arguments)
 
     @staticmethod
     def setup_context(
         ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
     ) -> None:
-        remember(ctx, AttentionCall(*inputs), *output)
-        ctx.mark_non_differentiable(output[2])
+        out, softmax_lse, rng_state = output
+        remember(ctx, inputs, out, softmax_lse, rng_state if rng_state.numel() else None)
 
     @staticmethod
     @first_derivative_only
     def backward(
         ctx: Any, dout: Tensor | None, dsoftmax_lse: Tensor | None, _: Any
     ) -> tuple[Tensor | None, ...]:
-        wanted = dict(zip(AttentionCall._fields, ctx.needs_input_grad))
-        gradients = differentiate(ctx, dout, dsoftmax_lse, wanted)
-        return tuple(map(gradients.get, AttentionCall._fields))
+        asked = _asked(ctx.needs_input_grad)
+        return _places((*differentiate(ctx, dout, dsoftmax_lse, asked), None))
 
 
 apply_attention = applier(AttentionFunction)
+_record = direct_apply(AttentionFunction)
 DIFFERENTIABLE = {"_flash_attn_forward": apply_attention}
 
 
@@ -289,9 +321,9 @@ def _by_known_name(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
 
 def attend(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     """(out, softmax_lse, rng_state) of a public function's call."""
-    if is_seen() and _has_known_name(call):
-        return _by_known_name(call)
-    return call_operator(
-        _ops._flash_attn_forward.default, apply_attention, call,
-        call.q, call.k, call.v, call.bias, call.sinks, call.alibi_slopes,
-    )  # fmt: skip
+    if is_seen():
+        return _by_known_name(call) if _has_known_name(call) else _forward(*call)
+    if needs_autograd(call.q, call.k, call.v, call.bias, call.sinks, call.alibi_slopes):
+        return apply_attention(*call) if in_functorch() else _record(*call)
+    with BelowAutograd():
+        return _forward(*call)

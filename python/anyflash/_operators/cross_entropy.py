@@ -22,7 +22,7 @@ from .._autograd import (
     has_readable_values,
     in_plain_eager,
 )
-from . import expect, is_checked, record_of
+from . import can_check, check, expect, record_of
 
 _ops = torch.ops.anyflash
 
@@ -52,7 +52,7 @@ def _record(
     dlosses: Tensor | None,
     o: Options,
     in_place: bool = False,
-) -> _records.CrossEntropyCall | None:
+) -> _records.CrossEntropyCall:
     tensors = {"logits": logits, "labels": labels, "lse": lse, "dlosses": dlosses}
     return record_of(
         _records.CrossEntropyCall,
@@ -60,9 +60,9 @@ def _record(
         smoothing=o.smoothing,
         logit_scale=o.logit_scale,
         lse_square_scale=o.lse_square_scale,
-        ignore_index=o.ignore_index,
-        class_start=o.class_start_idx,
-        total_classes=o.total_classes,
+        ignore_index=int(o.ignore_index),
+        class_start=int(o.class_start_idx),
+        total_classes=int(o.total_classes),
         in_place=in_place,
     )
 
@@ -75,16 +75,17 @@ def _check(
     o: Options,
     in_place: bool = False,
 ) -> None:
-    if is_checked("cross_entropy", _record(logits, labels, lse, dlosses, o, in_place)):
+    if can_check(logits, labels, lse, dlosses):
+        check("cross_entropy", _record(logits, labels, lse, dlosses, o, in_place))
         return
     is_matrix = logits.is_floating_point() and logits.dim() == 2 and logits.shape[1] > 0
     expect(is_matrix, "logits", logits)
     for name, x in (("labels", labels), ("lse", lse), ("dlosses", dlosses)):
         expect(x is None or x.shape == logits.shape[:1], name, x, logits)
     expect(labels.dtype == torch.int64, "labels", labels)
-    expect(0 <= o.smoothing < 1 and 0 < o.logit_scale < math.inf, f"options {o}")
+    expect(0 <= o.smoothing < 1 and 0 < o.logit_scale < math.inf, "label_smoothing and logit_scale")
     last = o.class_start_idx + logits.shape[1]
-    expect(o.class_start_idx >= 0 and last <= o.total_classes, f"total_classes {o.total_classes}")
+    expect(o.class_start_idx >= 0 and last <= o.total_classes, "total_classes")
 
 
 def _out_of_range(labels: Tensor, o: Options) -> Tensor:
@@ -315,6 +316,8 @@ class CrossEntropyFunction(Function):
             smoothing, logit_scale, lse_square_scale, ignore_index, class_start_idx, total_classes
         )
         forward = implementation("cross_entropy_forward", on_kernel)
+        if on_kernel:
+            forward = functools.partial(below_autograd, forward)
         if process_group is None:
             return forward(logits, labels, precomputed_lse, *o)
         # First of all, since unequal parts may let some processes, not all, refuse a label.
@@ -385,7 +388,8 @@ apply_cross_entropy = applier(CrossEntropyFunction)
 
 
 def _fake_forward(logits: Tensor, labels: Tensor, precomputed_lse: Tensor | None, *o: Any) -> Any:
-    is_checked("cross_entropy", _record(logits, labels, precomputed_lse, None, Options(*o)))
+    if can_check(logits, labels, precomputed_lse):
+        check("cross_entropy", _record(logits, labels, precomputed_lse, None, Options(*o)))
     dtype = _statistics_dtype(logits)
     return tuple(logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(3))
 

@@ -13,6 +13,7 @@ from .._autograd import (
     below_autograd,
     call_operator,
     first_derivative_only,
+    is_seen,
     needs_autograd,
 )
 
@@ -176,8 +177,9 @@ def bias_activation(call: BiasActivationCall) -> Tensor:
 
 
 def fused_mlp(call: FusedMLPCall) -> Tensor:
-    """out of the operator for a public function's call. Without a backward, hidden isn't kept."""
+    """out of the operator for a public function's call. hidden isn't kept where no backward can
+    come, which a graph does not know."""
     tensors = (call.x, call.weight1, call.bias1, call.weight2, call.bias2)
-    if call.save_hidden and not needs_autograd(*tensors):
+    if call.save_hidden and not (is_seen() or needs_autograd(*tensors)):
         call = call._replace(save_hidden=False)
     return call_operator(_ops._fused_mlp_forward.default, _apply_fused_mlp, call, *tensors)[0]

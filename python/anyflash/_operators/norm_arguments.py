@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _records
-from . import expect, is_checked, record_of
+from . import can_check, check, expect, record_of
 
 #: dtype -> its number in the schemas, kernels/launch.h's Dtype.
 DTYPE_CODES = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 4, torch.float64: 8}
@@ -37,7 +37,7 @@ def has_own_dresidual(has_residual: bool, masked: bool, scaled: bool, same_dtype
     return has_residual and (masked or scaled or not same_dtype)
 
 
-def forward_record(*args: Any) -> _records.NormCall | None:
+def forward_record(*args: Any) -> _records.NormCall:
     """Of the arguments of norm_forward."""
     tensors = dict(zip(_FORWARD_TENSORS, args))
     return record_of(_records.NormCall, tensors, **dict(zip(_FORWARD_OPTIONS, args[10:])))
@@ -55,7 +55,7 @@ def backward_records(*args: Any) -> tuple[Any, Any]:
         dict(zip(_GRADIENT_TENSORS, args[:6])),
         **dict(zip(_GRADIENT_OPTIONS, args[17:20])),
     )
-    return (None, None) if gradient is None else (call, gradient)
+    return call, gradient
 
 
 def _expect_shared(x: Tensor, tensors: dict[str, Tensor | None]) -> None:
@@ -71,32 +71,38 @@ def _expect_shared(x: Tensor, tensors: dict[str, Tensor | None]) -> None:
         expect(name.startswith("dropout_mask") or not is_other, f"{name}'s dtype", tensor)
 
 
-def _expect_like(x: Tensor, **tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        expect(tensor is None or tensor.shape == x.shape, name, tensor, x)
+def _expect_like(name: str, tensor: Tensor | None, x: Tensor) -> None:
+    expect(tensor is None or tensor.shape == x.shape, name, tensor, x)
 
 
 def check_forward(*args: Any) -> None:
     """Raises RuntimeError for arguments of norm_forward that do not fit together."""
-    if is_checked("norm", forward_record(*args), None):
+    if can_check(*args):
+        check("norm", forward_record(*args), None)
         return
     tensors = dict(zip(_FORWARD_TENSORS, args))
     x = tensors["x"]
     _expect_shared(x, tensors)
-    _expect_like(x, **{name: tensors[name] for name in ("residual", "x1")})
-    _expect_like(x, **{name: tensors[name] for name in ("dropout_mask", "dropout_mask1")})
+    for name in ("residual", "x1", "dropout_mask", "dropout_mask1"):
+        _expect_like(name, tensors[name], x)
     codes = [code for code in args[14:16] if code != 0]
     is_fp64 = x.dtype == torch.float64
-    expect(all(code in DTYPES and (code == 8) == is_fp64 for code in codes), f"dtypes {codes}")
+    expect(
+        all(code in DTYPES and (code == 8) == is_fp64 for code in codes),
+        "out_dtype and residual_dtype",
+    )
 
 
 def check_backward(*args: Any) -> None:
     """Raises RuntimeError for arguments of norm_backward that do not fit together."""
-    if is_checked("norm", *backward_records(*args)):
+    if can_check(*args):
+        check("norm", *backward_records(*args))
         return
     gradients = dict(zip(_GRADIENT_TENSORS, args))
     shared = dict(zip(_SHARED_TENSORS, args[6:14]))
     z = gradients["z"]
     _expect_shared(z, shared)
-    _expect_like(z, **{name: gradients[name] for name in ("dy", "dy1", "dresidual_out")})
-    _expect_like(z, **{name: shared[name] for name in ("dropout_mask", "dropout_mask1", "x")})
+    for name in ("dy", "dy1", "dresidual_out"):
+        _expect_like(name, gradients[name], z)
+    for name in ("dropout_mask", "dropout_mask1", "x"):
+        _expect_like(name, shared[name], z)

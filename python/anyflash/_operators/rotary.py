@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from .. import _core, _records, _threads
-from .._autograd import applier, below_autograd, needs_autograd
-from . import expect, is_checked, record_of
+from .._autograd import applier, below_autograd, call_operator, needs_autograd
+from . import can_check, check, expect, record_of
 
 _ops = torch.ops.anyflash
 
@@ -28,7 +28,7 @@ def _record(
     interleaved: bool,
     conjugate: bool,
     in_place: bool,
-) -> _records.RotaryCall | None:
+) -> _records.RotaryCall:
     tensors = {
         "x": x,
         "cos": cos,
@@ -59,7 +59,8 @@ def _check(
     in_place: bool,
 ) -> None:
     numbers = (seqlen_offsets, seqlen_offset, cu_seqlens, max_seqlen)
-    if is_checked("rotary", _record(x, cos, sin, *numbers, *layout, in_place)):
+    if can_check(x, cos, sin, seqlen_offsets, cu_seqlens):
+        check("rotary", _record(x, cos, sin, *numbers, *layout, in_place))
         return
     expect(x.is_floating_point() and x.dim() == (4 if cu_seqlens is None else 3), "x", x)
     tables_fit = cos.dim() == 2 and sin.shape == cos.shape and 2 * cos.shape[1] <= x.shape[-1]
@@ -191,14 +192,17 @@ class RotaryFunction(Function):
 _apply_rotary = applier(RotaryFunction)
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Tensor:
-    """The operator ``rotary``, recorded where a gradient is asked for; one of the tables goes
-    through the math."""
+def _recorded(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Tensor:
+    """The operator ``rotary`` as autograd records it; a gradient of the tables goes through the
+    math."""
     if needs_autograd(cos, sin):
         return rotate(x, cos, sin, *rest)
-    if needs_autograd(x):
-        return _apply_rotary(x, cos, sin, *rest)
-    return below_autograd(_ops.rotary.default, x, cos, sin, *rest)
+    return _apply_rotary(x, cos, sin, *rest)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> Tensor:
+    """The operator ``rotary`` for a public function's call."""
+    return call_operator(_ops.rotary.default, _recorded, (x, cos, sin, *rest), x, cos, sin)
 
 
 def rotary_(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> None:
@@ -261,15 +265,17 @@ def _rotary_kernel_(x: Tensor, *rest: Any) -> None:
 
 
 def _fake(x: Tensor, *rest: Any) -> Tensor:
-    is_checked("rotary", _record(x, *rest, False))
+    if can_check(x, *rest):
+        check("rotary", _record(x, *rest, False))
     return _layout_like(x)
 
 
 def _fake_(x: Tensor, *rest: Any) -> None:
-    is_checked("rotary", _record(x, *rest, True))
+    if can_check(x, *rest):
+        check("rotary", _record(x, *rest, True))
 
 
 MATH: dict[str, Callable[..., Any]] = {"rotary": _rotary_math, "rotary_": rotate_}
 KERNELS: dict[str, Callable[..., Any]] = {"rotary": _rotary_kernel, "rotary_": _rotary_kernel_}
 FAKES = {"rotary": _fake, "rotary_": _fake_}
-DIFFERENTIABLE = {"rotary": rotary, "rotary_": rotary_}
+DIFFERENTIABLE = {"rotary": _recorded, "rotary_": rotary_}

@@ -35,6 +35,17 @@ class AttentionArgs:
     softcap: float
 
     @property
+    def longest_q(self) -> int:
+        """max_seqlen is a bound, however generous: no sequence is longer than all together."""
+        return min(self.max_seqlen_q, self.q.shape[0]) if self.packed else self.max_seqlen_q
+
+    @property
+    def longest_k(self) -> int:
+        """The same of the keys."""
+        storage = self.packed and not self.paged
+        return min(self.max_seqlen_k, self.k.shape[0]) if storage else self.max_seqlen_k
+
+    @property
     def packed(self) -> bool:
         return self.cu_seqlens_q is not None
 

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from .. import _core, _records
+from . import math, without_core
 from .arguments import AttentionArgs, BackwardArgs, Gradients
+from .far_rows import far_rows
 from .math import empty_results
 from .parts import INFINITY, ViewPart, covers_everything, parts_of
 
 _CAUSAL, _INTERVAL = 1, 2  # Piece::Mask of core/pieces.h
-_FORWARD, _BACKWARD, _BIAS = range(3)  # PlanFor
+_FORWARD, _BACKWARD, _EXPLICIT = range(3)  # PlanFor
 _NATIVE_GQA = 210  # torch that takes fewer key heads than query heads
 
 
@@ -49,12 +51,16 @@ class PartProblem:
 
     def __init__(self, args: AttentionArgs, part: ViewPart, purpose: int) -> None:
         self.scale = args.softmax_scale
+        # PyTorch's causal mask comes before the scale: -inf times 0 or a negative number.
+        explicit_masks = part.bias is not None or args.softmax_scale <= 0
         self.seqlen_q, self.seqlen_k = part.seqlen_q, part.seqlen_k
         self.window_left, self.window_right = args.window_left, args.window_right
-        self.row_begin, self.row_end, self.pieces = _core.plan_pieces(
-            part.seqlen_q, part.seqlen_k, args.window_left, args.window_right,
-            purpose if part.bias is None else _BIAS,
-        )  # fmt: skip
+        lengths = (part.seqlen_q, part.seqlen_k, args.window_left, args.window_right)
+        if _core.library is None:
+            plan = without_core.plan_pieces(*lengths, explicit_masks)
+        else:
+            plan = _core.plan_pieces(*lengths, _EXPLICIT if explicit_masks else purpose)
+        self.row_begin, self.row_end, self.pieces = plan
         self.q = _computable(part.q)
         self.k = _expanded(_computable(part.k), args.heads)
         self.v = _expanded(_computable(part.v), args.heads)
@@ -219,6 +225,8 @@ def _backward_part(
 
 def backward(args: AttentionArgs, grad: BackwardArgs) -> Gradients:
     """dq, dk, dv of schemas.def, from the out and lse that are given."""
+    if far_rows(grad.lse) is not None:
+        return math.backward(args, grad)
     dq, dk, dv = (torch.empty_like(x) for x in (args.q, args.k, args.v))
     if not covers_everything(args):
         for gradient in (dq, dk, dv):

@@ -10,9 +10,19 @@ from .arguments import AttentionArgs, BackwardArgs, Gradients
 from .aten_flash import promised_gradients
 
 
+def _is_for_math(args: AttentionArgs) -> bool:
+    """Nothing to compute, or a scale that does not keep the order of the scores."""
+    return args.k.shape[1] == 0 or args.q.numel() == 0 or args.softmax_scale <= 0
+
+
+def _is_for_math(args: AttentionArgs) -> bool:
+    """Nothing to compute, or a scale that does not keep the order of the scores."""
+    return args.k.shape[1] == 0 or args.q.numel() == 0 or args.softmax_scale <= 0
+
+
 def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """out and lse of schemas.def."""
-    if args.k.shape[1] == 0 or args.q.numel() == 0:
+    if _is_for_math(args):
         return math.forward(args)
     out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
         *(x.transpose(1, 2) for x in (args.q, args.k, args.v)),
@@ -32,7 +42,7 @@ def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
 
 def backward(args: AttentionArgs, grad: BackwardArgs) -> Gradients:
     """dq, dk, dv of schemas.def."""
-    if args.k.shape[1] == 0 or args.q.numel() == 0:
+    if _is_for_math(args):
         return math.backward(args, grad)
     state = torch.zeros((), dtype=torch.int64, device=args.q.device)
     gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(

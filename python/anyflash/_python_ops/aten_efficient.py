@@ -52,7 +52,7 @@ def _mask_type(args: AttentionArgs) -> int:
 def _lse_storage(args: AttentionArgs) -> Storage:
     assert args.cu_seqlens_q is not None
     bounds = args.cu_seqlens_q.long()
-    rows = -(-args.max_seqlen_q // _LSE_ROWS) * _LSE_ROWS
+    rows = -(-args.longest_q // _LSE_ROWS) * _LSE_ROWS
     return Storage(args.q.shape[0], bounds, bounds[:-1], bounds.diff(), rows)
 
 
@@ -75,32 +75,44 @@ def _their_lse(args: AttentionArgs, lse: Tensor) -> Tensor:
     return torch.nn.functional.pad(lse, (0, rows - lse.shape[2]), value=INFINITY)
 
 
-def _cut_empty_rows(args: AttentionArgs, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def _cut_empty_rows(
+    args: AttentionArgs, bias: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
     """Rows that see no key: out 0, lse +inf, whatever the kernel left there."""
-    hidden = ~torch.isfinite(lse) | (lse < torch.finfo(lse.dtype).min / 2)
+    if bias is None:
+        hidden = ~torch.isfinite(lse) | (lse < torch.finfo(lse.dtype).min / 2)
+    else:
+        hidden = bias.amax(-1) == -INFINITY
     rows = hidden.transpose(0, 1) if args.packed else hidden.transpose(1, 2)
     out = out.masked_fill(rows.unsqueeze(-1), 0.0)
     return out, lse.masked_fill(hidden, INFINITY)
 
 
+def _is_for_math(args: AttentionArgs) -> bool:
+    """Nothing to compute, or a scale that does not keep the order of the scores."""
+    nothing = args.max_seqlen_k == 0 or args.q.numel() == 0 or args.k.numel() == 0
+    return nothing or args.softmax_scale <= 0
+
+
 def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """out and lse of schemas.def."""
-    if args.max_seqlen_k == 0 or args.q.numel() == 0 or args.k.numel() == 0:
+    if _is_for_math(args):
         return math.forward(args)
+    bias = _bias(args)
     out, lse = torch.ops.aten._efficient_attention_forward(
         *(_batched(args, x) for x in (args.q, _expanded(args, args.k), _expanded(args, args.v))),
-        _bias(args),
+        bias,
         args.cu_seqlens_q,
         args.cu_seqlens_k,
-        args.max_seqlen_q if args.packed else None,
-        args.max_seqlen_k if args.packed else None,
+        args.longest_q if args.packed else None,
+        args.longest_k if args.packed else None,
         0.0,
         _mask_type(args),
         True,
         scale=args.softmax_scale,
     )[:2]
     out = out.squeeze(0) if args.packed else out
-    out, lse = _cut_empty_rows(args, out, _our_lse(args, lse))
+    out, lse = _cut_empty_rows(args, bias, out, _our_lse(args, lse))
     promised, _ = math.empty_results(args)
     return (out if out.stride() == promised.stride() else promised.copy_(out)), lse
 
@@ -114,7 +126,7 @@ def _summed(args: AttentionArgs, gradient: Tensor) -> Tensor:
 
 def backward(args: AttentionArgs, grad: BackwardArgs) -> Gradients:
     """dq, dk, dv of schemas.def."""
-    if args.max_seqlen_k == 0 or args.q.numel() == 0 or args.k.numel() == 0:
+    if _is_for_math(args):
         return math.backward(args, grad)
     state: Any = torch.zeros((), dtype=torch.int64, device=args.q.device)
     dq, dk, dv = torch.ops.aten._efficient_attention_backward(
@@ -124,8 +136,8 @@ def backward(args: AttentionArgs, grad: BackwardArgs) -> Gradients:
         _batched(args, grad.out),
         args.cu_seqlens_q,
         args.cu_seqlens_k,
-        args.max_seqlen_q,
-        args.max_seqlen_k,
+        args.longest_q,
+        args.longest_k,
         _their_lse(args, grad.lse),
         0.0,
         state,

@@ -21,6 +21,11 @@ def _one_sided(args: AttentionArgs) -> bool:
     return args.window_left >= 0 and args.window_right < 0
 
 
+def _is_for_math(args: AttentionArgs) -> bool:
+    """This attention looks for the largest score before it scales: the scale must be positive."""
+    return _one_sided(args) or args.softmax_scale <= 0
+
+
 def _options(args: AttentionArgs) -> dict[str, Any]:
     causal = args.purely_causal
     windowed = not causal and (args.window_left >= 0 or args.window_right >= 0)
@@ -33,7 +38,7 @@ def _options(args: AttentionArgs) -> dict[str, Any]:
 
 def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """out and lse of schemas.def."""
-    if _one_sided(args):
+    if _is_for_math(args):
         return math.forward(args)
     options = _options(args)
     if args.seqused_k is not None:
@@ -46,8 +51,8 @@ def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
         args.v,
         args.cu_seqlens_q,
         args.cu_seqlens_k,
-        args.max_seqlen_q,
-        args.max_seqlen_k,
+        args.longest_q,
+        args.longest_k,
         0.0,
         args.purely_causal,
         False,
@@ -61,7 +66,7 @@ def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
 
 def backward(args: AttentionArgs, grad: BackwardArgs) -> Gradients:
     """dq, dk, dv of schemas.def."""
-    if _one_sided(args):
+    if _is_for_math(args):
         return math.backward(args, grad)
     no_state = torch.zeros(2, dtype=torch.int64, device=args.q.device)
     gradients = torch.ops.aten._flash_attention_backward(
@@ -73,8 +78,8 @@ def backward(args: AttentionArgs, grad: BackwardArgs) -> Gradients:
         grad.lse.contiguous(),
         args.cu_seqlens_q,
         args.cu_seqlens_k,
-        args.max_seqlen_q,
-        args.max_seqlen_k,
+        args.longest_q,
+        args.longest_k,
         0.0,
         args.purely_causal,
         no_state,

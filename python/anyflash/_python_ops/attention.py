@@ -13,7 +13,7 @@ from .._rng_state import draw_rng_state
 from . import aten_cpu, aten_cudnn, aten_efficient, aten_flash, kernel, math, without_core
 from .arguments import AttentionArgs, BackwardArgs, Gradients
 
-_ROUTES: dict[str, ModuleType] = {
+ROUTES: dict[str, ModuleType] = {
     "aten_cpu": aten_cpu,
     "aten_flash": aten_flash,
     "aten_efficient": aten_efficient,
@@ -76,7 +76,7 @@ def run_forward(
     route = choice.route
     if route == "kernel":
         return kernel.forward(choice, args, call)
-    return _ROUTES[route].forward(args)
+    return ROUTES[route].forward(args)
 
 
 def _flash_attn_forward(
@@ -121,8 +121,7 @@ def _flash_attn_forward(
 
 def _run_forward(args: AttentionArgs, causal: bool, backend: int) -> tuple[Tensor, Tensor]:
     if _core.library is None:
-        without_core.prepare(args, causal, backend)
-        return math.forward(args)
+        return ROUTES[without_core.prepare(args, None, causal, backend)].forward(args)
     copies: list[Tensor] = []
     call = views_of(args, copies)
     choice = _prepare(args, call, None, causal, backend)
@@ -178,8 +177,7 @@ def _flash_attn_backward(
 
 def _run_backward(args: AttentionArgs, grad: BackwardArgs, causal: bool, backend: int) -> Gradients:
     if _core.library is None:
-        without_core.prepare(args, causal, backend)
-        return math.backward(args, grad)
+        return ROUTES[without_core.prepare(args, grad, causal, backend)].backward(args, grad)
     copies: list[Tensor] = []
     call = views_of(args, copies)
     grad_call = _records.new(_records.BackwardCall)
@@ -190,7 +188,7 @@ def _run_backward(args: AttentionArgs, grad: BackwardArgs, causal: bool, backend
     choice = _prepare(args, call, grad_call, causal, backend)
     if choice.route == "kernel":
         return kernel.backward(choice, args, grad, call, grad_call)
-    return _ROUTES[choice.route].backward(args, grad)
+    return ROUTES[choice.route].backward(args, grad)
 
 
 def refuse_gradient(gradient: Tensor, size: list[int], why: str) -> Tensor:

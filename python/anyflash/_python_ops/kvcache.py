@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .. import _core, _records, _threads
 from .._guards import count_write
-from . import math, without_core
+from . import without_core
 from .arguments import AttentionArgs
-from .attention import run_forward, take_options
+from .attention import ROUTES, run_forward, take_options
 
 
 @dataclass
@@ -201,10 +201,10 @@ def _flash_attn_kvcache_(
     )  # fmt: skip
     if _core.library is None:
         args = call.attention(window_left, window_right)
-        without_core.prepare(args, causal, backend)
+        route = without_core.prepare(args, None, causal, backend)
         if call.seqlen_new > 0 and call.batch > 0:
             _append_by_operators(call, args)
-        return math.forward(args)
+        return ROUTES[route].forward(args)
     copies: list[Tensor] = []
     record = _views_of(call, copies)
     record.options.window_left, record.options.window_right = window_left, window_right

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import philox
 from .arguments import AttentionArgs, BackwardArgs, Gradients
+from .far_rows import far_rows, weight_of_far_rows
 from .parts import INFINITY, Part, ViewPart, bias_of, covers_everything, parts_of
 
 _BLOCK_BYTES = 64 << 20  # of one block of scores
@@ -202,6 +203,18 @@ class Scorer:
         return kept.to(self.dtype).mul_(1.0 / (1.0 - args.dropout_p))
 
 
+def _reference_of(row_max: Tensor, sinks: Tensor | None) -> Tensor:
+    """The largest logit of each row, the sink among them; 0 of a row without any."""
+    largest = row_max if sinks is None else torch.maximum(row_max, sinks)
+    return largest.masked_fill(largest == -INFINITY, 0.0)
+
+
+def _total(p: Tensor, reference: Tensor, sinks: Tensor | None) -> Tensor:
+    """The sum of each row's weights exp(logit - reference), the sink's among them."""
+    total = p.sum(-1)
+    return total if sinks is None else total + torch.exp(sinks - reference)
+
+
 def _part_forward(args: AttentionArgs, part: Part, out: Tensor, lse: Tensor) -> None:
     """Fills out (batch, seqlen_q, heads, head_dim_v) and lse (batch, heads, seqlen_q)."""
     scorer = Scorer(args, part)
@@ -215,12 +228,14 @@ def _part_forward(args: AttentionArgs, part: Part, out: Tensor, lse: Tensor) -> 
             block_lse.fill_(INFINITY)
             continue
         s, _ = scorer.scores(block)
-        row_lse = torch.logsumexp(s, dim=-1)
-        hidden = row_lse == -INFINITY
-        if sinks is not None:
-            row_lse = torch.logaddexp(row_lse, sinks)
-        row_lse.masked_fill_(hidden, INFINITY)
-        p = s.sub_(row_lse.unsqueeze(-1)).exp_()
+        row_max = s.amax(-1)
+        hidden = row_max == -INFINITY
+        reference = _reference_of(row_max, sinks)
+        p = s.sub_(reference.unsqueeze(-1)).exp_()
+        total = _total(p, reference, sinks)
+        row_lse = (total.log() + reference).masked_fill_(hidden, INFINITY)
+        # A row without keys has no weights, and a sink may be far above them.
+        p.div_(total.masked_fill_(hidden, 1.0).unsqueeze(-1))
         dropout = scorer.dropout(block)
         if dropout is not None:
             p.mul_(dropout)
@@ -282,6 +297,7 @@ class _PartGradients(NamedTuple):
     dk: Tensor  # (batch * heads_k, seqlen_k, head_dim)
     dv: Tensor  # (batch * heads_k, seqlen_k, head_dim_v)
     dbias: Tensor | None  # of part.bias' shape
+    dsinks: Tensor | None  # (heads,)
 
 
 def _part_backward(
@@ -289,6 +305,7 @@ def _part_backward(
 ) -> None:
     """Adds the gradients of a part. delta (batch, heads, seqlen_q): rowsum(dout * out) - dlse."""
     scorer = Scorer(args, part)
+    sinks = None if args.sinks is None else args.sinks.to(scorer.dtype)[:, None]
     lse, dout = part.stats(grad.lse), part.rows(grad.dout)
     for block in blocks(args, part):
         b, rows = block.sequences, block.rows
@@ -297,9 +314,23 @@ def _part_backward(
             dq.zero_()
             continue
         s, tanh = scorer.scores(block)
-        p = s.sub_(lse[b.start : b.stop, :, rows.start : rows.stop, None]).exp_()
-        flat = (-1, len(block.rows) * (args.heads // args.heads_k), len(block.columns))
+        reference = row_lse = lse[b.start : b.stop, :, rows.start : rows.stop]
+        row_delta = delta[b.start : b.stop, :, rows.start : rows.stop]
         block_dout = scorer.queries(dout, block)
+        far = far_rows(row_lse)
+        if far is not None:
+            reference = torch.where(far, _reference_of(s.amax(-1), sinks), row_lse)
+        p = s.sub_(reference.unsqueeze(-1)).exp_()
+        if far is not None:
+            # Everything is linear in dout and delta, which therefore take the sum of the weights.
+            total = _total(p, reference, sinks)
+            weight = weight_of_far_rows(far, total, reference, row_lse)
+            row_delta = row_delta * weight
+            block_dout = block_dout * weight.reshape(block_dout.shape[0], -1, 1)
+        if target.dsinks is not None:
+            # lse is +inf where a row sees no key.
+            target.dsinks.sub_((torch.exp(sinks - reference) * row_delta).sum(dim=(0, 2)))
+        flat = (-1, len(block.rows) * (args.heads // args.heads_k), len(block.columns))
         dp = block_dout @ scorer.of_block(scorer.values, block).transpose(1, 2)
         dp = scorer.by_head(dp, block)
         dropout = scorer.dropout(block)
@@ -309,8 +340,7 @@ def _part_backward(
         else:
             dropped = p
         scorer.of_block(target.dv, block).add_(dropped.view(flat).transpose(1, 2) @ block_dout)
-        row_delta = delta[b.start : b.stop, :, rows.start : rows.stop, None]
-        ds = dp.sub_(row_delta).mul_(p)
+        ds = dp.sub_(row_delta.unsqueeze(-1)).mul_(p)
         if target.dbias is not None:
             block_dbias = scorer.bias(target.dbias, block)
             block_dbias.add_(_reduce_to(ds, block_dbias))
@@ -320,13 +350,6 @@ def _part_backward(
         dq.copy_(scorer.ungrouped(ds @ scorer.of_block(scorer.keys, block), block))
         block_q = scorer.queries(part.q, block)
         scorer.of_block(target.dk, block).add_(ds.transpose(1, 2) @ block_q)
-
-
-def _sinks_gradient(args: AttentionArgs, lse: Tensor, delta: Tensor) -> Tensor:
-    """(heads,): each row that sees a key gives exp(sink - lse) * -delta; lse is +inf for the
-    others."""
-    sinks = args.sinks.to(lse.dtype)[:, None]  # type: ignore[union-attr]
-    return -(torch.exp(sinks - lse) * delta).sum(dim=(0, 2))
 
 
 def backward(args: AttentionArgs, grad: BackwardArgs) -> Gradients:
@@ -345,8 +368,6 @@ def backward(args: AttentionArgs, grad: BackwardArgs) -> Gradients:
         delta = (part.rows(grad.dout).to(dtype) * part.rows(grad.out)).sum(-1).transpose(1, 2)
         if grad.dlse is not None:
             delta = delta - part.stats(grad.dlse)
-        if dsinks is not None:
-            dsinks += _sinks_gradient(args, part.stats(grad.lse), delta)
         in_place = isinstance(part, ViewPart)
         heads = part.batch * args.heads_k
         target = _PartGradients(
@@ -354,6 +375,7 @@ def backward(args: AttentionArgs, grad: BackwardArgs) -> Gradients:
             delta.new_zeros((heads, part.seqlen_k, args.head_dim)),
             delta.new_zeros((heads, part.seqlen_k, args.head_dim_v)),
             _bias_view(dbias, part),
+            dsinks,
         )
         _part_backward(args, part, grad, delta, target)
         if not in_place:

@@ -127,7 +127,7 @@ def _slopes(args: AttentionArgs) -> Tensor | None:
 
 def _pages(cache: Tensor, table: list[int], length: int) -> Tensor:
     """The first ``length`` rows of one sequence, gathered: (length, heads_k, ...)."""
-    count = -(-length // cache.shape[1])
+    count = -(-length // max(cache.shape[1], 1))  # of empty pages there are none to gather
     index = torch.tensor(table[:count], dtype=torch.int64)
     return cache.index_select(0, index).flatten(0, 1)[:length]
 
@@ -240,19 +240,19 @@ def _key_storage(args: AttentionArgs, total: int) -> Storage | None:
     if args.cu_seqlens_k is not None and not args.paged:
         bounds = args.cu_seqlens_k.long()
     else:
-        bounds = torch.arange(batch + 1, device=device) * args.max_seqlen_k
+        bounds = torch.arange(batch + 1, device=device) * args.longest_k
     if args.seqused_k is not None:
         length = args.seqused_k.long()
     elif args.cu_seqlens_k is not None:
         length = args.cu_seqlens_k.long().diff()
     elif args.leftpad_k is not None:
-        length = torch.full((batch,), args.max_seqlen_k, dtype=torch.int64, device=device)
+        length = torch.full((batch,), args.longest_k, dtype=torch.int64, device=device)
     else:
         return None
     start = bounds[:-1]
     if args.leftpad_k is not None:
         start, length = start + args.leftpad_k, length - args.leftpad_k
-    return Storage(total, bounds, start, length.clamp(min=0), args.max_seqlen_k)
+    return Storage(total, bounds, start, length.clamp(min=0), args.longest_k)
 
 
 def _padded(args: AttentionArgs) -> PaddedPart:
@@ -264,7 +264,7 @@ def _padded(args: AttentionArgs) -> PaddedPart:
     rows = None
     if args.cu_seqlens_q is not None:
         bounds = args.cu_seqlens_q.long()
-        rows = Storage(q.shape[0], bounds, bounds[:-1], bounds.diff(), args.max_seqlen_q)
+        rows = Storage(q.shape[0], bounds, bounds[:-1], bounds.diff(), args.longest_q)
         q = rows.gather(q)
     dense_keys = args.paged or args.cu_seqlens_k is None
     keys = _key_storage(args, k.shape[0] * k.shape[1] if dense_keys else k.shape[0])

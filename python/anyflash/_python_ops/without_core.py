@@ -1,17 +1,21 @@
-"""What runs where there is no kernel library: everything as plain operators, in PyTorch's own words
-where they do not fit."""
+"""What runs where there is no kernel library: PyTorch's CPU attention where it says the same, else
+plain operators, in PyTorch's own words where arguments do not fit."""
 
 from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-from .. import _loader, backends
-from .arguments import AttentionArgs
+from .. import _core, _defs, _loader, backends
+from .._records import Piece
+from .arguments import AttentionArgs, BackwardArgs
 
 _LOGGER = logging.getLogger("anyflash")
+_PLAIN = "plain PyTorch operators (math)"
 
 
 def obstacle() -> str:
@@ -20,29 +24,69 @@ def obstacle() -> str:
 
 
 @functools.cache
-def _tell(family: str) -> None:
+def _tell(family: str, route: str) -> None:
     _LOGGER.warning(
-        "anyflash: %s runs on plain PyTorch operators (math), because kernel: %s. "
-        "To make it an error: ANYFLASH_STRICT=1. This is said once.",
+        "anyflash: %s runs on %s, because kernel: %s. To make it an error: ANYFLASH_STRICT=1. "
+        "This is said once.",
         family,
+        "PyTorch's CPU attention (aten_cpu)" if route == "aten_cpu" else _PLAIN,
         obstacle(),
     )
 
 
-def choose(family: str, backend: int) -> None:
-    """Takes `math`, told once.
+def _route(family: str, names: Sequence[str], on_aten_cpu: bool) -> str:
+    """The first of an order of back ends that can run it; "none": no one."""
+    for name in names:
+        if name == "math" or (family != "attention" and name != "kernel"):
+            return "math"
+        if name in ("sdpa", "aten_cpu") and on_aten_cpu:
+            return "aten_cpu"
+    return "none"
+
+
+def choose(family: str, backend: int, on_aten_cpu: bool = False) -> str:
+    """The route of a call, a fallback told once.
 
     Raises:
-        RuntimeError: the order of back ends has nothing that means it.
+        RuntimeError: the order of back ends has none for it.
     """
     names = backends.chain_names(backend) or backends.environment_chain()
-    means_math = ("math",) if family == "attention" else tuple(n for n in names if n != "kernel")
-    if not any(name in means_math for name in names):
+    route = _route(family, names, on_aten_cpu)
+    if route == "none":
         raise RuntimeError(
             f'anyflash: no back end of "{",".join(names)}" can run this {family}: {obstacle()}'
         )
     if names[0] == "kernel":
-        _tell(family)
+        _tell(family, route)
+    return route
+
+
+def decide(problem: dict[str, Any]) -> dict[str, Any]:
+    """anyflash.decide without the core, in fewer words."""
+    given = problem.get("chain") or backends.DEFAULT_CHAIN
+    names = backends.parse_chain(given) if isinstance(given, str) else tuple(given)
+    row = next(e.fields for e in _defs.entries("routes") if e.fields[0] == "aten_cpu")
+    known = _defs.features(row[9] if problem.get("direction") == "backward" else row[8])
+    on_aten_cpu = problem.get("device", "cpu") == "cpu" and known >= {*problem.get("features", ())}
+    route = _route(str(problem.get("op", "attention")), names, on_aten_cpu)
+    passed = names[: names.index(route)] if route in names else names
+    reasons = [(name, obstacle()) for name in passed if name == "kernel" or route != "aten_cpu"]
+    return {"route": route, "instance": None, "measured": None, "reasons": reasons}
+
+
+def plan_pieces(
+    seqlen_q: int, seqlen_k: int, left: int, right: int, explicit_masks: bool
+) -> tuple[int, int, list[Piece]]:
+    """core/pieces.h, cut coarser: one piece, or explicit masks for 512 rows at a time."""
+    if seqlen_q == 0 or seqlen_k == 0:
+        return 0, 0, []
+    begin = max(0, seqlen_q - seqlen_k - right) if right >= 0 else 0
+    is_square = seqlen_q == seqlen_k and left < 0 and not explicit_masks
+    if (left, right) == (-1, -1) or (right == 0 and is_square):
+        return 0, seqlen_q, [Piece(0, seqlen_q, 0, seqlen_k, int(right == 0), False)]
+    starts = range(begin, seqlen_q, 512)
+    pieces = [Piece(row, min(row + 512, seqlen_q), 0, seqlen_k, 2, False) for row in starts]
+    return begin, seqlen_q, pieces
 
 
 #: Names in the order of their numbers in the schemas.
@@ -101,15 +145,6 @@ def check_fused_mlp(
     _check_rows_and_bias(x, bias2, weight2.shape[0])
 
 
-def decide(problem: dict[str, object]) -> dict[str, object]:
-    """anyflash.decide: math, and why nothing else."""
-    given = problem.get("chain") or backends.DEFAULT_CHAIN
-    names = backends.parse_chain(given) if isinstance(given, str) else tuple(given)  # type: ignore[arg-type]
-    route = "math" if "math" in names or problem.get("op") == "bias_activation" else "none"
-    reasons = [(name, obstacle()) for name in names if name != "math"]
-    return {"route": route, "instance": None, "measured": None, "reasons": reasons}
-
-
 def _check_lengths(args: AttentionArgs) -> None:
     """Lengths on the CPU that slices would shorten without a word."""
     starts = (
@@ -132,11 +167,11 @@ def _check_lengths(args: AttentionArgs) -> None:
             raise RuntimeError(f"seqused_k: expected at most {args.max_seqlen_k}, got {most}")
 
 
-def prepare(args: AttentionArgs, causal: bool, backend: int) -> None:
-    """Refuses what plain operators would compute wrongly instead of refusing it.
+def prepare(args: AttentionArgs, grad: BackwardArgs | None, causal: bool, backend: int) -> str:
+    """The route, aten_cpu or math; refuses what both would compute wrongly instead of refusing it.
 
     Raises:
-        RuntimeError: dtypes, head counts or lengths that do not fit.
+        RuntimeError: dtypes, head counts or lengths that do not fit, or no back end.
     """
     q, k, v = args.q, args.k, args.v
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
@@ -155,5 +190,13 @@ def prepare(args: AttentionArgs, causal: bool, backend: int) -> None:
     if args.dropout_p > 0.0 and args.rng_state is None:
         raise RuntimeError(f"rng_state: missing, dropout_p is {args.dropout_p}")
     args.normalise(causal)
-    choose("attention", backend)
     _check_lengths(args)
+    beyond = (
+        (args.alibi_slopes, args.sinks)
+        if grad is None
+        else (args.alibi_slopes, args.sinks, grad.dlse)
+    )
+    plain = args.softcap == 0.0 and args.dropout_p == 0.0 and all(x is None for x in beyond)
+    in_backward = grad is not None and (args.paged or grad.bias_requires_grad)
+    fits = plain and not in_backward and args.head_dim == args.head_dim_v and args.head_dim > 0
+    return choose("attention", backend, fits and q.is_cpu and _core.torch_version() >= 202)

@@ -8,7 +8,7 @@ operators. When another package registers the names again, the functions below g
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Callable, NamedTuple, Optional
 
 import flash_attn_2_cuda as flash_attn_gpu
@@ -27,7 +27,15 @@ from anyflash._autograd import (
 )
 from anyflash._guards import isolated
 from anyflash._operators import known_names
-from anyflash._operators.attention import AttentionCall, Saved, differentiate, remember
+from anyflash._operators.attention import (
+    AttentionCall,
+    Gradients,
+    Numbers,
+    Saved,
+    differentiate,
+    places_of_gradients,
+    remember,
+)
 from anyflash.attention_probs import effective_dropout, round_up
 
 
@@ -190,24 +198,28 @@ def _given(function: Callable[..., Any], arguments: Any, named: Mapping[str, Any
     return AttentionCall(**given)
 
 
-def _backward_by_name(ctx: Any, dout: Tensor, wanted: Mapping[str, bool]) -> dict[str, Tensor]:
+def _backward_by_name(ctx: Any, dout: Tensor, asked: Sequence[bool]) -> Sequence[Optional[Tensor]]:
     """anyflash's derivative through the operator that trainers know. It writes into buffers, which
     a compiler would copy, so only where somebody looks."""
     saved = Saved(*ctx.saved_tensors)
-    if wanted.get("alibi_slopes") or saved.block_table is not None or not known_names.are_ours():
-        return differentiate(ctx, dout, None, wanted)
+    is_refused = Gradients(*asked).alibi_slopes or saved.block_table is not None
+    if is_refused or not known_names.are_ours():
+        return differentiate(ctx, dout, None, asked)
     buffers = {f"d{name}": torch.empty_like(getattr(saved, name)) for name in "qkv"}
-    given = {**saved._asdict(), **ctx.numbers._asdict(), **buffers, "dout": dout}
+    numbers = Numbers(*ctx.numbers)
+    given = {**saved._asdict(), **numbers._asdict(), **buffers, "dout": dout}
     name = "_flash_attn_backward" if saved.cu_seqlens_q is None else "_flash_attn_varlen_backward"
     expected = inspect.signature(_OPERATORS[name].function).parameters
     operator = getattr(torch.ops.flash_attn, name).default
     operator(**{name: given[name] for name in expected if name in given})
-    return {name: buffers[f"d{name}"] for name in "qkv"}
+    return Gradients(*buffers.values(), None, None, None)
 
 
 def _differentiable(operator: Any, function: Callable[..., Any]) -> Callable[..., Any]:
     """A forward as autograd records it."""
     names = tuple(inspect.signature(function).parameters)
+    places = places_of_gradients(names)
+    bound = {name: i for i, name in enumerate(names)}
 
     class NamedAttentionFunction(Function):
         generate_vmap_rule = True
@@ -219,7 +231,8 @@ def _differentiable(operator: Any, function: Callable[..., Any]) -> Callable[...
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
             out, softmax_lse, s_dmask, rng_state = output
-            remember(ctx, _given(function, inputs, {}), out, softmax_lse, rng_state)
+            call = _given(function, inputs, {})
+            remember(ctx, call, out, softmax_lse, rng_state if call.dropout_p > 0.0 else None)
             ctx.mark_non_differentiable(s_dmask, rng_state)
 
         @staticmethod
@@ -227,12 +240,14 @@ def _differentiable(operator: Any, function: Callable[..., Any]) -> Callable[...
         def backward(
             ctx: Any, dout: Optional[Tensor], dsoftmax_lse: Optional[Tensor], *_: Any
         ) -> tuple[Optional[Tensor], ...]:
-            wanted = dict(zip(names, ctx.needs_input_grad))
+            needed = ctx.needs_input_grad
+            asked = [bound.get(name, len(needed)) for name in Gradients._fields]
+            asked = [i < len(needed) and needed[i] for i in asked]
             if is_watched() and dout is not None and dsoftmax_lse is None:
-                gradients = _backward_by_name(ctx, dout, wanted)
+                gradients = _backward_by_name(ctx, dout, asked)
             else:
-                gradients = differentiate(ctx, dout, dsoftmax_lse, wanted)
-            return tuple(gradients.get(name) for name, _ in zip(names, ctx.needs_input_grad))
+                gradients = differentiate(ctx, dout, dsoftmax_lse, asked)
+            return places((*gradients, None))[: len(needed)]
 
     return applier(NamedAttentionFunction)
 

@@ -105,7 +105,9 @@ def _attend(
     )  # fmt: skip
     if dropout_p == 0.0:
         return out, softmax_lse, q.new_empty(0)
-    q, scale = _numbers.scaled(q, softmax_scale)
+    scale = q.shape[-1] ** -0.5
+    if softmax_scale is not None:
+        q, scale = _numbers.scaled(q, softmax_scale)
     pattern = signed_probabilities(
         q, k, alibi_slopes=alibi_slopes, rng_state=rng_state, dropout_p=kept,
         softmax_scale=scale, causal=causal, window_size=window, softcap=softcap, **lengths,
