@@ -65,9 +65,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, options: Sequence[Any], **lengths: 
 
     names = ("dropout_p", "softmax_scale", "causal", "window_size", "softcap", "alibi_slopes")
     named = dict(zip((*names, "deterministic", "block_table"), options))
-    out = attention(q, k, v, **named, **lengths)
-    assert isinstance(out, Tensor)
-    return out
+    return attention(q, k, v, **named, **lengths)
 
 
 def _flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
