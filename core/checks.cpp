@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <optional>
 #include <vector>
 
 namespace anyflash {
@@ -56,8 +57,22 @@ bool touches(const Dims& dims, int32_t from, int64_t begin, int64_t end) {
   return false;
 }
 
-// Whether two nested tensors of the same strides share an element; `offset` is that of b's first
-// element from a's.
+// The dimensions of both tensors as one, as far as their strides are the same; in each the longer
+// of the two sizes.
+std::optional<Dims> common_dims(const TensorView& a, const TensorView& b) {
+  if (a.rank != b.rank || a.rank > kMaxRank) return std::nullopt;
+  TensorView both = a;
+  for (int32_t i = 0; i < a.rank; ++i) {
+    if (a.sizes[i] > 1 && b.sizes[i] > 1 && a.strides[i] != b.strides[i]) return std::nullopt;
+    if (b.sizes[i] <= a.sizes[i]) continue;
+    both.sizes[i] = b.sizes[i];
+    both.strides[i] = b.strides[i];
+  }
+  return Dims(both);
+}
+
+// Whether two tensors of the same strides share an element, `offset` being that of b's first from
+// a's. Their common dimensions are nested.
 bool shares(const TensorView& a, const TensorView& b, int64_t offset) {
   struct Step {
     int64_t stride, lowest, highest;  // index in a minus index in b
@@ -80,14 +95,6 @@ bool shares(const TensorView& a, const TensorView& b, int64_t offset) {
     return false;
   };
   return reaches(reaches, 0, offset);
-}
-
-bool have_same_strides(const TensorView& a, const TensorView& b) {
-  if (a.rank != b.rank || a.rank > kMaxRank) return false;
-  for (int32_t i = 0; i < a.rank; ++i) {
-    if (a.sizes[i] > 1 && b.sizes[i] > 1 && a.strides[i] != b.strides[i]) return false;
-  }
-  return true;
 }
 
 // Calls visit(begin, length) for every run of neighbouring elements until it returns true; false
@@ -156,7 +163,8 @@ void check_no_overlap(const TensorView& written, const char* written_name, const
   // so.
   if (bytes_of(read.dtype) != width || offset % width != 0) return;
   const Dims into(written), from(read);
-  const bool overlaps = have_same_strides(written, read) && is_nested(from)
+  const std::optional<Dims> common = common_dims(written, read);
+  const bool overlaps = common && is_nested(*common)
                             ? shares(written, read, offset / width)
                             : any_run(from, [&](int64_t at, int64_t length) {
                                 const int64_t first = offset / width + at;

@@ -10,8 +10,6 @@
 #include "core/problem_text.h"
 #include "core/text.h"
 #include "kernels/arch.h"
-#include "kernels/masks.h"
-#include "kernels/philox.h"
 
 namespace anyflash {
 namespace {
@@ -239,20 +237,3 @@ const char* anyflash_layout(void) {
 }
 
 const char* anyflash_build_compiler(void) { return __VERSION__; }
-
-void anyflash_dropout_keep(int64_t seed, int64_t offset, uint32_t bh, uint32_t rows, uint32_t cols,
-                           double dropout_p, uint8_t* kept) {
-  const Dropout dropout{uint64_t(seed), uint32_t(offset), Dropout::threshold_for(dropout_p)};
-  for (uint32_t row = 0; row < rows; ++row) {
-    for (uint32_t col = 0; col < cols; ++col) *kept++ = dropout.keeps(bh, row, col) ? 1 : 0;
-  }
-}
-
-void anyflash_kv_ranges(int64_t seqlen_q, int64_t seqlen_k, int64_t window_left,
-                        int64_t window_right, int64_t* ranges) {
-  const IntervalMask<int64_t> mask{seqlen_q, seqlen_k, window_left, window_right};
-  for (int64_t row = 0; row < seqlen_q; ++row) {
-    *ranges++ = mask.kv_begin(row);
-    *ranges++ = mask.kv_end(row);
-  }
-}

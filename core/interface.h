@@ -143,12 +143,4 @@ ANYFLASH_EXPORT anyflash::ParallelFor anyflash_parallel_for_by_openmp(void* gomp
 ANYFLASH_EXPORT const char* anyflash_layout(void);
 ANYFLASH_EXPORT const char* anyflash_build_compiler(void);
 
-// ---- Shared definitions, for references and tests.
-// One byte per element of (rows, cols), 1 = kept.
-ANYFLASH_EXPORT void anyflash_dropout_keep(int64_t seed, int64_t offset, uint32_t bh, uint32_t rows,
-                                           uint32_t cols, double dropout_p, uint8_t* kept);
-// (kv_begin, kv_end) per query row.
-ANYFLASH_EXPORT void anyflash_kv_ranges(int64_t seqlen_q, int64_t seqlen_k, int64_t window_left,
-                                        int64_t window_right, int64_t* ranges);
-
 }  // extern "C"

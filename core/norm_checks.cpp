@@ -75,9 +75,9 @@ void check_mask(const char* name, const TensorView& mask, const TensorView& x) {
 // What both directions take, `x` being a tensor like x.
 void check_shared(const NormCall& call, const TensorView& x, bool has_x1) {
   AF_CHECK(is_floating(x.dtype), "x: expected fp16, bf16, fp32 or fp64, got ", dtype_text(x));
+  AF_CHECK(x.rank <= kMaxRank, "x: expected at most ", kMaxRank, " dimensions, got ", x.rank);
   AF_CHECK(x.rank >= 1 && x.size(-1) >= 1,
            "x: expected (..., columns) with at least one column, got ", shape_text(x));
-  AF_CHECK(x.rank <= kMaxRank, "x: expected at most ", kMaxRank, " dimensions, got ", x.rank);
   check_allocated(x, "x");
   check_vector("weight", call.weight, x);
   check_vector("bias", call.bias, x);

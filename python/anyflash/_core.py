@@ -56,7 +56,7 @@ def as_matrix(x: Tensor) -> Tensor:
 
 def contiguous_rows(x: Tensor) -> Tensor:
     """x itself where the elements of a row lie side by side, else a contiguous copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    return x if x.dim() == 0 or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 @functools.cache
@@ -127,10 +127,6 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "anyflash_build_archs": (ctypes.c_char_p,),
     "anyflash_build_cuda_version": (ctypes.c_int32,),
     "anyflash_instances": (ctypes.POINTER(Instance), _POINTER),
-    "anyflash_dropout_keep": (
-        None, _INT64, _INT64, *3 * [ctypes.c_uint32], ctypes.c_double, _POINTER,
-    ),
-    "anyflash_kv_ranges": (None, *4 * [_INT64], _POINTER),
 }  # fmt: skip
 
 
@@ -330,19 +326,3 @@ def plan_pieces(
         if count <= room:
             return begin.value, end.value, pieces[:count]
         room = count
-
-
-def dropout_keep(seed: int, offset: int, bh: int, rows: int, cols: int, dropout_p: float) -> bytes:
-    """One byte per element of (rows, cols), 1 = kept."""
-    kept = ctypes.create_string_buffer(max(rows * cols, 1))
-    loaded().anyflash_dropout_keep(seed, offset, bh, rows, cols, dropout_p, kept)
-    return kept.raw[: rows * cols]
-
-
-def kv_ranges(
-    seqlen_q: int, seqlen_k: int, window_left: int, window_right: int
-) -> list[tuple[int, int]]:
-    """(kv_begin, kv_end) per query row."""
-    ranges = (_INT64 * max(2 * seqlen_q, 1))()
-    loaded().anyflash_kv_ranges(seqlen_q, seqlen_k, window_left, window_right, ranges)
-    return [(ranges[2 * row], ranges[2 * row + 1]) for row in range(seqlen_q)]

@@ -23,7 +23,7 @@ ISAS = ("avx2", "avx512", "avx512bf16", "neon")
 @pytest.fixture(scope="module", autouse=True)
 def kernels(provider, device):
     if provider != "binary":
-        pytest.skip("the CPU kernels are in the binary alone")
+        pytest.skip("both providers launch the same kernels: the run of the binary shows them")
     if device != "cpu":
         pytest.skip("runs with --device cpu")
 

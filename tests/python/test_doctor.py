@@ -64,13 +64,10 @@ def test_text_says_what_runs(capsys):
     assert "aten_cpu" in text or "kernel " in text
 
 
-def test_the_cpu_is_named_with_its_kernels(capsys, provider):
+def test_the_cpu_is_named_with_its_kernels(capsys):
     facts = doctor.diagnose(probe=False).facts
     main(["doctor", "--no-probe"])
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("CPU "))
-    if provider == "python":
-        assert facts["cpu"] == {"isa": "none", "kernels": []}
-        return
     assert facts["cpu"]["isa"] == _loader.cpu_isa()
     assert facts["cpu"]["isa"] in line
     for name in facts["cpu"]["kernels"]:
@@ -78,9 +75,7 @@ def test_the_cpu_is_named_with_its_kernels(capsys, provider):
         assert name.split("_")[-1] in line
 
 
-def test_an_unknown_instruction_set(provider):
-    if provider == "python":
-        pytest.skip("the Python operators have no kernels")
+def test_an_unknown_instruction_set():
     status, report, _ = run_doctor(Path(anyflash.__file__).parents[1], ANYFLASH_CPU_ISA="sse")
     assert status == 1
     assert "ANYFLASH_CPU_ISA: unknown instruction set 'sse'" in findings(report, "problems")

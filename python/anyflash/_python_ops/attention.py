@@ -128,11 +128,6 @@ def _run_forward(args: AttentionArgs, causal: bool, backend: int) -> tuple[Tenso
     return run_forward(choice, args, call)
 
 
-def contiguous_rows(x: Tensor) -> Tensor:
-    """x itself where the elements of a row lie side by side, else a contiguous copy."""
-    return x if x.dim() == 0 or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
 def _flash_attn_backward(
     dout: Tensor,
     q: Tensor,
@@ -171,8 +166,8 @@ def _flash_attn_backward(
     # What autograd hands over may be expanded or transposed; the routes read rows of contiguous
     # elements.
     grad = BackwardArgs(
-        contiguous_rows(dout), contiguous_rows(out), lse, dlse, deterministic, bias_requires_grad,
-        sinks_requires_grad,
+        _core.contiguous_rows(dout), _core.contiguous_rows(out), lse, dlse, deterministic,
+        bias_requires_grad, sinks_requires_grad,
     )  # fmt: skip
     result = _run_backward(args, grad, causal, backend)
     dbias = q.new_empty(0) if result.dbias is None else result.dbias

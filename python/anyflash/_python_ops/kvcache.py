@@ -12,7 +12,7 @@ from .. import _core, _records, _threads
 from .._guards import count_write
 from . import without_core
 from .arguments import AttentionArgs
-from .attention import ROUTES, contiguous_rows, run_forward, take_options
+from .attention import ROUTES, run_forward, take_options
 
 
 @dataclass
@@ -233,7 +233,7 @@ def _flash_attn_kvcache_(
 
 
 def _readable(x: Tensor | None) -> Tensor | None:
-    return None if x is None else contiguous_rows(x)
+    return None if x is None else _core.contiguous_rows(x)
 
 
 def _views_of(call: KVCacheCall, copies: list[Tensor]) -> _records.KVCacheCall:

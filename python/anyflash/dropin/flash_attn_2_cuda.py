@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from anyflash import backends
+from anyflash._autograd import below_autograd
 from anyflash._numbers import integer
 from anyflash._rng_state import draw_rng_state
 from anyflash.attention_probs import effective_dropout, signed_probabilities, softmax_d
@@ -66,7 +67,8 @@ def _attend(
         )
     dropout_p = effective_dropout(p_dropout)
     drawn = draw_rng_state(q.device, gen) if dropout_p > 0.0 and gen is not None else None
-    result, lse, rng_state = _ops._flash_attn_forward(
+    result, lse, rng_state = below_autograd(
+        _ops._flash_attn_forward.default,
         q, k, v, *lengths, block_table, alibi_slopes, None, None, drawn, dropout_p, softmax_scale,
         is_causal, *window, softcap, False, backends.current_code(),
     )  # fmt: skip
@@ -99,7 +101,8 @@ def _differentiate(
 ) -> list[Tensor]:
     """[dq, dk, dv, softmax_d] of both backwards; tensors are dout, q, k, v, out, softmax_lse."""
     dropout_p = effective_dropout(p_dropout)
-    gradients = _ops._flash_attn_backward(
+    gradients = below_autograd(
+        _ops._flash_attn_backward.default,
         *tensors, None, *lengths, alibi_slopes, None, None,
         rng_state if dropout_p > 0.0 else None, dropout_p, softmax_scale, is_causal, *window,
         softcap, deterministic, False, False, backends.current_code(),
@@ -277,7 +280,8 @@ def fwd_kvcache(
 ) -> list[Tensor]:
     """[out, softmax_lse]: appends k and v to the caches in place, then attends over them."""
     check_num_splits(num_splits)
-    result, lse = _ops._flash_attn_kvcache_(
+    result, lse = below_autograd(
+        _ops._flash_attn_kvcache_.default,
         q, kcache, vcache, k, v, rotary_cos, rotary_sin, seqlens_k, cache_batch_idx, leftpad_k,
         block_table, alibi_slopes, None, softmax_scale, is_causal, window_size_left,
         window_size_right, softcap, is_rotary_interleaved, backends.current_code(),
