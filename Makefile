@@ -87,7 +87,7 @@ wheels: $(VENV)/.packages   ## out/dist: the wheel of anyflash, and the one that
 	$(MUST_BUILD) $(BIN)/python -m build --no-isolation --wheel --outdir out/dist .
 	$(BIN)/python -m build --no-isolation --wheel --outdir out/dist packaging/flash-attn
 
-lint: $(VENV)/.packages   ## ruff, clang-format
+lint: $(VENV)/.packages types   ## ruff, clang-format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror

@@ -398,7 +398,6 @@ def _small_attention(device: str) -> str:
     dtype = torch.float32 if device == "cpu" else torch.float16
     q, k, v = (torch.randn(1, 16, 2, 32, dtype=dtype, device=device) for _ in range(3))
     out = attention(q.requires_grad_(), k, v, causal=True)
-    assert isinstance(out, torch.Tensor)  # a pair only with return_lse
     (gradient,) = torch.autograd.grad(out.sum(), q)
     finite = bool(out.isfinite().all() and gradient.isfinite().all())
     return "ok" if finite else "the result is not finite"

@@ -130,7 +130,7 @@ def register(packet: Any, formula: Callable[..., int]) -> None:
 
 def _hand_over(flop_counter: ModuleType) -> None:
     """To the module, if it is of torch 2.2 or later: before, formulas saw shapes alone."""
-    register = getattr(flop_counter, "register_flop_formula", None)
+    register: Any = getattr(flop_counter, "register_flop_formula", None)
     takes_tensors = register and "get_raw" in inspect.signature(register).parameters
     while _waiting:
         packet, formula = _waiting.pop()

@@ -35,7 +35,8 @@ def _below_write_counts() -> Any:
     if hasattr(torch._C, "_AutoDispatchBelowADInplaceOrView"):
         return torch._C._AutoDispatchBelowADInplaceOrView
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-    return functools.partial(torch._C.ExcludeDispatchKeyGuard, keys)
+    guard = torch._C.ExcludeDispatchKeyGuard  # type: ignore[attr-defined]  # its name there
+    return functools.partial(guard, keys)
 
 
 #: What runs inside neither is recorded by autograd nor counts as a write for it. For kernels that

@@ -25,7 +25,7 @@ def _element(name: str, kind: str, value: Tensor) -> Any:
 def integer(name: str, value: Any) -> int:
     """An int, from whatever stands for one: a symbolic number, NumPy's, a tensor of one element."""
     if type(value) is int or isinstance(value, torch.SymInt):
-        return value
+        return value  # type: ignore[return-value]  # a SymInt stands for an int
     if isinstance(value, Tensor):
         return _element(name, "an int", value)
     try:
@@ -37,7 +37,7 @@ def integer(name: str, value: Any) -> int:
 def real(name: str, value: Any) -> float:
     """A float, from whatever stands for one."""
     if type(value) is float or isinstance(value, (int, torch.SymFloat, torch.SymInt)):
-        return value
+        return value  # type: ignore[return-value]  # a SymFloat stands for a float
     if isinstance(value, Tensor):
         return _element(name, "a number", value)
     if isinstance(value, str) or not hasattr(value, "__float__"):

@@ -65,9 +65,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, options: Sequence[Any], **lengths: 
 
     names = ("dropout_p", "softmax_scale", "causal", "window_size", "softcap", "alibi_slopes")
     named = dict(zip((*names, "deterministic", "block_table"), options))
-    out = attention(q, k, v, **named, **lengths)
-    assert isinstance(out, Tensor)
-    return out
+    return attention(q, k, v, **named, **lengths)
 
 
 def _flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
@@ -75,11 +73,13 @@ def _flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
 
 
 def _flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *options: Any) -> Tensor:
-    return _attend(q, *kv.unbind(-3), options)
+    k, v = kv.unbind(-3)
+    return _attend(q, k, v, options)
 
 
 def _flash_attn_qkvpacked_func(qkv: Tensor, *options: Any) -> Tensor:
-    return _attend(*qkv.unbind(-3), options)
+    q, k, v = qkv.unbind(-3)
+    return _attend(q, k, v, options)
 
 
 def _flash_attn_varlen_func(
@@ -105,14 +105,16 @@ def _flash_attn_varlen_func(
 
 
 def _flash_attn_varlen_kvpacked_func(q: Tensor, kv: Tensor, *rest: Any) -> Tensor:
-    return _flash_attn_varlen_func(q, *kv.unbind(-3), *rest)
+    k, v = kv.unbind(-3)
+    return _flash_attn_varlen_func(q, k, v, *rest)
 
 
 def _flash_attn_varlen_qkvpacked_func(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *options: Any
 ) -> Tensor:
+    q, k, v = qkv.unbind(-3)
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return _flash_attn_varlen_func(*qkv.unbind(-3), *lengths, *options)
+    return _flash_attn_varlen_func(q, k, v, *lengths, *options)
 
 
 def _fused_mlp_autograd(*args: Any) -> Tensor:

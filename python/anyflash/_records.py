@@ -318,7 +318,7 @@ _ABSENT = bytes(TensorView(rank=-1))
 def _template(record: type[ctypes.Structure]) -> bytes:
     """The record without any tensor."""
     empty = record()
-    for name, kind in record._fields_:
+    for name, kind, *_ in record._fields_:
         if kind is TensorView:
             field = getattr(record, name)
             ctypes.memmove(ctypes.addressof(empty) + field.offset, _ABSENT, len(_ABSENT))
@@ -342,7 +342,7 @@ def put(record: ctypes.Structure, name: str, x: Tensor | None) -> None:
     device, index = _CPU, -1
     if not x.is_cpu:
         device, index, host = (_CUDA if is_nvidia(x) else _OTHER), x.get_device(), 0
-    _pack(record, name, x, data, host, room, device, index)
+    _pack(record, name, x, data, host, room, device, index)  # type: ignore[arg-type]  # no SymInt
 
 
 def put_shape(record: ctypes.Structure, name: str, x: Tensor) -> None:

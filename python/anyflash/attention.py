@@ -3,7 +3,7 @@ sinks besides."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from torch import Tensor
 
@@ -11,6 +11,32 @@ from . import _autocast, _numbers, backends
 from ._numbers import integer, real
 from ._operators.attention import AttentionCall, attend
 from ._rng_state import draw_rng_state, must_be_given
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class _Options(TypedDict, total=False):
+    """The keywords of attention, all but return_lse, which decides what comes back."""
+
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int | Tensor | None
+    max_seqlen_k: int | Tensor | None
+    seqused_k: Tensor | None
+    leftpad_k: Tensor | None
+    block_table: Tensor | None
+    alibi_slopes: Tensor | None
+    bias: Tensor | None
+    sinks: Tensor | None
+    dropout_p: float
+    softmax_scale: float | Tensor | None
+    causal: bool
+    window_size: tuple[int, int]
+    softcap: float
+    deterministic: bool
+    rng_state: Tensor | None
+    backend: str | None
 
 
 def _require_tensors(**tensors: Any) -> None:
@@ -29,6 +55,23 @@ def _longest(name: str, given: int | Tensor | None, bound: int) -> int:
     return bound if given is None else integer(name, given)
 
 
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[_Options]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Unpack[_Options]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,

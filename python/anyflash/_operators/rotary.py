@@ -27,6 +27,7 @@ def _record(
     max_seqlen: int,
     interleaved: bool,
     conjugate: bool,
+    *,
     in_place: bool,
 ) -> _records.RotaryCall:
     tensors = {
@@ -60,7 +61,7 @@ def _check(
 ) -> None:
     numbers = (seqlen_offsets, seqlen_offset, cu_seqlens, max_seqlen)
     if can_check(x, cos, sin, seqlen_offsets, cu_seqlens):
-        check("rotary", _record(x, cos, sin, *numbers, *layout, in_place))
+        check("rotary", _record(x, cos, sin, *numbers, *layout, in_place=in_place))
         return
     expect(x.is_floating_point() and x.dim() == (4 if cu_seqlens is None else 3), "x", x)
     tables_fit = cos.dim() == 2 and sin.shape == cos.shape and 2 * cos.shape[1] <= x.shape[-1]
@@ -226,7 +227,7 @@ class _Rotation:
     """One call, checked, with what has to be converted for the kernel."""
 
     def __init__(self, x: Tensor, cos: Tensor, sin: Tensor, *rest: Any, in_place: bool) -> None:
-        self.call = _record(x, cos, sin, *rest, in_place)
+        self.call = _record(x, cos, sin, *rest, in_place=in_place)
         self.kernel = _core.prepare("rotary", self.call, finds_kernel=True)
         is_like_x = cos.dtype == sin.dtype == x.dtype
         self.tables = [
@@ -266,13 +267,13 @@ def _rotary_kernel_(x: Tensor, *rest: Any) -> None:
 
 def _fake(x: Tensor, *rest: Any) -> Tensor:
     if can_check(x, *rest):
-        check("rotary", _record(x, *rest, False))
+        check("rotary", _record(x, *rest, in_place=False))
     return _layout_like(x)
 
 
 def _fake_(x: Tensor, *rest: Any) -> None:
     if can_check(x, *rest):
-        check("rotary", _record(x, *rest, True))
+        check("rotary", _record(x, *rest, in_place=True))
 
 
 MATH: dict[str, Callable[..., Any]] = {"rotary": _rotary_math, "rotary_": rotate_}

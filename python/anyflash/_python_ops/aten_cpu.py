@@ -208,7 +208,7 @@ def _backward_part(
     first = problem.pieces[0] if len(problem.pieces) == 1 else None
     if first is not None and problem.is_whole(first):
         dq, dk, dv = problem.differentiate(first, dout, out, lse)
-        gradients = (dq, _summed(dk, heads_k), _summed(dv, heads_k))
+        gradients: tuple[Tensor, ...] = (dq, _summed(dk, heads_k), _summed(dv, heads_k))
     else:
         gradients = tuple(
             torch.zeros(target.shape, dtype=lse.dtype) for target in targets

@@ -15,11 +15,6 @@ def _is_for_math(args: AttentionArgs) -> bool:
     return args.k.shape[1] == 0 or args.q.numel() == 0 or args.softmax_scale <= 0
 
 
-def _is_for_math(args: AttentionArgs) -> bool:
-    """Nothing to compute, or a scale that does not keep the order of the scores."""
-    return args.k.shape[1] == 0 or args.q.numel() == 0 or args.softmax_scale <= 0
-
-
 def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """out and lse of schemas.def."""
     if _is_for_math(args):

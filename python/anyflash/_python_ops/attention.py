@@ -22,7 +22,7 @@ ROUTES: dict[str, ModuleType] = {
 }
 _TENSORS = ("q", "k", "v", "alibi_slopes", "bias", "sinks", "rng_state")
 _INDEX_TENSORS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k", "block_table")
-_OPTIONS = tuple(name for name, _ in _records.AttentionOptions._fields_)
+_OPTIONS = tuple(name for name, *_ in _records.AttentionOptions._fields_)
 
 
 def views_of(args: AttentionArgs, copies: list[Tensor]) -> _records.AttentionCall:

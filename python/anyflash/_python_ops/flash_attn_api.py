@@ -4,6 +4,7 @@ back (csrc/attention/flash_attn_api.cpp)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -91,44 +92,44 @@ def flash_attn_varlen_func(
     )[0]
 
 
-def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *options: object) -> Tensor:
+def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
     """schemas.def. (total, heads, head_dim) is one sequence."""
     if q.dim() != 3:
-        return flash_attn_varlen_func(q, k, v, None, None, 0, 0, *options)  # type: ignore[arg-type]
+        return flash_attn_varlen_func(q, k, v, None, None, 0, 0, *options)
     check(
         k.dim() == 3 and v.dim() == 3,
         f"k, v: expected (seqlen_k, heads_k, head_dim) like q {shape_text(q)}, ",
         f"got {shape_text(k)} and {shape_text(v)}",
     )
-    tensors = (x.unsqueeze(0) for x in (q, k, v))
-    return flash_attn_varlen_func(*tensors, None, None, 0, 0, *options).squeeze(0)  # type: ignore[arg-type]
+    q, k, v = (x.unsqueeze(0) for x in (q, k, v))
+    return flash_attn_varlen_func(q, k, v, None, None, 0, 0, *options).squeeze(0)
 
 
-def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *options: object) -> Tensor:
+def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *options: Any) -> Tensor:
     """schemas.def."""
     k, v = (_part(kv, "kv", 2, 2, i) for i in range(2))
-    return flash_attn_varlen_func(q, k, v, None, None, 0, 0, *options)  # type: ignore[arg-type]
+    return flash_attn_varlen_func(q, k, v, None, None, 0, 0, *options)
 
 
-def flash_attn_qkvpacked_func(qkv: Tensor, *options: object) -> Tensor:
+def flash_attn_qkvpacked_func(qkv: Tensor, *options: Any) -> Tensor:
     """schemas.def."""
     q, k, v = (_part(qkv, "qkv", 2, 3, i) for i in range(3))
-    return flash_attn_varlen_func(q, k, v, None, None, 0, 0, *options)  # type: ignore[arg-type]
+    return flash_attn_varlen_func(q, k, v, None, None, 0, 0, *options)
 
 
-def flash_attn_varlen_kvpacked_func(q: Tensor, kv: Tensor, *rest: object) -> Tensor:
+def flash_attn_varlen_kvpacked_func(q: Tensor, kv: Tensor, *rest: Any) -> Tensor:
     """schemas.def."""
     k, v = (_part(kv, "kv", 1, 2, i) for i in range(2))
-    return flash_attn_varlen_func(q, k, v, *rest)  # type: ignore[arg-type]
+    return flash_attn_varlen_func(q, k, v, *rest)
 
 
 def flash_attn_varlen_qkvpacked_func(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *options: object
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *options: Any
 ) -> Tensor:
     """schemas.def."""
     q, k, v = (_part(qkv, "qkv", 1, 3, i) for i in range(3))
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return flash_attn_varlen_func(q, k, v, *lengths, *options)  # type: ignore[arg-type]
+    return flash_attn_varlen_func(q, k, v, *lengths, *options)
 
 
 def flash_attn_with_kvcache(

@@ -195,9 +195,9 @@ def _flash_attn_kvcache_(
 ) -> tuple[Tensor, Tensor]:
     """schemas.def."""
     call = KVCacheCall(
-        q, k_cache, v_cache, *map(_readable, (k, v, rotary_cos, rotary_sin)), cache_seqlens,
-        cache_batch_idx, cache_leftpad, block_table, alibi_slopes, sinks, softmax_scale, softcap,
-        rotary_interleaved,
+        q, k_cache, v_cache, _readable(k), _readable(v), _readable(rotary_cos),
+        _readable(rotary_sin), cache_seqlens, cache_batch_idx, cache_leftpad, block_table,
+        alibi_slopes, sinks, softmax_scale, softcap, rotary_interleaved,
     )  # fmt: skip
     if _core.library is None:
         args = call.attention(window_left, window_right)

@@ -109,11 +109,10 @@ class Scorer:
         rows = torch.arange(block.rows.start, block.rows.stop, device=self.device)
         columns = torch.arange(block.columns.start, block.columns.stop, device=self.device)
         rows = rows.view(1, 1, -1, 1)
-        shift: Tensor | int = part.seqlen_k - part.seqlen_q
-        if part.len_q is not None or part.len_k is not None:
-            len_q = part.seqlen_q if part.len_q is None else part.len_q
-            len_k = part.seqlen_k if part.len_k is None else part.len_k
-            shift = len_k - len_q
+        len_q = part.seqlen_q if part.len_q is None else part.len_q
+        len_k = part.seqlen_k if part.len_k is None else part.len_k
+        shift = len_k - len_q
+        if isinstance(shift, Tensor):  # one for each sequence
             shift = shift[block.sequences.start : block.sequences.stop].view(-1, 1, 1, 1)
         return rows + shift, columns.view(1, 1, 1, -1)
 
@@ -327,7 +326,7 @@ def _part_backward(
             weight = weight_of_far_rows(far, total, reference, row_lse)
             row_delta = row_delta * weight
             block_dout = block_dout * weight.reshape(block_dout.shape[0], -1, 1)
-        if target.dsinks is not None:
+        if target.dsinks is not None and sinks is not None:
             # lse is +inf where a row sees no key.
             target.dsinks.sub_((torch.exp(sinks - reference) * row_delta).sum(dim=(0, 2)))
         flat = (-1, len(block.rows) * (args.heads // args.heads_k), len(block.columns))

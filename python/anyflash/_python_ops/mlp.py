@@ -4,6 +4,7 @@ plain operators do, which widen half precision so that only the result is rounde
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,7 +172,7 @@ def _bias_activation_backward(
     return dx, dbias.to(x.dtype)
 
 
-def _check_mlp(activation: int, **tensors: Tensor | None) -> None:
+def _check_mlp(activation: int, **tensors: Any) -> None:
     if _core.library is None:
         without_core.check_fused_mlp(**tensors)
         return

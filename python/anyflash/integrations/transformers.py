@@ -218,7 +218,6 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, token: Tensor, options: dict[str, A
         v[:, :seqlen_k].flatten(0, 1)[where_k], cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k, max_seqlen_q=longest_q, max_seqlen_k=longest_k, **options,
     )  # fmt: skip
-    assert isinstance(out, Tensor)
     rows = out.new_zeros(batch * seqlen_q, *out.shape[1:])
     return rows.index_copy(0, where_q, out).unflatten(0, (batch, seqlen_q))
 
@@ -279,7 +278,7 @@ def forward(
         "sinks": None if s_aux is None else s_aux.to(q.dtype),
     }  # fmt: skip
     if attention_mask is not None and attention_mask.dim() == 4:
-        return _tensor(attention(q, k, v, bias=attention_mask[..., : k.shape[1]], **options)), None
+        return attention(q, k, v, bias=attention_mask[..., : k.shape[1]], **options), None
     options["causal"] = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if sliding_window is not None:
         options["window_size"] = (sliding_window - 1, sliding_window - 1)
@@ -288,15 +287,9 @@ def forward(
     if cu_seq_lens_q is None:
         cu_seq_lens_q = cu_seq_lens_k = _starts(position_ids, q, k)
     if cu_seq_lens_q is None:
-        return _tensor(attention(q, k, v, **options)), None
+        return attention(q, k, v, **options), None
     out = attention(
         *(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens_q=cu_seq_lens_q,
         cu_seqlens_k=cu_seq_lens_k, max_seqlen_q=max_length_q, max_seqlen_k=max_length_k, **options,
     )  # fmt: skip
-    return _tensor(out).unflatten(0, q.shape[:2]), None
-
-
-def _tensor(out: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """attention gives a pair only with return_lse."""
-    assert isinstance(out, Tensor)
-    return out
+    return out.unflatten(0, q.shape[:2]), None

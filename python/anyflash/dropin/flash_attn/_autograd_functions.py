@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -28,7 +29,7 @@ class _Options(NamedTuple):
 
 def _forward(
     ctx: Any,
-    qkv: tuple[Tensor, Tensor, Tensor],
+    qkv: tuple[Tensor, ...],
     lengths: tuple[Any, ...],
     dropout_p: float,
     softmax_scale: Optional[float],
@@ -45,9 +46,9 @@ def _forward(
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     left, right = _numbers.window(window_size)
     options = _Options(dropout_p, scale, causal, left, right, softcap, alibi_slopes, deterministic)
-    arguments = (*options[:-1], return_softmax and dropout_p > 0)
+    arguments = (*lengths, *options[:-1], return_softmax and dropout_p > 0)
     if lengths:
-        results = _private_ops.varlen_forward(q, k, v, *lengths, *arguments, block_table)
+        results = _private_ops.varlen_forward(q, k, v, *(*arguments, block_table))
     else:
         results = _private_ops.forward(q, k, v, *arguments)
     out, softmax_lse, s_dmask, rng_state = results
@@ -57,15 +58,12 @@ def _forward(
     return (out, softmax_lse, s_dmask) if return_softmax else out
 
 
-def _backward(ctx: Any, dout: Tensor, buffers: tuple[Tensor, Tensor, Tensor]) -> None:
+def _backward(ctx: Any, dout: Tensor, buffers: tuple[Tensor, ...]) -> None:
     """Writes the gradients of q, k and v."""
     q, k, v, out, softmax_lse, rng_state, *cu_seqlens = ctx.saved_tensors
-    tensors = (dout, q, k, v, out, softmax_lse, *buffers)
-    if cu_seqlens:
-        lengths = (*cu_seqlens, *ctx.max_seqlens)
-        _private_ops.varlen_backward(*tensors, *lengths, *ctx.options, rng_state)
-    else:
-        _private_ops.backward(*tensors, *ctx.options, rng_state)
+    lengths = (*cu_seqlens, *ctx.max_seqlens)
+    run: Callable[..., Tensor] = _private_ops.varlen_backward if lengths else _private_ops.backward
+    run(dout, q, k, v, out, softmax_lse, *buffers, *lengths, *ctx.options, rng_state)
 
 
 def _packed_like(tensor: Tensor, parts: int) -> Tensor:

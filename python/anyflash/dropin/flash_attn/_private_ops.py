@@ -9,7 +9,7 @@ operators. When another package registers the names again, the functions below g
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional, TypeVar
 
 import flash_attn_2_cuda as flash_attn_gpu
 import torch
@@ -38,8 +38,11 @@ from anyflash._operators.attention import (
 )
 from anyflash.attention_probs import effective_dropout, round_up
 
+#: Of an optional tensor or one that is there.
+_X = TypeVar("_X", Tensor, Optional[Tensor])
 
-def maybe_contiguous(x: Optional[Tensor]) -> Optional[Tensor]:
+
+def maybe_contiguous(x: _X) -> _X:
     """x, copied if the elements of a row do not lie side by side."""
     return x.contiguous() if x is not None and x.stride(-1) != 1 else x
 
@@ -162,8 +165,8 @@ def varlen_backward(
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *options, return_softmax = options
-    out, softmax_lse, s_dmask, rng_state = forward(q, k, v, *options, False)
+    *others, return_softmax = options
+    out, softmax_lse, s_dmask, rng_state = forward(q, k, v, *(*others, False))
     if return_softmax:
         lengths = (round_up(q.shape[1]), round_up(k.shape[1]))
         s_dmask = q.new_empty((q.shape[0], q.shape[2], *lengths))
@@ -191,7 +194,7 @@ def _given(function: Callable[..., Any], arguments: Any, named: Mapping[str, Any
     """What a function above was called with, as anyflash's operator takes it."""
     bound = inspect.signature(function).bind(*arguments, **named)
     bound.apply_defaults()
-    given = dict.fromkeys(AttentionCall._fields)
+    given: dict[str, Any] = dict.fromkeys(AttentionCall._fields)
     given.update(max_seqlen_q=0, max_seqlen_k=0, deterministic=False)
     given.update((name, x) for name, x in bound.arguments.items() if name in given)
     given.update(dropout_p=effective_dropout(given["dropout_p"]), backend=backends.current_code())
@@ -202,7 +205,8 @@ def _backward_by_name(ctx: Any, dout: Tensor, asked: Sequence[bool]) -> Sequence
     """anyflash's derivative through the operator that trainers know. It writes into buffers, which
     a compiler would copy, so only where somebody looks."""
     saved = Saved(*ctx.saved_tensors)
-    is_refused = Gradients(*asked).alibi_slopes or saved.block_table is not None
+    alibi_asked = asked[Gradients._fields.index("alibi_slopes")]
+    is_refused = alibi_asked or saved.block_table is not None
     if is_refused or not known_names.are_ours():
         return differentiate(ctx, dout, None, asked)
     buffers = {f"d{name}": torch.empty_like(getattr(saved, name)) for name in "qkv"}
@@ -212,7 +216,7 @@ def _backward_by_name(ctx: Any, dout: Tensor, asked: Sequence[bool]) -> Sequence
     expected = inspect.signature(_OPERATORS[name].function).parameters
     operator = getattr(torch.ops.flash_attn, name).default
     operator(**{name: given[name] for name in expected if name in given})
-    return Gradients(*buffers.values(), None, None, None)
+    return (*buffers.values(), None, None, None)
 
 
 def _differentiable(operator: Any, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -241,8 +245,8 @@ def _differentiable(operator: Any, function: Callable[..., Any]) -> Callable[...
             ctx: Any, dout: Optional[Tensor], dsoftmax_lse: Optional[Tensor], *_: Any
         ) -> tuple[Optional[Tensor], ...]:
             needed = ctx.needs_input_grad
-            asked = [bound.get(name, len(needed)) for name in Gradients._fields]
-            asked = [i < len(needed) and needed[i] for i in asked]
+            indices = [bound.get(name, len(needed)) for name in Gradients._fields]
+            asked = [i < len(needed) and needed[i] for i in indices]
             if is_watched() and dout is not None and dsoftmax_lse is None:
                 gradients = _backward_by_name(ctx, dout, asked)
             else:
@@ -326,7 +330,7 @@ def _define(name: str) -> tuple[Any, Any]:
     function, fake, schema, count = _OPERATORS[name]
     library = _LIBRARIES.get(name)
     if library is None:
-        function._init_fn = function
+        function._init_fn = function  # type: ignore[attr-defined]
         return function, function
     is_forward = name.endswith("forward")
     tags = (torch.Tag.nondeterministic_seeded,) if is_forward else ()

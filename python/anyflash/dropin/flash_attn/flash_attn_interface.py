@@ -184,9 +184,10 @@ def flash_attn_kvpacked_func(
             alibi_slopes, deterministic,
         )  # fmt: skip
     else:
+        k, v = _parts(kv, "kv", 2, "batch, seqlen")
         return _attend(
-            q, *_parts(kv, "kv", 2, "batch, seqlen"), dropout_p, softmax_scale, causal,
-            window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+            q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+            deterministic, return_attn_probs,
         )  # fmt: skip
 
 
@@ -209,9 +210,10 @@ def flash_attn_qkvpacked_func(
             alibi_slopes, deterministic,
         )  # fmt: skip
     else:
+        q, k, v = _parts(qkv, "qkv", 3, "batch, seqlen")
         return _attend(
-            *_parts(qkv, "qkv", 3, "batch, seqlen"), dropout_p, softmax_scale, causal,
-            window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+            q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+            deterministic, return_attn_probs,
         )  # fmt: skip
 
 
@@ -294,10 +296,11 @@ def flash_attn_varlen_kvpacked_func(
             deterministic,
         )  # fmt: skip
     else:
+        k, v = _parts(kv, "kv", 2, "total")
         return _attend(
-            q, *_parts(kv, "kv", 2, "total"), dropout_p, softmax_scale, causal, window_size,
-            softcap, alibi_slopes, deterministic, return_attn_probs, cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+            q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+            deterministic, return_attn_probs, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
         )  # fmt: skip
 
 
@@ -322,10 +325,11 @@ def flash_attn_varlen_qkvpacked_func(
             [window_size[0], window_size[1]], softcap, alibi_slopes, deterministic,
         )  # fmt: skip
     else:
+        q, k, v = _parts(qkv, "qkv", 3, "total")
         return _attend(
-            *_parts(qkv, "qkv", 3, "total"), dropout_p, softmax_scale, causal, window_size,
-            softcap, alibi_slopes, deterministic, return_attn_probs, cu_seqlens_q=cu_seqlens,
-            cu_seqlens_k=cu_seqlens, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
+            q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+            deterministic, return_attn_probs, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen,
         )  # fmt: skip
 
 

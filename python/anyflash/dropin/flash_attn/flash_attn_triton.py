@@ -57,9 +57,9 @@ def flash_attn_func(
             "Last 2 dimensions of bias must be (1, seqlen_k) or (seqlen_q, seqlen_k), here "
             f"seqlen_q = {seqlen_q} and seqlen_k = {seqlen_k}, got {tuple(bias.shape)}"
         )
-    options: dict[str, Any] = {"softmax_scale": softmax_scale or None}
+    scale = softmax_scale or None
     if not causal:
-        return anyflash.attention(q, k, v, bias=bias, **options)
+        return anyflash.attention(q, k, v, bias=bias, softmax_scale=scale)
     # anyflash's diagonal ends in the last row and column. So does this one in the square part;
     # queries below it see all keys, keys to the right of it are seen by none.
     square = min(seqlen_q, seqlen_k)
@@ -69,11 +69,12 @@ def flash_attn_func(
         if bias.shape[2] != 1:
             above, below = above[:, :, :square], bias[:, :, square:]
     out = anyflash.attention(
-        q[:, :square], k[:, :square], v[:, :square], bias=above, causal=True, **options
+        q[:, :square], k[:, :square], v[:, :square], bias=above, causal=True, softmax_scale=scale
     )
     if square == seqlen_q:
         return out
-    return torch.cat([out, anyflash.attention(q[:, square:], k, v, bias=below, **options)], dim=1)
+    rest = anyflash.attention(q[:, square:], k, v, bias=below, softmax_scale=scale)
+    return torch.cat([out, rest], dim=1)
 
 
 def flash_attn_kvpacked_func(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
@@ -53,10 +54,12 @@ def check_mlp_options(activation: str, checkpoint_lvl: int, heuristic: Union[int
         raise ValueError(f"heuristic: expected 'auto' or -1 to 4, got {heuristic!r}")
 
 
-def _cast(*tensors: Optional[Tensor]) -> list[Optional[Tensor]]:
-    """Contiguous, and in autocast's dtype where that is on."""
-    if _autocast.is_enabled(tensors[0]):
-        tensors = tuple(_autocast.cast(*tensors))
+def _cast(x: Tensor, *others: Optional[Tensor]) -> list[Any]:
+    """Contiguous, and in autocast's dtype where that is on: a tensor for each tensor, None for each
+    None."""
+    tensors: Iterable[Optional[Tensor]] = (x, *others)
+    if _autocast.is_enabled(x):
+        tensors = _autocast.cast(*tensors)
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
@@ -121,19 +124,17 @@ class FusedDenseFunc(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, *args: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        dx = dweight = dbias = total_x = None
-        if needs_weight:
-            total_x = _gathered(ctx, x)
-        if needs_x:
-            dx = _reduced(ctx, grad_output @ weight)
+        total_x = _gathered(ctx, x) if needs_weight else None
+        reduced = _reduced(ctx, grad_output @ weight) if needs_x else None
+        dweight = dbias = dx = None
         count = grad_output.shape[:-1].numel()  # not left to -1: there may be no features
         rows = grad_output.reshape(count, weight.shape[0])
         if total_x is not None:
             dweight = rows.t() @ _wait(total_x).reshape(count, weight.shape[1])
         if needs_bias:
             dbias = rows.sum(0)
-        if dx is not None:
-            dx = _with_residual(_wait(dx), args)
+        if reduced is not None:
+            dx = _with_residual(_wait(reduced), args)
         return dx, dweight, dbias, None, None, None
 
 
