@@ -88,6 +88,65 @@ except torch._dynamo.exc.Unsupported:
     check(torch.compile(function))
     print("graph breaks")
 """,
+    "cases": """
+import torch, anyflash
+from anyflash.testing import CORRECTNESS, assert_close, expect, make_inputs
+
+ran = 0
+for case in CORRECTNESS:
+    inputs = make_inputs(case, "cpu")
+    graded = inputs.differentiable() if case.differentiable else {}
+    try:
+        expected = expect(inputs, gradients=bool(graded), dlse=False)
+    except RuntimeError as error:  # of PyTorch's own operations, in the reference
+        assert "not implemented for 'Half'" in str(error), error
+        continue
+    for x in graded.values():
+        x.requires_grad_()
+    out, lse = anyflash.attention(*inputs.qkv, **inputs.options, return_lse=True)
+    found = {"out": out, "lse": lse}
+    if graded:
+        gradients = torch.autograd.grad(out, tuple(graded.values()), inputs.dout)
+        found.update(zip(graded, gradients))
+    for name, x in found.items():
+        assert_close(x, expected.exact[name], expected.low[name], f"{case.name} {name}")
+    ran += 1
+print(f"{ran} of {len(CORRECTNESS)}")
+""",
+    "around": """
+import torch, anyflash
+torch.manual_seed(0)
+x = torch.randn(2, 9, 4, 16, requires_grad=True)
+cos, sin = torch.randn(9, 8), torch.randn(9, 8)
+turned = anyflash.rotary(x, cos, sin)
+a, b = x[..., :8], x[..., 8:]
+c, s = cos[:, None], sin[:, None]
+wanted = torch.cat((a * c - b * s, a * s + b * c), -1)
+pairs = [(turned, wanted)]
+rows, weight, bias = x.reshape(72, 16), torch.randn(16), torch.randn(16)
+normed = torch.nn.functional.layer_norm(rows, (16,), weight, bias, 1e-5)
+pairs.append((anyflash.layer_norm(rows, weight, bias, eps=1e-5), normed))
+labels = torch.randint(16, (72,))
+entropy = torch.nn.functional.cross_entropy(rows, labels, reduction="none")
+losses = anyflash.cross_entropy(rows, labels)
+pairs.append((losses[0] if isinstance(losses, tuple) else losses, entropy))
+up, down = torch.randn(32, 16), torch.randn(16, 32)
+plain = torch.nn.functional.gelu(rows @ up.t(), approximate="tanh") @ down.t()
+pairs.append((anyflash.fused_mlp(rows, up, None, down, None), plain))
+for found, expected in pairs:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    a, b = (torch.autograd.grad(y.sin().sum(), x, retain_graph=True)[0] for y in (found, expected))
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+""",
+    "kernel": """
+import anyflash
+from anyflash import _loader
+for dtype in ("fp32", "bf16"):
+    answer = anyflash.explain(f"{dtype} causal head_dim 64 training", isa=_loader.cpu_isa())
+    names = [decision["instance"] for decision in answer.decisions]
+    assert None not in names, answer
+print(names[0].rpartition("_")[2])
+""",
     "doctor": """
 import json, subprocess, sys
 command = [sys.executable, "-m", "anyflash", "doctor", "--json"]
@@ -181,7 +240,7 @@ def rows(only: list[str]) -> Iterator[dict[str, str]]:
             row[name], said = cell(executable, package, code)
             if name == "import" and said:
                 row["operators"], row["torch"] = said.split()
-            if name == "compile" and said:
+            if name in ("compile", "cases", "kernel") and said:
                 row[name] += f", {said}"
         print(json.dumps(row), flush=True)
         yield row
@@ -192,8 +251,10 @@ def table(results: list[dict[str, str]]) -> str:
         "# What runs where",
         "",
         "Written by `make test-matrix`: one wheel on every row, each cell a fresh process with",
-        "its time, on the CPU. `operators` says whether the compiled library served the row",
-        "(torch 2.10 and newer) or its Python twin.",
+        "its time, on the CPU. `operators` says whether the compiled operators served the row",
+        "(torch 2.10 and newer) or those in Python. `cases` are those of `anyflash.testing`,",
+        "forward and backward; `around` is rotary, norm, cross entropy and the MLP; `kernel` is",
+        "the instruction set of the kernels that fp32 and bf16 attention ran on.",
         "",
         "| " + " | ".join(results[0]) + " |",
         "|" + "---|" * len(results[0]),
