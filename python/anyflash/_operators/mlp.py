@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
+from .._activations import inputs_per_output
 from .._autograd import (
     applier,
     below_autograd,
@@ -18,8 +19,6 @@ from .._autograd import (
 )
 
 _ops = torch.ops.anyflash
-#: Names in the order of their numbers in the schemas.
-ACTIVATIONS = ("gelu_tanh", "gelu_erf", "relu", "squared_relu", "silu_gate")
 
 
 class BiasActivationCall(NamedTuple):
@@ -45,11 +44,6 @@ class FusedMLPCall(NamedTuple):
 
 
 # ---- The fakes.
-
-
-def inputs_per_output(activation: int) -> int:
-    """Columns of x per column of act(x)."""
-    return 2 if ACTIVATIONS[activation] == "silu_gate" else 1
 
 
 def _bias_activation_fake(x: Tensor, bias: Tensor | None, activation: int, backend: int) -> Tensor:

@@ -11,13 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _core, _records, _threads
+from .._activations import ACTIVATIONS, inputs_per_output
 from . import without_core
 
-_GELU_TANH, _GELU_ERF, _RELU, _SQUARED_RELU, _SILU_GATE = range(5)
-
-
-def _inputs_per_output(activation: int) -> int:
-    return 2 if activation == _SILU_GATE else 1
+_GELU_TANH, _GELU_ERF, _RELU, _SQUARED_RELU, _ = range(len(ACTIVATIONS))
 
 
 def _prepare(
@@ -50,7 +47,7 @@ def _put_converted(call: _records.BiasActivationCall, *tensors: tuple[str, Tenso
 def _run_forward(
     choice: _records.Choice, call: _records.BiasActivationCall, x: Tensor, bias: Tensor | None
 ) -> Tensor:
-    y = x.new_empty((*x.shape[:-1], x.shape[-1] // _inputs_per_output(call.activation)))
+    y = x.new_empty((*x.shape[:-1], x.shape[-1] // inputs_per_output(call.activation)))
     if y.numel() == 0:
         return y
     kept = _put_converted(call, ("x", x), ("bias", bias))
@@ -248,7 +245,7 @@ def _recompute(
     often.
     """
     slices = 4
-    per_output, hidden = _inputs_per_output(activation), w2.shape[1]
+    per_output, hidden = inputs_per_output(activation), w2.shape[1]
     dx = torch.zeros_like(rows)
     dweight1 = rows.new_empty(per_output, hidden, rows.shape[1])
     dbias1 = rows.new_empty(per_output, 0 if b1 is None else hidden)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import _core, _defs, _loader, backends
+from .._activations import ACTIVATIONS, inputs_per_output
 from .._records import Piece
 from .arguments import AttentionArgs, BackwardArgs
 
@@ -89,20 +90,6 @@ def plan_pieces(
     return begin, seqlen_q, pieces
 
 
-#: Names in the order of their numbers in the schemas.
-_ACTIVATIONS = ("gelu_tanh", "gelu_erf", "relu", "squared_relu", "silu_gate")
-
-
-def activation_number(name: str) -> int:
-    """
-    Raises:
-        ValueError: an unknown name.
-    """
-    if name not in _ACTIVATIONS:
-        raise ValueError(f"activation: unknown name '{name}'")
-    return _ACTIVATIONS.index(name)
-
-
 def _check_rows_and_bias(x: Tensor, bias: Tensor | None, columns: int) -> None:
     if bias is not None and (bias.shape != (columns,) or bias.dtype != x.dtype):
         raise RuntimeError(
@@ -119,12 +106,12 @@ def prepare_bias_activation(
         RuntimeError: shapes or dtypes that do not fit, or no back end.
         ValueError: an activation that is none.
     """
-    if not 0 <= activation < len(_ACTIVATIONS):
-        raise ValueError(f"activation: expected 0 to {len(_ACTIVATIONS) - 1}, got {activation}")
+    if not 0 <= activation < len(ACTIVATIONS):
+        raise ValueError(f"activation: expected 0 to {len(ACTIVATIONS) - 1}, got {activation}")
     if not x.is_floating_point() or x.dim() == 0:
         raise RuntimeError(f"x: expected floating (..., columns), got {x.dtype} {tuple(x.shape)}")
     _check_rows_and_bias(x, bias, x.shape[-1])
-    per_output = 2 if activation == 4 else 1
+    per_output = inputs_per_output(activation)
     if x.shape[-1] % per_output != 0:
         raise RuntimeError(f"x: expected an even last dimension, got {tuple(x.shape)}")
     if dy is not None and dy.shape != (*x.shape[:-1], x.shape[-1] // per_output):
