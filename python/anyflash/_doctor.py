@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Callable
 import torch
 
 from . import _loader, _machine, _threads
+from ._core import torch_version
 from ._remedies import REMEDIES
-from .explain import explain, torch_version
+from .explain import explain
 
 if TYPE_CHECKING:
     import argparse

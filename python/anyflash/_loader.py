@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import pathlib
-import re
 import zlib
 from typing import Any
 
@@ -23,7 +22,7 @@ from . import _core
 
 LIBRARY = pathlib.Path(__file__).resolve().parent / "libanyflash_ops.so"
 KERNELS = LIBRARY.with_name("libanyflash_kernels.so")  # the core and the kernels; LIBRARY opens it
-MIN_TORCH = (2, 10)  # the stable ABI that the binary is built against
+MIN_TORCH = 210  # 2.10, the stable ABI that the binary is built against
 _PROVIDERS = ("auto", "binary", "python")
 _PROBE = "anyflash::_flash_attn_forward"
 _LAST_PROBE = "anyflash::fused_mlp"  # the last operator of schemas.def
@@ -36,11 +35,6 @@ reasons: list[str] = []
 
 _loaded = False
 _keep_alive: list[Any] = []  # operator definitions and callbacks live as long as these objects
-
-
-def torch_version() -> tuple[int, int]:
-    match = re.match(r"(\d+)\.(\d+)", torch.__version__)
-    return (int(match.group(1)), int(match.group(2))) if match else (0, 0)
 
 
 def _is_defined(operator: str) -> bool:
@@ -104,8 +98,8 @@ def _obstacle_to_binary() -> str | None:
     """Why the compiled operators are not opened; None: nothing speaks against them."""
     if _core.library is None:
         return f"{LIBRARY.name} needs {KERNELS.name}"
-    if torch_version() < MIN_TORCH:
-        wanted = ".".join(map(str, MIN_TORCH))
+    if _core.torch_version() < MIN_TORCH:
+        wanted = ".".join(map(str, divmod(MIN_TORCH, 100)))
         return f"the binary needs torch {wanted} or newer, this is {torch.__version__}"
     return _obstacle_to(LIBRARY)
 

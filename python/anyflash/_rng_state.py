@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from ._autograd import in_functorch, is_compiling
-from ._loader import torch_version
+from ._core import torch_version
+
+_MERGES_EQUAL_CALLS = torch_version() < 215
 
 
 def draw_rng_state(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
@@ -18,4 +20,4 @@ def must_be_given() -> bool:
     """Whether the operator must not draw itself: inside a transform of torch.func, which has rules
     of its own for random numbers, and in graphs of a compiler that merges equal calls of operators
     with the tag nondeterministic_seeded."""
-    return in_functorch() or (is_compiling() and torch_version() < (2, 15))
+    return in_functorch() or (is_compiling() and _MERGES_EQUAL_CALLS)

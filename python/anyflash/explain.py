@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import _loader, backends
+from ._core import torch_version
 from ._explain_words import DTYPES, FEATURE_WORDS, parse_words
 
 if TYPE_CHECKING:
@@ -251,12 +252,6 @@ def _feature_names(features: Iterable[str]) -> list[str]:
             f"explain: unknown feature {', '.join(unknown)}; expected {', '.join(FEATURE_WORDS)}"
         )
     return [name for name in FEATURE_WORDS if name in names]
-
-
-def torch_version() -> int:
-    """The running torch as the number `Problem` uses: 213 for 2.13."""
-    major, minor = torch.__version__.split(".")[:2]
-    return int(major) * 100 + int(minor)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
