@@ -41,8 +41,8 @@ DTYPE_NAMES = {1: "fp16", 2: "bf16", 4: "fp32", 8: "fp64"}
 def put_with_values(
     record: ctypes.Structure, name: str, x: Tensor | None, copies: list[Tensor]
 ) -> None:
-    """The same for an int32 tensor whose values are checked: with ANYFLASH_CHECK=1 a GPU's are
-    copied to the host; ``copies`` keeps them alive."""
+    """``_records.put`` for a tensor whose values may be checked: with ANYFLASH_CHECK=1 int32 ones
+    of a GPU are copied to the host; ``copies`` keeps them alive."""
     put(record, name, x)
     if x is not None and x.is_cuda and x.dtype == torch.int32 and checks_values():
         copies.append(x.cpu().contiguous())
@@ -67,6 +67,7 @@ def torch_version() -> int:
 
 
 def caller(backend: int) -> Caller:
+    """Who asks for a decision: this torch, with an order of back ends as a number."""
     return Caller(backend, torch_version())
 
 
@@ -83,6 +84,7 @@ def raise_for(status: int) -> None:
 
 
 def loaded() -> ctypes.CDLL:
+    """The library, for callers that run only where it is there."""
     assert library is not None, "the kernel library is not loaded"
     return library
 
@@ -279,8 +281,8 @@ def prepare_bias_activation(call: BiasActivationCall, backend: int) -> Choice:
         ValueError: an activation or a chain of back ends that is none.
     """
     choice, asked = Choice(), caller(backend)
-    prepare = loaded().anyflash_prepare_bias_activation
-    raise_for(prepare(ctypes.byref(call), ctypes.byref(asked), ctypes.byref(choice)))
+    references = map(ctypes.byref, (call, asked, choice))
+    raise_for(loaded().anyflash_prepare_bias_activation(*references))
     return choice
 
 
@@ -290,7 +292,8 @@ def bias_activation_workspace(rows: int, columns: int, activation: int) -> int:
 
 
 def check_fused_mlp(call: MlpCall) -> None:
-    """
+    """Checks the arguments of the fused MLP, or of its backward.
+
     Raises:
         RuntimeError: what cannot be computed.
         ValueError: an activation that is none.

@@ -1,4 +1,4 @@
-"""_flash_attn_forward and _flash_attn_backward: prepare (check, describe, decide), run, return."""
+"""_flash_attn_forward and _flash_attn_backward: prepare, run, return."""
 
 from __future__ import annotations
 
@@ -73,6 +73,7 @@ def _prepare(
 def run_forward(
     choice: _records.Choice, args: AttentionArgs, call: _records.AttentionCall
 ) -> tuple[Tensor, Tensor]:
+    """(out, lse) by the route that was chosen; ``call`` are the views of ``args``, prepared."""
     route = choice.route
     if route == "kernel":
         return kernel.forward(choice, args, call)

@@ -1,8 +1,5 @@
-"""Errors of the Python operators, in the words of the compiled ones.
-
-Every function raises RuntimeError with a message that names the argument, what came and what was
-expected.
-"""
+"""Errors of the Python operators, in the words of the compiled ones: they name the argument, what
+came and what was expected."""
 
 from __future__ import annotations
 

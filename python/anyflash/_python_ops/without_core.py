@@ -20,7 +20,7 @@ _PLAIN = "plain PyTorch operators (math)"
 
 
 def obstacle() -> str:
-    """Why there is nothing but plain operators."""
+    """Why there is no kernel."""
     return f"the kernel library is not in use ({'; '.join(_loader.reasons) or 'not built'})"
 
 
