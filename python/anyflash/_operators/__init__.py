@@ -1,12 +1,13 @@
-"""The operators around attention, one module per family: rotary, norm, cross_entropy.
+"""What an operator has in Python whichever provider runs, one module per family. A family has
 
-Their kernels are for CPUs so far (core/, kernels/cpu/). Everything else runs as PyTorch operations,
-written once, in Python, for both providers. A family has
+- ``FAKES``: operator name -> shapes, dtypes and strides of the results alone
+- ``DIFFERENTIABLE``: operator name -> the operator as autograd records it
+
+Rotary, norm and cross entropy have kernels for CPUs only (core/, kernels/cpu/). Everything else of
+them runs as PyTorch operations, written once, here, for both providers:
 
 - ``MATH``: operator name -> the same in PyTorch operations, for devices and dtypes without a kernel
 - ``KERNELS``: operator name -> the same by the core, for the CPU key of the Python provider
-- ``FAKES``: operator name -> shapes, dtypes and strides of the results alone
-- ``DIFFERENTIABLE``: operator name -> the operator as autograd records it
 
 The public function (anyflash/rotary.py, ...) calls the operator where ``runs_on_kernel`` says so,
 and else the family's math, which autograd differentiates by itself. What cannot be computed the
@@ -70,6 +71,11 @@ def can_check(*tensors: Any) -> bool:
     return all(type(size) is int for x in given for size in x.shape)
 
 
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """Of sums over x: log-sum-exp, mean, rstd."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def record_of(kind: type[Any], tensors: Mapping[str, Tensor | None], **options: Any) -> Any:
     """The arguments of a call as the core sees them.
 
@@ -92,7 +98,8 @@ def record_of(kind: type[Any], tensors: Mapping[str, Tensor | None], **options: 
 
 
 def check(family: str, *records: Any) -> None:
-    """
+    """Has the core check a call.
+
     Raises:
         RuntimeError: what cannot be computed.
     """

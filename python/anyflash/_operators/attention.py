@@ -23,7 +23,7 @@ from .._autograd import (
     refuse_gradient,
 )
 from .._guards import BelowAutograd
-from . import known_names
+from . import known_names, statistics_dtype
 
 _forward = torch.ops.anyflash._flash_attn_forward.default
 _backward = torch.ops.anyflash._flash_attn_backward.default
@@ -100,12 +100,13 @@ class BackwardCall(NamedTuple):
 
 
 def lse_like(q: Tensor, packed: bool) -> Tensor:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    """Room for the log-sum-exp: (batch, heads, seqlen_q), packed (heads, total_q)."""
     shape = (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
-    return q.new_empty(shape, dtype=dtype)
+    return q.new_empty(shape, dtype=statistics_dtype(q))
 
 
 def out_like(q: Tensor, v: Tensor) -> Tensor:
+    """Room for the output: q's strides where head_dim_v is head_dim, else contiguous."""
     if v.shape[-1] == q.shape[-1]:
         return torch.empty_like(q)
     return q.new_empty((*q.shape[:-1], v.shape[-1]))

@@ -22,7 +22,7 @@ from .._autograd import (
     has_readable_values,
     in_plain_eager,
 )
-from . import can_check, check, expect, record_of
+from . import can_check, check, expect, record_of, statistics_dtype
 
 _ops = torch.ops.anyflash
 
@@ -39,10 +39,6 @@ class Options(NamedTuple):
     ignore_index: int
     class_start_idx: int
     total_classes: int
-
-
-def _statistics_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _record(
@@ -105,7 +101,7 @@ def _row_chunks(logits: Tensor) -> Iterator[slice]:
 
 
 def _scaled(logits: Tensor, o: Options) -> Tensor:
-    wide = logits.to(_statistics_dtype(logits))
+    wide = logits.to(statistics_dtype(logits))
     return wide if o.logit_scale == 1.0 else wide * o.logit_scale
 
 
@@ -150,7 +146,7 @@ def _forward(
         for rows in _row_chunks(logits)
     ]
     if not parts:
-        empty = [logits.new_empty(0, dtype=_statistics_dtype(logits)) for _ in range(3)]
+        empty = [logits.new_empty(0, dtype=statistics_dtype(logits)) for _ in range(3)]
         return empty[0], empty[1], empty[2]
     losses, z_losses, lse = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*parts))
     return losses.masked_fill(wrong, math.nan), z_losses, lse
@@ -316,8 +312,6 @@ class CrossEntropyFunction(Function):
             smoothing, logit_scale, lse_square_scale, ignore_index, class_start_idx, total_classes
         )
         forward = implementation("cross_entropy_forward", on_kernel)
-        if on_kernel:
-            forward = functools.partial(below_autograd, forward)
         if process_group is None:
             return forward(logits, labels, precomputed_lse, *o)
         # First of all, since unequal parts may let some processes, not all, refuse a label.
@@ -390,7 +384,7 @@ apply_cross_entropy = applier(CrossEntropyFunction)
 def _fake_forward(logits: Tensor, labels: Tensor, precomputed_lse: Tensor | None, *o: Any) -> Any:
     if can_check(logits, labels, precomputed_lse):
         check("cross_entropy", _record(logits, labels, precomputed_lse, None, Options(*o)))
-    dtype = _statistics_dtype(logits)
+    dtype = statistics_dtype(logits)
     return tuple(logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(3))
 
 

@@ -18,14 +18,13 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from .._autograd import applier, below_autograd, first_derivative_only
-from . import norm_kernel
+from . import norm_kernel, statistics_dtype
 from .norm_arguments import (
     DTYPE_CODES,
     DTYPES,
     check_backward,
     check_forward,
     has_own_dresidual,
-    statistics_dtype,
 )
 
 

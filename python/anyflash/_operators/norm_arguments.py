@@ -27,11 +27,6 @@ _SHARED_OPTIONS = ("dropout_p", "is_rms_norm", "zero_centered_weight")
 _GRADIENT_OPTIONS = ("has_residual", "has_x1", "x_dtype")
 
 
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """Of mean and rstd."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def has_own_dresidual(has_residual: bool, masked: bool, scaled: bool, same_dtype: bool) -> bool:
     """Whether the residual's gradient differs from dx; else the operator returns dx for both."""
     return has_residual and (masked or scaled or not same_dtype)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .._activations import activation_number
+from .._core import contiguous_rows
 from . import mlp
 from .attention import _flash_attn_forward
 from .checks import check, shape_text
@@ -31,10 +32,6 @@ def _scale(softmax_scale: float | None, q: Tensor) -> float:
         f"q: expected (..., heads, head_dim), got {shape_text(q)}",
     )
     return float(q.shape[-1] ** -0.5)
-
-
-def _contiguous_last_dim(x: Tensor) -> Tensor:
-    return x if x.dim() == 0 or x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def _part(packed: Tensor, name: str, dim: int, parts: int, index: int) -> Tensor:
@@ -67,9 +64,9 @@ def flash_attn_varlen_func(
     """schemas.def; dense without cu_seqlens, for the operators below."""
     left, right = _window(window_size)
     return _flash_attn_forward(
-        _contiguous_last_dim(q),
-        _contiguous_last_dim(k),
-        _contiguous_last_dim(v),
+        contiguous_rows(q),
+        contiguous_rows(k),
+        contiguous_rows(v),
         cu_seqlens_q,
         cu_seqlens_k,
         max_seqlen_q,
@@ -156,7 +153,7 @@ def flash_attn_with_kvcache(
     check(num_splits <= 128, f"num_splits > 128 not supported, got {num_splits}")
     left, right = _window(window_size)
     return _flash_attn_kvcache_(
-        _contiguous_last_dim(q), k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens,
+        contiguous_rows(q), k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens,
         cache_batch_idx, cache_leftpad, block_table, alibi_slopes, None, _scale(softmax_scale, q),
         causal, left, right, softcap, rotary_interleaved, 0,
     )[0]  # fmt: skip

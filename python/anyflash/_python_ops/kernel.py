@@ -96,12 +96,10 @@ def backward(
 ) -> Gradients:
     """dq, dk, dv of schemas.def, from the out and lse that are given."""
     converted = _Converted(args, call)
-    lse = grad.lse if _is_readable(grad.lse) else grad.lse.contiguous()
+    lse = _core.contiguous_rows(grad.lse)
     _records.put(grad_call, "lse", lse)
-    dlse = None if grad.dlse is None else grad.dlse.float()
-    if dlse is not None:
-        dlse = dlse if _is_readable(dlse) else dlse.contiguous()
-        _records.put(grad_call, "dlse", dlse)
+    dlse = None if grad.dlse is None else _core.contiguous_rows(grad.dlse.float())
+    _records.put(grad_call, "dlse", dlse)
     outputs = [_Output(torch.empty_like(x)) for x in (args.q, args.k, args.v)]
     results = _records.new(_records.AttentionResults)
     for name, output in zip(("dq", "dk", "dv"), outputs):
