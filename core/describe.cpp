@@ -1,3 +1,4 @@
+// Attention as the decision sees it: its numbers normalised, its features.
 #include "core/describe.h"
 
 #include <stdexcept>

@@ -1,4 +1,4 @@
-// The core as its two callers see it: the LibTorch operators (csrc/) and the Python ones
+// The core as its two callers see it: the compiled operators (csrc/) and those in Python
 // (anyflash/_core.py, by ctypes). C linkage, plain structs, no exception across.
 //
 // What can fail returns a Status; the text of the failure is anyflash_text() of the same thread.

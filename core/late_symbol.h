@@ -1,6 +1,6 @@
-// Symbols that cannot be linked: those newer than TORCH_TARGET_VERSION and those of
+// Symbols that cannot be linked: those of the CUDA driver, of a newer torch than the target, and of
 // libtorch_cuda.so, which a CPU build of torch does not have, and which in Python lies outside the
-// scope of a library that needs libtorch_cpu.so alone.
+// scope of a library that needs only libtorch_cpu.so.
 #pragma once
 
 #include <dlfcn.h>

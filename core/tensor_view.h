@@ -1,5 +1,5 @@
 // A tensor as the core sees it: plain data, which torch of any version can be written down as. All
-// structs of the C interface are made of these; ctypes mirrors them (anyflash/_core.py).
+// structs of the C interface are made of these; ctypes mirrors them (anyflash/_records.py).
 #pragma once
 
 #include <cstdint>

@@ -1,3 +1,4 @@
+// _flash_attn_forward and _flash_attn_backward: prepare, run, return.
 #include "attention/arguments.h"
 #include "attention/run.h"
 #include "operators.h"

@@ -1,3 +1,4 @@
+// Attention over a key/value cache: prepare, append, attend.
 #include "kvcache/kvcache.h"
 
 #include "attention/run.h"

@@ -1,3 +1,4 @@
+// Bias + activation: prepare, then the kernel or plain operators.
 #include "mlp/bias_activation.h"
 
 #include "operators.h"

@@ -1,3 +1,4 @@
+// The fused MLP: matrix products by PyTorch around bias + activation.
 #include <algorithm>
 
 #include "operators.h"

@@ -1,3 +1,5 @@
+// Cross entropy on the CPU: results are allocated, what no kernel reads is converted, the core
+// checks and launches.
 #include "operators.h"
 #include "stable/contiguous_rows.h"
 #include "stable/grad_mode.h"

@@ -1,3 +1,5 @@
+// Rotary embedding on the CPU: tables are converted, the result is allocated, the core checks and
+// launches.
 #include "operators.h"
 #include "stable/contiguous_rows.h"
 #include "stable/grad_mode.h"
