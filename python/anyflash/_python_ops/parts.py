@@ -286,8 +286,7 @@ def _padded(args: AttentionArgs) -> PaddedPart:
 
 def parts_of(args: AttentionArgs) -> Iterator[Part]:
     """The dense problems that an attention problem consists of."""
-    lengths = (args.cu_seqlens_q, args.block_table, args.seqused_k, args.leftpad_k)
-    if all(tensor is None for tensor in lengths):
+    if covers_everything(args):
         slopes, bias = _slopes(args), _four_dimensions(args.bias)
         yield ViewPart(args.q, args.k, args.v, 0, slopes, bias)
     elif args.q.device.type == "cpu":
