@@ -15,13 +15,19 @@ def _as_context_manager(guard: Any) -> Any:
     if hasattr(guard, "__enter__"):
         return guard
 
+    # Its torch.compile would compile what follows on a break inside, and asserts that no key is
+    # excluded then.
+    set_eval_frame = torch._C._dynamo.eval_frame.set_eval_frame
+
     @contextlib.contextmanager
     def hold() -> Iterator[None]:
+        before = set_eval_frame(None)
         alive = guard()
         try:
             yield
         finally:
             del alive
+            set_eval_frame(before)
 
     return hold
 
