@@ -61,7 +61,9 @@ Problem describe(const TensorView& x, Family family, Direction direction, const 
   problem.family = family;
   problem.direction = direction;
   problem.device = x.device;
-  problem.sm = x.device == Device::cuda ? device_sm(x.device_index) : cpu_isa();
+  problem.sm = x.device == Device::cuda  ? device_sm(x.device_index)
+               : x.device == Device::cpu ? cpu_isa()
+                                         : 0;
   problem.dtype = static_cast<Dtype>(x.dtype);
   problem.torch_version = caller.torch_version;
   problem.chain = checked_chain(caller.backend);

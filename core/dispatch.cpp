@@ -92,8 +92,14 @@ void visit_limits(const Limits& limits, const Problem& problem, Obstacle obstacl
 template <typename Obstacle>
 void visit_obstacles(const RouteRow& row, const Problem& problem, Obstacle obstacle) {
   const bool on_cuda = problem.device == Device::cuda;
-  if (!(row.devices & (on_cuda ? column::cuda : column::cpu))) {
-    obstacle([&] { return std::string("runs on ") + (on_cuda ? "cpu" : "cuda") + " only"; });
+  // Operators that any device has are the only ones that one of another kind has.
+  const uint32_t device = on_cuda                         ? column::cuda
+                          : problem.device == Device::cpu ? column::cpu
+                                                          : column::any;
+  if ((row.devices & device) != device) {
+    obstacle([&] {
+      return std::string("runs on ") + (row.devices == column::cpu ? "cpu" : "cuda") + " only";
+    });
     return;
   }
   if (on_cuda && problem.sm < row.min_sm) {

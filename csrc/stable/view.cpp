@@ -56,7 +56,10 @@ TensorView view_without_data(const Tensor& tensor) {
   if (type != cpu) {
     check_code(aoti_torch_get_device_index(tensor.get(), &view.device_index), "device index");
   }
-  if (view.device == Device::other) return view;
+  if (view.device == Device::other) {
+    view.storage_bytes = kNoMemory;
+    return view;
+  }
   int64_t bytes = 0, offset = 0;
   check_code(aoti_torch_get_storage_size(tensor.get(), &bytes), "storage size");
   check_code(aoti_torch_get_storage_offset(tensor.get(), &offset), "storage offset");

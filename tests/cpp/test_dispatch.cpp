@@ -37,6 +37,19 @@ Instance cpu_instance(const Arch& arch, Direction direction, Dtype dtype, const 
 
 }  // namespace
 
+TEST_CASE("a device that is neither a CPU nor CUDA gets the operators that all devices have") {
+  Problem problem;
+  problem.device = Device::other;
+  problem.torch_version = 213;
+  problem.head_dim = problem.head_dim_v = 64;
+  const Decision decision = decide(problem);
+  REQUIRE(decision.choice.route == Route::math);
+  REQUIRE(decision.reasons.front().text == "this build has no attention kernel for this device");
+  problem.chain = parse_chain("aten_cpu");
+  problem.explicit_chain = true;
+  REQUIRE(choose(problem).route == Route::none);
+}
+
 TEST_CASE("dispatch: plain attention on every GPU", "[dispatch]") {
   for (const int32_t sm : kGpus) {
     for (const Direction direction : {Direction::forward, Direction::backward}) {
