@@ -19,10 +19,15 @@ std::string take(StringHandle handle) {
   return value;
 }
 
-Tensor fused_mlp_by_handle(const Tensor& x, const Tensor& weight1, const OptionalTensor& bias1,
-                           const Tensor& weight2, const OptionalTensor& bias2,
-                           StringHandle activation, bool recompute) {
-  return fused_mlp(x, weight1, bias1, weight2, bias2, take(activation), recompute);
+// The functions of operators.h as the dispatcher calls them; those that take strings by handle.
+namespace boxed {
+
+using namespace anyflash;
+
+Tensor fused_mlp(const Tensor& x, const Tensor& weight1, const OptionalTensor& bias1,
+                 const Tensor& weight2, const OptionalTensor& bias2, StringHandle activation,
+                 bool recompute) {
+  return anyflash::fused_mlp(x, weight1, bias1, weight2, bias2, take(activation), recompute);
 }
 
 Tensor refuse_gradient(const Tensor& /*gradient*/, const std::vector<int64_t>& /*size*/,
@@ -30,44 +35,17 @@ Tensor refuse_gradient(const Tensor& /*gradient*/, const std::vector<int64_t>& /
   raise_runtime_error(take(why));
 }
 
+}  // namespace boxed
+
 std::string register_all() {
-  const std::vector<const char*> schemas = {
-#define OPERATOR(group, schema) schema,
+  const std::vector<const char*> everywhere = {"CPU", "CUDA"}, cpu = {"CPU"};
+  std::vector<const char*> schemas;
+  std::vector<Kernel> kernels;
+#define OPERATOR(group, where, name, schema) \
+  schemas.push_back(#name schema);           \
+  for (const char* key : where) kernels.push_back({key, #name, TORCH_BOX(&boxed::name)});
 #include "schemas.def"
 #undef OPERATOR
-  };
-  // The same function on both devices: what runs where is decided inside.
-  std::vector<Kernel> kernels;
-  for (const char* key : {"CPU", "CUDA"}) {
-    kernels.insert(
-        kernels.end(),
-        {{key, "_flash_attn_forward", TORCH_BOX(&_flash_attn_forward)},
-         {key, "_flash_attn_backward", TORCH_BOX(&_flash_attn_backward)},
-         {key, "_flash_attn_kvcache_", TORCH_BOX(&_flash_attn_kvcache_)},
-         {key, "_bias_activation_forward", TORCH_BOX(&_bias_activation_forward)},
-         {key, "_bias_activation_backward", TORCH_BOX(&_bias_activation_backward)},
-         {key, "_fused_mlp_forward", TORCH_BOX(&_fused_mlp_forward)},
-         {key, "_fused_mlp_backward", TORCH_BOX(&_fused_mlp_backward)},
-         {key, "refuse_gradient", TORCH_BOX(&refuse_gradient)},
-         {key, "flash_attn_func", TORCH_BOX(&flash_attn_func)},
-         {key, "flash_attn_kvpacked_func", TORCH_BOX(&flash_attn_kvpacked_func)},
-         {key, "flash_attn_qkvpacked_func", TORCH_BOX(&flash_attn_qkvpacked_func)},
-         {key, "flash_attn_varlen_func", TORCH_BOX(&flash_attn_varlen_func)},
-         {key, "flash_attn_varlen_kvpacked_func", TORCH_BOX(&flash_attn_varlen_kvpacked_func)},
-         {key, "flash_attn_varlen_qkvpacked_func", TORCH_BOX(&flash_attn_varlen_qkvpacked_func)},
-         {key, "flash_attn_with_kvcache", TORCH_BOX(&flash_attn_with_kvcache)},
-         {key, "fused_mlp", TORCH_BOX(&fused_mlp_by_handle)}});
-  }
-  // Kernels on the CPU alone. On other keys, and for dtypes without a kernel, Python's math stands
-  // (anyflash/_operators): the public functions never bring such a tensor here.
-  kernels.insert(kernels.end(),
-                 {{"CPU", "rotary", TORCH_BOX(&rotary)},
-                  {"CPU", "rotary_", TORCH_BOX(&rotary_)},
-                  {"CPU", "cross_entropy_forward", TORCH_BOX(&cross_entropy_forward)},
-                  {"CPU", "cross_entropy_backward", TORCH_BOX(&cross_entropy_backward)},
-                  {"CPU", "cross_entropy_backward_", TORCH_BOX(&cross_entropy_backward_)},
-                  {"CPU", "norm_forward", TORCH_BOX(&norm_forward)},
-                  {"CPU", "norm_backward", TORCH_BOX(&norm_backward)}});
   return register_operators("anyflash", schemas, kernels);
 }
 

@@ -65,7 +65,8 @@ def entries(name: str) -> tuple[Entry, ...]:
 class Operator(NamedTuple):
     """One line of schemas.def."""
 
-    group: str  # "leaf" or "public"
+    group: str  # "leaf", "differentiable", "public" or "refusal"
+    where: str  # "everywhere" or "cpu"
     name: str
     schema: str
 
@@ -73,9 +74,10 @@ class Operator(NamedTuple):
 def operators() -> tuple[Operator, ...]:
     """Every operator of the library."""
     return tuple(
-        Operator(entry.fields[0], entry.fields[1].partition("(")[0], entry.fields[1])
-        for entry in entries("schemas")
-        if entry.macro == "OPERATOR"
+        Operator(group, where, name, f"{name}{schema}")
+        for group, where, name, schema in (
+            entry.fields for entry in entries("schemas") if entry.macro == "OPERATOR"
+        )
     )
 
 

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.providers
 
 TEXT = (REPOSITORY / "csrc/schemas.def").read_text()
 GROUPS = {
-    schema.partition("(")[0]: (schema.replace('\\"', '"'), group)
-    for group, schema in re.findall(r'^OPERATOR\((\w+), "(.*)"\)$', TEXT, re.M)
+    name: (name + schema.replace('\\"', '"'), group)
+    for group, name, schema in re.findall(r'^OPERATOR\((\w+), \w+, (\w+), "(.*)"\)$', TEXT, re.M)
 }
 NAMES = list(GROUPS)
 LEAVES = [name for name, (_, group) in GROUPS.items() if group == "leaf"]

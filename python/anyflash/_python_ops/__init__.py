@@ -44,7 +44,7 @@ def register(library: torch.library.Library) -> None:
     """
     for operator in _defs.operators():
         library.define(operator.schema)
-        if operator.name in _IMPLEMENTATIONS:
+        if operator.where == "everywhere":
             kernel = isolated(_IMPLEMENTATIONS[operator.name])
             for key in ("CPU", "CUDA"):
                 library.impl(operator.name, kernel, key)
