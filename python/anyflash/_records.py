@@ -307,6 +307,7 @@ MIRRORED: tuple[type[ctypes.Structure], ...] = (
     DecisionView,
     Instance,
     Piece,
+    CpuThreads,
 )
 
 _PACKED = struct.Struct(f"PPq4i{2 * _MAX_RANK}q")
