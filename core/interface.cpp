@@ -79,24 +79,24 @@ Status anyflash_prepare_kvcache(const KVCacheCall* call, bool causal, const Call
   });
 }
 
-Status anyflash_run_forward(const Instance* instance, const AttentionCall* call,
-                            const AttentionResults* results, void* where) {
+Status anyflash_run_attention(const Instance* instance, const AttentionCall* call,
+                              const AttentionResults* results, void* where) {
   return guarded([&] { run_forward(*instance, *call, *results, where); });
 }
 
-Status anyflash_run_backward(const Instance* instance, const AttentionCall* call,
-                             const BackwardCall* grad, const AttentionResults* results,
-                             void* where) {
+Status anyflash_run_attention_backward(const Instance* instance, const AttentionCall* call,
+                                       const BackwardCall* grad, const AttentionResults* results,
+                                       void* where) {
   return guarded([&] { run_backward(*instance, *call, *grad, *results, where); });
 }
 
-Status anyflash_run_append(const Instance* instance, const KVCacheCall* call,
-                           const AttentionOptions* options, const AppendResults* results,
-                           void* where) {
+Status anyflash_run_kvcache_append(const Instance* instance, const KVCacheCall* call,
+                                   const AttentionOptions* options, const AppendResults* results,
+                                   void* where) {
   return guarded([&] { run_append(*instance, *call, *options, *results, where); });
 }
 
-int64_t anyflash_forward_workspace(const Instance* instance, const AttentionCall* call) {
+int64_t anyflash_attention_forward_workspace(const Instance* instance, const AttentionCall* call) {
   return workspace_bytes(*instance, *call);
 }
 

@@ -51,22 +51,18 @@ ANYFLASH_EXPORT anyflash::Status anyflash_prepare_kvcache(
     anyflash::AttentionCall* attention, anyflash::Choice* choice, anyflash::Choice* append);
 // With the route `kernel`; what must have been converted: core/attention.h. `where` is a stream or
 // a CpuThreads.
-ANYFLASH_EXPORT anyflash::Status anyflash_run_forward(const anyflash::Instance* instance,
-                                                      const anyflash::AttentionCall* call,
-                                                      const anyflash::AttentionResults* results,
-                                                      void* where);
-ANYFLASH_EXPORT anyflash::Status anyflash_run_backward(const anyflash::Instance* instance,
-                                                       const anyflash::AttentionCall* call,
-                                                       const anyflash::BackwardCall* grad,
-                                                       const anyflash::AttentionResults* results,
-                                                       void* where);
-ANYFLASH_EXPORT anyflash::Status anyflash_run_append(const anyflash::Instance* instance,
-                                                     const anyflash::KVCacheCall* call,
-                                                     const anyflash::AttentionOptions* options,
-                                                     const anyflash::AppendResults* results,
-                                                     void* where);
-ANYFLASH_EXPORT int64_t anyflash_forward_workspace(const anyflash::Instance* instance,
-                                                   const anyflash::AttentionCall* call);
+ANYFLASH_EXPORT anyflash::Status anyflash_run_attention(const anyflash::Instance* instance,
+                                                        const anyflash::AttentionCall* call,
+                                                        const anyflash::AttentionResults* results,
+                                                        void* where);
+ANYFLASH_EXPORT anyflash::Status anyflash_run_attention_backward(
+    const anyflash::Instance* instance, const anyflash::AttentionCall* call,
+    const anyflash::BackwardCall* grad, const anyflash::AttentionResults* results, void* where);
+ANYFLASH_EXPORT anyflash::Status anyflash_run_kvcache_append(
+    const anyflash::Instance* instance, const anyflash::KVCacheCall* call,
+    const anyflash::AttentionOptions* options, const anyflash::AppendResults* results, void* where);
+ANYFLASH_EXPORT int64_t anyflash_attention_forward_workspace(const anyflash::Instance* instance,
+                                                             const anyflash::AttentionCall* call);
 
 // ---- Bias + activation and the fused MLP. prepare checks, describes, decides, tells; backward
 // where call->dy is given, as check_fused_mlp is where call->dout is. run: core/mlp.h.

@@ -112,11 +112,11 @@ ForwardResult forward(const Instance& instance, const AttentionArgs& args, Atten
   results.lse = view_to_write(lse);
   const LaunchOn where(args.q);
   OptionalTensor workspace;
-  if (const int64_t bytes = anyflash_forward_workspace(&instance, &call); bytes > 0) {
+  if (const int64_t bytes = anyflash_attention_forward_workspace(&instance, &call); bytes > 0) {
     workspace = empty({bytes}, args.q, ScalarType::Byte);
     results.workspace = workspace->mutable_data_ptr();
   }
-  check_status(anyflash_run_forward(&instance, &call, &results, where.get()));
+  check_status(anyflash_run_attention(&instance, &call, &results, where.get()));
   return {out.finish(), lse};
 }
 
@@ -144,7 +144,8 @@ Gradients backward(const Instance& instance, const AttentionArgs& args, const Ba
     results.dsinks = view_to_write(*dsinks);
   }
   const LaunchOn where(args.q);
-  check_status(anyflash_run_backward(&instance, &call, &grad_call, &results, where.get()));
+  check_status(
+      anyflash_run_attention_backward(&instance, &call, &grad_call, &results, where.get()));
   Gradients result{dq.finish(), dk.finish(), dv.finish(), std::nullopt, std::nullopt};
   if (dbias) result.dbias = to_dtype(*dbias, args.bias->scalar_type());
   if (dsinks) result.dsinks = to_dtype(*dsinks, args.sinks->scalar_type());

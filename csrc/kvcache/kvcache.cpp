@@ -90,7 +90,7 @@ void append_by_kernel(const Instance& instance, const KVCacheArgs& args, const K
     results.q_rotated = view_to_write(attention.q);
   }
   const LaunchOn where(args.q);
-  check_status(anyflash_run_append(&instance, &call, &attention, &results, where.get()));
+  check_status(anyflash_run_kvcache_append(&instance, &call, &attention, &results, where.get()));
 }
 
 // By plain operators.

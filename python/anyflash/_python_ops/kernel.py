@@ -79,10 +79,10 @@ def forward(
     _records.put(results, "lse", lse)
     library, records = _core.loaded(), (ctypes.byref(call), ctypes.byref(results))
     with _threads.launch_on(args.q) as where:
-        room = library.anyflash_forward_workspace(choice.instance, records[0])
+        room = library.anyflash_attention_forward_workspace(choice.instance, records[0])
         workspace = args.q.new_empty(room, dtype=torch.uint8) if room else None
         results.workspace = None if workspace is None else workspace.data_ptr()
-        _core.raise_for(library.anyflash_run_forward(choice.instance, *records, where))
+        _core.raise_for(library.anyflash_run_attention(choice.instance, *records, where))
     del converted
     return out.finish(), lse
 
@@ -110,7 +110,9 @@ def backward(
     _records.put(results, "dsinks", dsinks)
     records: tuple[Any, ...] = tuple(map(ctypes.byref, (call, grad_call, results)))
     with _threads.launch_on(args.q) as where:
-        _core.raise_for(_core.loaded().anyflash_run_backward(choice.instance, *records, where))
+        _core.raise_for(
+            _core.loaded().anyflash_run_attention_backward(choice.instance, *records, where)
+        )
     del converted
     gradients = Gradients(*(output.finish() for output in outputs))
     if dbias is not None and args.bias is not None:

@@ -144,7 +144,9 @@ def _append_by_kernel(
         _records.put(results, "q_rotated", args.q)
     records = tuple(map(ctypes.byref, (record, options, results)))
     with _threads.launch_on(call.q) as where:
-        _core.raise_for(_core.loaded().anyflash_run_append(choice.instance, *records, where))
+        _core.raise_for(
+            _core.loaded().anyflash_run_kvcache_append(choice.instance, *records, where)
+        )
 
 
 def _append_by_operators(call: KVCacheCall, args: AttentionArgs) -> None:
