@@ -70,9 +70,9 @@ build-address build-thread: build-%: $(VENV)/.packages
 	cmake --build build/$*
 
 test-python: setup   ## the tests of the operators, the drop-in and the packaging
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest -m providers --provider=python
-	$(BIN)/python -m pytest tests/consumers
+	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest --durations=10 -m providers --provider=python
+	$(BIN)/python -m pytest --durations=3 tests/consumers
 
 bench: setup    ## the figures of docs/benchmarks.md, each beside its reference; writes out/bench.json
 	$(BIN)/python -m benchmarks.run
