@@ -115,11 +115,15 @@ def figures() -> str:
 def versions() -> str:
     """Which torch and Python were run, with which operators."""
     lines = ["| torch | Python | operators | `torch.compile` |", "| --- | --- | --- | --- |"]
-    rows = [line.strip("| ").split(" | ") for line in MATRIX.read_text().splitlines()]
-    for torch, python, operators, *_, compiled, _ in (r for r in rows if r[0][0:1].isdigit()):
-        kind = {"binary": "compiled", "python": "Python"}[operators]
-        graph = compiled.split(", ")[-1]
-        lines.append(f"| {torch.partition('+')[0]} | {python} | {kind} | {graph} |")
+    table = [line.strip("| ").split(" | ") for line in MATRIX.read_text().splitlines()]
+    names = next(cells for cells in table if cells[0] == "torch")
+    for cells in table:
+        if not cells[0][:1].isdigit():
+            continue
+        row = dict(zip(names, cells))
+        kind = {"binary": "compiled", "python": "Python"}[row["operators"]]
+        graph = row["compile"].split(", ")[-1]
+        lines.append(f"| {row['torch'].partition('+')[0]} | {row['Python']} | {kind} | {graph} |")
     return "\n".join(lines)
 
 
