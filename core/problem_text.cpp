@@ -25,7 +25,6 @@ constexpr Name<Family> kFamilies[] = {{"attention", Family::attention},
                                       {"cross_entropy", Family::cross_entropy}};
 constexpr Name<Direction> kDirections[] = {{"forward", Direction::forward},
                                            {"backward", Direction::backward}};
-constexpr Name<Device> kDevices[] = {{"cpu", Device::cpu}, {"cuda", Device::cuda}};
 constexpr Name<Dtype> kDtypes[] = {
     {"fp16", Dtype::fp16}, {"bf16", Dtype::bf16}, {"fp32", Dtype::fp32}, {"fp64", Dtype::fp64}};
 
@@ -37,6 +36,16 @@ Value value_of(const char* what, const Name<Value> (&names)[kCount], const std::
     known += (known.empty() ? "" : ", ") + std::string(entry.name);
   }
   throw std::invalid_argument(text("unknown ", what, " '", name, "'; known: ", known));
+}
+
+Device device_of(const std::string& name) {
+  std::string known;
+  int32_t device = 0;
+  for (const char* entry : kDeviceNames) {
+    if (name == entry) return static_cast<Device>(device);
+    known += (device++ == 0 ? "" : ", ") + std::string(entry);
+  }
+  throw std::invalid_argument(text("unknown device '", name, "'; known: ", known));
 }
 
 Features features_of(const std::string& names) {
@@ -79,7 +88,7 @@ Problem parse_problem(const std::string& lines) {
     if (field == "op") {
       problem.family = value_of("op", kFamilies, value);
     } else if (field == "device") {
-      problem.device = value_of("device", kDevices, value);
+      problem.device = device_of(value);
     } else if (field == "sm") {
       problem.sm = number_of(field, value);
     } else if (field == "isa") {

@@ -170,12 +170,15 @@ def attention(
     call = AttentionCall(  # in its order: with names it would take half a microsecond more
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k,
         block_table, alibi_slopes, bias, sinks, rng_state, dropout_p, softmax_scale, causal,
-        window_size_left, window_size_right, softcap, deterministic, backends.resolve(backend),
+        window_size_left, window_size_right, softcap, deterministic, return_lse,
+        backends.resolve(backend),
     )  # fmt: skip
     out, lse, _ = attend(call)
     if single:
-        out, lse = out.squeeze(0), lse.squeeze(0)
-    return (out, lse) if return_lse else out
+        out = out.squeeze(0)
+    if not return_lse:
+        return out
+    return out, lse.squeeze(0) if single else lse
 
 
 def _one_sequence(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
