@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ def _call(
     if group > 1:
         k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
     scale, default = args.softmax_scale, args.head_dim**-0.5
-    named = {}
+    named: dict[str, Any] = {}
     if scale > 0 and scale != default and _core.torch_version() >= 201:
         named["scale"] = scale
     elif scale != default:  # negative ones too: -inf of a mask comes before the scale
