@@ -157,7 +157,7 @@ def _explain_python_operators(report: Report, state: dict[str, Any]) -> None:
         if not _threads.has_threads():
             same += " But kernels run on one thread, because torch's threads were not found."
     else:
-        times = "2 to 6" if torch_version() >= 202 else "7 to 30"
+        times = "2 to 6" if torch_version() >= 202 else "5 to 11"
         same = f"Results are the same, without anyflash's kernels: expect {times} times the time."
     because = f" Reason: {'; '.join(state['reasons'])}." if state["reasons"] else ""
     build = state["build"]
