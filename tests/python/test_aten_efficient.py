@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from support import expected_of, inputs_of, problem_of, torch_version
 from torch import Tensor
 
 import anyflash
-from anyflash._python_ops import aten_efficient
+from anyflash._python_ops import aten_efficient, math
 from anyflash._python_ops.arguments import AttentionArgs, BackwardArgs
 from anyflash.testing import CORNER, CORRECTNESS, Case, assert_close
 
@@ -170,7 +172,10 @@ def compute_forward(**x: Any) -> tuple[Tensor, ...]:
     q, v = x["query"], x["value"]
     sequences = _sequences(x)
     assert x["compute_log_sumexp"]
-    longest = q.shape[1] if x["cu_seqlens_q"] is None else x["max_seqlen_q"]
+    longest = q.shape[1]
+    if x["cu_seqlens_q"] is not None:
+        longest = x["max_seqlen_q"]
+        assert longest <= q.shape[1] and x.get("max_seqlen_k", 0) <= x["key"].shape[1]
     out = q.new_full((*q.shape[:3], v.shape[3]), float("nan"))
     lse = torch.full((len(sequences), q.shape[2], _padded(longest)), float("nan"))
     for sequence in sequences:
@@ -205,11 +210,13 @@ def compute_backward(**x: Any) -> tuple[Tensor, ...]:
     for sequence in sequences:
         entry, rows, keys, number = sequence
         s = sequence.scores(x)
+        nq = s.shape[1]
+        assert (lse[number, :, nq : _padded(nq)] == float("inf")).all(), "read as rows"
         if 0 in s.shape:
             continue
         q_, k_, v_ = q[entry, rows].double(), k[entry, keys].double(), v[entry, keys].double()
         dout_, out_ = dout[entry, rows].double(), out[entry, rows].double()
-        p = (s - lse[number, :, : s.shape[1], None].double()).exp()
+        p = (s - lse[number, :, :nq, None].double()).exp()
         dp = torch.einsum("qhd,khd->hqk", dout_, v_)
         delta = (dout_ * out_).sum(-1).transpose(0, 1)[..., None]
         ds = p * (dp - delta) * x.get("scale", q.shape[-1] ** -0.5)
@@ -268,13 +275,21 @@ def _is_offered(case: Case, version: int) -> bool:
 
 
 # What the shared cases lack: fp16 with a scale or unequal head dims, one query of several heads,
-# packed sequences of equal lengths of which one is empty.
+# empty sequences without a causal mask or of equal lengths.
 MORE = [
     Case("fp16_d128_causal", dtype="fp16", head_dim=128, heads=2, heads_k=2, causal=True),
     Case("fp16_scale", dtype="fp16", head_dim=64, softmax_scale=0.05),
     Case("fp16_scale_above", dtype="fp16", head_dim=64, softmax_scale=0.5),
     Case("head_dim_v_64_fp16", dtype="fp16", head_dim=64, head_dim_v=32, heads_k=2),
     Case("expanded_heads_one_query", seqlens_q=(1,), seqlens_k=(9,), dtype="fp16", head_dim=64),
+    Case(
+        "packed_keys_longer",
+        layout="packed",
+        seqlens_q=(7, 0, 20, 5),
+        seqlens_k=(19, 8, 40, 0),
+        slack=2,
+        head_dim=64,
+    ),
     Case(
         "packed_self_causal_empty",
         layout="packed",
@@ -340,6 +355,67 @@ def test_numbers(case, version, operators):
         assert_close(found, expected.exact[name], expected.low[name], f"{case.name} d{name}")
     ambiguous = version == 201 and args.packed and args.longest_q != args.longest_k
     assert bool(operators.backward.calls) == (case.name not in for_math and not ambiguous)
+
+
+@st.composite
+def cases(draw) -> Case:
+    """Any problem of the kinds that the route computes, small."""
+    layout = draw(st.sampled_from(["dense", "packed"]))
+    batch = draw(st.integers(1, 3))
+    lengths = st.lists(st.integers(0, 70), min_size=batch, max_size=batch)
+    seqlens_q, seqlens_k = draw(lengths), draw(lengths)
+    if layout == "dense":
+        seqlens_q, seqlens_k = seqlens_q[:1] * batch, seqlens_k[:1] * batch
+    heads_k = draw(st.integers(1, 2))
+    return Case(
+        name=f"random_{draw(st.integers(0, 1 << 30))}",
+        seqlens_q=tuple(seqlens_q),
+        seqlens_k=tuple(seqlens_q if draw(st.booleans()) else seqlens_k),
+        heads=heads_k * draw(st.integers(1, 3)),
+        heads_k=heads_k,
+        head_dim=8 * draw(st.integers(1, 4)),
+        head_dim_v=8 * draw(st.integers(0, 4)),
+        layout=layout,
+        causal=draw(st.booleans()),
+        bias=draw(st.sampled_from(["", "", "full", "head", "key", "plane"])),
+        softmax_scale=draw(st.sampled_from([None, 0.05, 0.7])),
+        strides=draw(st.sampled_from(["contiguous", "transposed", "sliced"])),
+        slack=draw(st.integers(0, 3)) if layout == "packed" else 0,
+    )
+
+
+@given(case=cases())
+@settings(
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=40,
+    suppress_health_check=list(HealthCheck),
+)
+def test_numbers_are_those_of_math(operators, version, case):
+    if not _is_offered(case, version):
+        return
+    args = _arguments(case)
+    results = aten_efficient.forward(args)
+    expected = math.forward(args)
+    for found, exact in zip(results, expected):
+        torch.testing.assert_close(found, exact, atol=2e-5, rtol=2e-5)
+    gradients = aten_efficient.backward(args, _gradients_in(case, *expected))
+    exact_gradients = math.backward(args, _gradients_in(case, *expected))
+    for name in ("dq", "dk", "dv"):
+        found, exact = getattr(gradients, name), getattr(exact_gradients, name)
+        torch.testing.assert_close(found, exact, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("version", [201, 203, 204], indirect=True)
+def test_longest_lengths_are_only_bounds(version, operators):
+    case = next(case for case in CASES if case.name == "packed_keys_longer")
+    args = _arguments(case)
+    exact = aten_efficient.forward(args)
+    args.max_seqlen_q = args.max_seqlen_k = 1 << 20
+    for found, expected in zip(aten_efficient.forward(args), exact):
+        assert torch.equal(found, expected)
+    assert len(operators.forward.calls) == 2
 
 
 @pytest.mark.parametrize("version", SCHEMAS)

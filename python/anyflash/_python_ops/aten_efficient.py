@@ -215,18 +215,16 @@ def _clear_empty_rows(
     return out.masked_fill(_by_row(args, empty), 0.0), lse.masked_fill(empty, INFINITY)
 
 
-def _clear_unreached(args: AttentionArgs, lse: Tensor, result: Gradients) -> Gradients:
-    """The kernel leaves gradients that no block of queries or keys reaches unwritten: those of rows
-    without keys and of sequences without queries."""
+def _clear_unreached(args: AttentionArgs, lse: Tensor, result: Gradients) -> None:
+    """The kernel leaves gradients unwritten where it has no block of queries and keys: those of
+    sequences without keys or queries, and beyond the last one."""
+    assert args.cu_seqlens_q is not None and args.cu_seqlens_k is not None
     result.dq.masked_fill_(_by_row(args, lse == INFINITY), 0.0)
-    if args.packed:
-        assert args.cu_seqlens_q is not None and args.cu_seqlens_k is not None
-        storage = _padded_storage(args.cu_seqlens_k, args.k.shape[0], args.longest_k)
-        queries = args.cu_seqlens_q.diff()[:, None].expand(-1, storage.seqlen)
-        unreached = (storage.scatter(queries, 0) == 0)[:, None, None]
-        result.dk.masked_fill_(unreached, 0.0)
-        result.dv.masked_fill_(unreached, 0.0)
-    return result
+    storage = _padded_storage(args.cu_seqlens_k, args.k.shape[0], args.longest_k)
+    queries = args.cu_seqlens_q.diff()[:, None].expand(-1, storage.seqlen)
+    unreached = (storage.scatter(queries, 0) == 0)[:, None, None]
+    result.dk.masked_fill_(unreached, 0.0)
+    result.dv.masked_fill_(unreached, 0.0)
 
 
 def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
@@ -271,6 +269,6 @@ def backward(args: AttentionArgs, grad: BackwardArgs) -> Gradients:
     factor = _query_factor(args)
     dq = dq if factor == 1.0 else dq * factor
     result = promised_gradients(args, (dq, _summed(args, dk), _summed(args, dv)))
-    if args.packed or args.bias is not None:
+    if args.packed:
         _clear_unreached(args, grad.lse, result)
     return result
