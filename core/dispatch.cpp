@@ -158,11 +158,22 @@ void visit_missing_kernel(const Problem& problem, InstanceTable table, Obstacle 
   }
 }
 
+// Whether a row is the one of its route that counts for a version of torch: the first that is not
+// too new for it, or the last.
+bool counts(const RouteRow& row, int32_t torch_version) {
+  const RouteRow* found = nullptr;
+  for (const RouteRow& other : kRoutes) {
+    if (other.route != row.route) continue;
+    if (!found || torch_version < found->min_torch) found = &other;
+  }
+  return found == &row;
+}
+
 // Whether a kernel competes with PyTorch's CPU attention, not with plain operators.
 bool aten_cpu_runs(const Problem& problem) {
   bool runs = false;
   for (const RouteRow& row : kRoutes) {
-    if (row.route != Route::aten_cpu) continue;
+    if (row.route != Route::aten_cpu || !counts(row, problem.torch_version)) continue;
     runs = true;
     visit_obstacles(row, problem, [&](auto) { runs = false; });
   }
@@ -253,6 +264,7 @@ Choice walk_chain(const Problem& problem, InstanceTable table, Report report) {
     for (const RouteRow& row : kRoutes) {
       if (back_end == BackEnd::unset || (row.chain != back_end && row.own_name != back_end))
         continue;
+      if (!counts(row, problem.torch_version)) continue;
       bool runs = true;
       visit_obstacles(row, problem, [&](auto make_text) {
         runs = false;
