@@ -152,7 +152,9 @@ void visit_missing_kernel(const Problem& problem, InstanceTable table, Obstacle 
   } else if (oldest && problem.sm < oldest->min_sm) {
     obstacle([&] {
       if (problem.device == Device::cuda) return required_sm(oldest->min_sm, problem.sm);
-      return std::string("needs ") + oldest->arch + ", this CPU has " + isa_name(problem.sm);
+      return std::string("needs ") + oldest->arch +
+             (problem.isa_lowered ? ", ANYFLASH_CPU_ISA allows " : ", this CPU has ") +
+             isa_name(problem.sm);
     });
   } else {
     obstacle([&] {

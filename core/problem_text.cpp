@@ -84,6 +84,8 @@ Problem parse_problem(const std::string& lines) {
       problem.sm = number_of(field, value);
     } else if (field == "isa") {
       isa = parse_isa(value);
+    } else if (field == "isa_lowered") {
+      problem.isa_lowered = number_of(field, value) != 0;
     } else if (field == "direction") {
       problem.direction = value_of("direction", kDirections, value);
     } else if (field == "dtype") {
