@@ -240,7 +240,7 @@ void check_backward(const AttentionCall& call, const BackwardCall& grad) {
            dtype_text(call.q), " and dout of ", dtype_text(grad.dout));
   check_same_device(call.q, "q", grad.dout, "dout");
   check_same_device(call.q, "q", grad.out, "out");
-  check_same_device(call.q, "q", grad.lse, "lse");
+  check_same_device(call.q, "q", grad.lse, "softmax_lse");
 
   const int64_t* size = q.sizes;
   const int64_t heads = call.heads(), head_dim_v = call.head_dim_v();
@@ -262,20 +262,20 @@ void check_backward(const AttentionCall& call, const BackwardCall& grad) {
   const ElementType lse_dtype =
       q.dtype == ElementType::fp64 ? ElementType::fp64 : ElementType::fp32;
   const char* lse_names = packed ? "(heads, total_q)" : "(batch, heads, seqlen_q)";
-  AF_CHECK(lse.dtype == lse_dtype, "lse: expected ",
+  AF_CHECK(lse.dtype == lse_dtype, "softmax_lse: expected ",
            lse_dtype == ElementType::fp64 ? "fp64" : "fp32", " for q of ", dtype_text(call.q),
            ", got ", dtype_text(grad.lse));
-  AF_CHECK(like_lse(lse), "lse: expected ", lse_names, " for q ", shape_text(call.q), ", got ",
-           shape_text(grad.lse));
+  AF_CHECK(like_lse(lse), "softmax_lse: expected ", lse_names, " for q ", shape_text(call.q),
+           ", got ", shape_text(grad.lse));
   if (grad.dlse.given()) {
-    AF_CHECK(like_lse(grad.dlse), "dlse: expected ", shape_text(grad.lse), ", got ",
+    AF_CHECK(like_lse(grad.dlse), "dsoftmax_lse: expected ", shape_text(grad.lse), ", got ",
              shape_text(grad.dlse));
-    check_same_device(call.q, "q", grad.dlse, "dlse");
-    check_allocated(grad.dlse, "dlse");
+    check_same_device(call.q, "q", grad.dlse, "dsoftmax_lse");
+    check_allocated(grad.dlse, "dsoftmax_lse");
   }
   check_allocated(dout, "dout");
   check_allocated(out, "out");
-  check_allocated(lse, "lse");
+  check_allocated(lse, "softmax_lse");
   AF_CHECK(!grad.bias_requires_grad || call.bias.given(), "bias_requires_grad: no bias is given");
   AF_CHECK(!grad.sinks_requires_grad || call.sinks.given(),
            "sinks_requires_grad: no sinks are given");
