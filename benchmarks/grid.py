@@ -88,7 +88,8 @@ def measure(point: dict[str, object], seconds: float) -> dict[str, object]:
     ops = torch.ops.anyflash
 
     def forward(backend: int) -> tuple[torch.Tensor, ...]:
-        return ops._flash_attn_forward(q, k, v, *size, *[None] * 7, 0.0, *mask, False, backend)
+        last = (False, True, backend)
+        return ops._flash_attn_forward(q, k, v, *size, *[None] * 7, 0.0, *mask, *last)
 
     out, lse, _ = forward(KERNEL)
 

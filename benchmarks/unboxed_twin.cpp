@@ -13,7 +13,8 @@ std::tuple<Tensor, Tensor, Tensor> _flash_attn_forward(
     const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor&, const OptionalTensor&,
     c10::SymInt, c10::SymInt, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-    double, double softmax_scale, bool causal, c10::SymInt, c10::SymInt, double, bool, int64_t) {
+    double, double softmax_scale, bool causal, c10::SymInt, c10::SymInt, double, bool, bool,
+    int64_t) {
   auto [out, lse] = at::_scaled_dot_product_flash_attention_for_cpu(
       q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), 0.0, causal, std::nullopt,
       softmax_scale);
@@ -31,7 +32,7 @@ TORCH_LIBRARY(anyflash_bench, m) {
       "alibi_slopes, Tensor? bias, Tensor? sinks, "
       "Tensor? rng_state, float dropout_p, float softmax_scale, bool causal, SymInt "
       "window_size_left, "
-      "SymInt window_size_right, float softcap, bool deterministic, "
+      "SymInt window_size_right, float softcap, bool deterministic, bool return_lse, "
       "int backend) -> (Tensor out, Tensor softmax_lse, Tensor rng_state)");
 }
 

@@ -21,6 +21,7 @@ struct AttentionOptions {
   double softcap = 0.0;
   int64_t window_left = -1;   // -1: unbounded
   int64_t window_right = -1;  // causal is 0
+  bool return_lse = true;     // false: a route may return NaN for the log-sum-exp
 
   bool purely_causal() const { return window_left < 0 && window_right == 0; }
 };

@@ -176,9 +176,9 @@ void check_no_overlap(const TensorView& written, const char* written_name, const
 
 void check_same_device(const TensorView& reference, const char* reference_name,
                        const TensorView& tensor, const char* name) {
-  const char* kind = reference.device == Device::cpu    ? "cpu"
-                     : reference.device == Device::cuda ? "CUDA"
-                                                        : "one device";
+  const char* kind = reference.device == Device::cuda
+                         ? "CUDA"
+                         : kDeviceNames[static_cast<int32_t>(reference.device)];
   AF_CHECK(same_device(reference, tensor), name, " must be on ", kind, ": expected ",
            device_text(reference), " like ", reference_name, ", got ", device_text(tensor));
 }

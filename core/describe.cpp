@@ -36,6 +36,7 @@ Features features_of(const AttentionCall& call) {
   add(call.leftpad_k.given(), Feature::leftpad_k);
   add(options.window_right == 0, Feature::causal);
   add(options.window_left >= 0 || options.window_right > 0, Feature::window);
+  add(options.return_lse, Feature::lse);
   add(options.softcap > 0.0, Feature::softcap);
   add(call.alibi_slopes.given(), Feature::alibi);
   add(call.bias.given(), Feature::bias);
@@ -98,6 +99,7 @@ Problem describe_forward(const AttentionCall& call, const Caller& caller) {
 Problem describe_backward(const AttentionCall& call, const BackwardCall& grad,
                           const Caller& caller) {
   Problem problem = describe_attention(call, Direction::backward, caller);
+  problem.features |= Feature::lse;  // it is given
   if (grad.dlse.given()) problem.features |= Feature::lse_grad;
   if (grad.bias_requires_grad) problem.features |= Feature::bias_grad;
   if (grad.deterministic) problem.features |= Feature::deterministic;

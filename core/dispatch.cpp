@@ -17,8 +17,8 @@ constexpr double kSlowest = 0.97;
 const char* dtype_name(Dtype dtype) { return name_of(dtype, kDtypeNames, "unknown dtype"); }
 
 std::string device_name(const Problem& problem) {
-  if (problem.device == Device::other) return "this device";
-  return problem.device == Device::cpu ? "cpu" : "sm_" + std::to_string(problem.sm);
+  if (problem.device == Device::cuda) return "sm_" + std::to_string(problem.sm);
+  return problem.device == Device::other ? "this device" : kDeviceNames[int32_t(problem.device)];
 }
 
 // "fp16, bf16 or fp32"
@@ -82,11 +82,7 @@ void visit_limits(const Limits& limits, const Problem& problem, Obstacle obstacl
 template <typename Obstacle>
 void visit_obstacles(const RouteRow& row, const Problem& problem, Obstacle obstacle) {
   const bool on_cuda = problem.device == Device::cuda;
-  // Operators that any device has are the only ones that one of another kind has.
-  const uint32_t device = on_cuda                         ? column::cuda
-                          : problem.device == Device::cpu ? column::cpu
-                                                          : column::any;
-  if ((row.devices & device) != device) {
+  if (!(row.devices & device_bit(problem.device))) {
     obstacle([&] {
       return std::string("runs on ") + (row.devices == column::cpu ? "cpu" : "cuda") + " only";
     });
@@ -266,7 +262,7 @@ const char* family_name(Family family) { return name_of(family, kFamilyNames, "u
 
 const char* route_name(Route route) {
   constexpr const char* kNames[] = {"none",           "kernel",   "aten_cudnn", "aten_flash",
-                                    "aten_efficient", "aten_cpu", "math"};
+                                    "aten_efficient", "aten_cpu", "aten_sdpa",  "math"};
   return kNames[int32_t(route)];
 }
 

@@ -11,7 +11,16 @@
 namespace anyflash {
 
 // A way to compute; the aten_* routes and math are those of routes.def.
-enum class Route : int32_t { none, kernel, aten_cudnn, aten_flash, aten_efficient, aten_cpu, math };
+enum class Route : int32_t {
+  none,
+  kernel,
+  aten_cudnn,
+  aten_flash,
+  aten_efficient,
+  aten_cpu,
+  aten_sdpa,
+  math
+};
 
 const char* route_name(Route route);
 const char* family_name(Family family);

@@ -6,12 +6,14 @@
 
 namespace anyflash {
 
+constexpr uint32_t device_bit(Device device) { return 1u << int32_t(device); }
+
 // What the columns of routes.def mean.
 namespace column {
 using namespace Feature;
 constexpr uint32_t fp16 = uint32_t(Dtype::fp16), bf16 = uint32_t(Dtype::bf16),
                    fp32 = uint32_t(Dtype::fp32), fp64 = uint32_t(Dtype::fp64);
-constexpr uint32_t cpu = 1, cuda = 2, any = cpu | cuda;
+constexpr uint32_t cpu = device_bit(Device::cpu), cuda = device_bit(Device::cuda), any = ~0u;
 constexpr BackEnd named = BackEnd::unset, sdpa = BackEnd::sdpa, math = BackEnd::math;
 }  // namespace column
 
@@ -27,7 +29,7 @@ struct RouteRow {
   Route route;
   BackEnd own_name;
   BackEnd chain;     // unset: tried under its own name only
-  uint32_t devices;  // column::cpu | column::cuda
+  uint32_t devices;  // device_bit of each
   int32_t min_sm;
   int32_t min_torch;
   Limits limits[2];  // by Direction

@@ -18,12 +18,14 @@ enum class BackEnd : int32_t {
   aten_cudnn,
   aten_flash,
   aten_efficient,
-  aten_cpu
+  aten_cpu,
+  aten_sdpa
 };
 
-constexpr const char* kBackEndNames[] = {"unset",      "kernel",     "sdpa",           "math",
-                                         "aten_cudnn", "aten_flash", "aten_efficient", "aten_cpu"};
-constexpr int32_t kNumBackEnds = 8;
+constexpr const char* kBackEndNames[] = {"unset",          "kernel",     "sdpa",
+                                         "math",           "aten_cudnn", "aten_flash",
+                                         "aten_efficient", "aten_cpu",   "aten_sdpa"};
+constexpr int32_t kNumBackEnds = 9;
 
 // An ordered choice of back ends, one hexadecimal digit each, first choice in the lowest; 0 =
 // unset.

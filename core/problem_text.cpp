@@ -14,7 +14,16 @@ namespace {
 
 constexpr Name<Direction> kDirections[] = {{"forward", Direction::forward},
                                            {"backward", Direction::backward}};
-constexpr Name<Device> kDevices[] = {{"cpu", Device::cpu}, {"cuda", Device::cuda}};
+
+Device device_of(const std::string& name) {
+  std::string known;
+  int32_t device = 0;
+  for (const char* entry : kDeviceNames) {
+    if (name == entry) return static_cast<Device>(device);
+    known += (device++ == 0 ? "" : ", ") + std::string(entry);
+  }
+  throw std::invalid_argument(text("unknown device '", name, "'; known: ", known));
+}
 
 Features features_of(const std::string& names) {
   Features features = 0;
@@ -56,7 +65,7 @@ Problem parse_problem(const std::string& lines) {
     if (field == "op") {
       problem.family = value_of("op", kFamilyNames, value);
     } else if (field == "device") {
-      problem.device = value_of("device", kDevices, value);
+      problem.device = device_of(value);
     } else if (field == "sm") {
       problem.sm = number_of(field, value);
     } else if (field == "isa") {

@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor, Tensor> _flash_attn_forward(
     const OptionalTensor& block_table, const OptionalTensor& alibi_slopes,
     const OptionalTensor& bias, const OptionalTensor& sinks, const OptionalTensor& rng_state,
     double dropout_p, double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
-    double softcap, bool deterministic, int64_t backend);
+    double softcap, bool deterministic, bool return_lse, int64_t backend);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> _flash_attn_backward(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor> _flash_attn_kvcache_(
     const OptionalTensor& cache_leftpad, const OptionalTensor& block_table,
     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, double softmax_scale,
     bool causal, int64_t window_left, int64_t window_right, double softcap, bool rotary_interleaved,
-    int64_t backend);
+    bool return_lse, int64_t backend);
 
 Tensor _bias_activation_forward(const Tensor& x, const OptionalTensor& bias, int64_t activation,
                                 int64_t backend);

@@ -38,14 +38,16 @@ Tensor refuse_gradient(const Tensor& /*gradient*/, const std::vector<int64_t>& /
 }  // namespace boxed
 
 std::string register_all() {
-  const std::vector<const char*> everywhere = {"CPU", "CUDA"}, cpu = {"CPU"};
-  std::vector<const char*> schemas;
+  const std::vector<const char*> cpu = {"CPU"};
+  std::vector<const char*> everywhere, schemas;
   std::vector<Kernel> kernels;
+#define DEVICE_KEY(key) everywhere.push_back(#key);
 #define OPERATOR(group, where, name, schema) \
   schemas.push_back(#name schema);           \
   for (const char* key : where) kernels.push_back({key, #name, TORCH_BOX(&boxed::name)});
 #include "schemas.def"
 #undef OPERATOR
+#undef DEVICE_KEY
   return register_operators("anyflash", schemas, kernels);
 }
 

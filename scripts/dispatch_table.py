@@ -27,6 +27,7 @@ DEVICES = {
     "T4 (sm_75)": {"sm": 75},
     "A100 (sm_80)": {"sm": 80},
     "H100 (sm_90)": {"sm": 90},
+    "AMD, Intel, Apple GPU": {"device": "hip"},
 }
 SHAPES = (
     ("fp16, head_dim 128, causal", "fp16 causal head_dim 128"),
@@ -48,16 +49,27 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def _routes(words: str, training: bool, **device: object) -> list[str]:
+    """The route of each direction."""
+    answer = explain(words, training=training, torch_version=TORCH, backend="auto", **device)
+    return [decision["route"] for decision in answer.decisions]
+
+
 def choices() -> str:
-    """Which route runs which shape on which device: forward, and backward where it differs."""
+    """Which route runs which shape on which device: of inference, and of training where it is
+    another."""
     rows = []
     for label, words in SHAPES:
         cells = []
         for device in DEVICES.values():
-            answer = explain(words, training=True, torch_version=TORCH, backend="auto", **device)
-            forward, backward = (decision["route"] for decision in answer.decisions)
-            both = {forward: forward, "none": f"{forward}, no backward"}
-            cells.append(both.get(backward, f"{forward}, backward {backward}"))
+            (alone,) = _routes(words, False, **device)
+            forward, backward = _routes(words, True, **device)
+            if backward == "none":
+                cells.append(f"{alone}, no backward")
+            elif forward != alone:
+                cells.append(f"{alone}, training {' and '.join({forward: 0, backward: 0})}")
+            else:
+                cells.append(alone if backward == alone else f"{alone}, backward {backward}")
         rows.append([label, *cells])
     return _markdown(["shape", *DEVICES], rows)
 

@@ -96,6 +96,8 @@ ForwardResult run_forward(const Choice& choice, const AttentionArgs& args,
       return aten_efficient::forward(args);
     case Route::aten_cudnn:
       return aten_cudnn::forward(args);
+    case Route::aten_sdpa:
+      return aten_sdpa::forward(args);
     case Route::math:
       return math::forward(args);
     default:
@@ -110,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> _flash_attn_forward(
     const OptionalTensor& block_table, const OptionalTensor& alibi_slopes,
     const OptionalTensor& bias, const OptionalTensor& sinks, const OptionalTensor& given_rng_state,
     double dropout_p, double softmax_scale, bool causal, int64_t window_left, int64_t window_right,
-    double softcap, bool /*deterministic*/, int64_t backend) {
+    double softcap, bool /*deterministic*/, bool return_lse, int64_t backend) {
   const NoGrad no_grad;
   AttentionArgs args{{}, q, k, v};
   args.cu_seqlens_q = cu_seqlens_q;
@@ -130,6 +132,7 @@ std::tuple<Tensor, Tensor, Tensor> _flash_attn_forward(
   args.softcap = softcap;
   args.window_left = window_left;
   args.window_right = window_right;
+  args.return_lse = return_lse;
   std::vector<Tensor> host_copies;
   AttentionCall call = views_of(args, host_copies);
   const Choice choice = prepare(args, call, nullptr, causal, backend);

@@ -60,7 +60,7 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Packing& 
       packing.cu_seqlens_k, packing.max_seqlen_q, packing.max_seqlen_k, std::nullopt, std::nullopt,
       packing.block_table, options.alibi_slopes, std::nullopt, std::nullopt,
       /*rng_state=*/std::nullopt, options.dropout_p, scale, options.causal, left, right,
-      options.softcap, /*deterministic=*/false, /*backend=*/0));
+      options.softcap, /*deterministic=*/false, /*return_lse=*/false, /*backend=*/0));
 }
 
 Tensor attend_dense(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options) {
@@ -154,7 +154,7 @@ Tensor flash_attn_with_kvcache(
       contiguous_rows(q), k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens,
       cache_batch_idx, cache_leftpad, block_table, alibi_slopes, std::nullopt,
       scale_of(softmax_scale, q), causal, left, right, softcap, rotary_interleaved,
-      /*backend=*/0));
+      /*return_lse=*/false, /*backend=*/0));
 }
 
 }  // namespace anyflash

@@ -178,7 +178,7 @@ std::tuple<Tensor, Tensor> _flash_attn_kvcache_(
     const OptionalTensor& cache_leftpad, const OptionalTensor& block_table,
     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, double softmax_scale,
     bool causal, int64_t window_left, int64_t window_right, double softcap, bool rotary_interleaved,
-    int64_t backend) {
+    bool return_lse, int64_t backend) {
   const NoGrad no_grad;
   KVCacheArgs args{{}, q, k_cache, v_cache};
   args.k = contiguous_rows(k);
@@ -195,6 +195,7 @@ std::tuple<Tensor, Tensor> _flash_attn_kvcache_(
   args.softcap = softcap;
   args.window_left = window_left;
   args.window_right = window_right;
+  args.return_lse = return_lse;
   args.rotary_interleaved = rotary_interleaved;
 
   std::vector<Tensor> host_copies;

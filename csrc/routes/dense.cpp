@@ -11,16 +11,11 @@ namespace anyflash {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr int64_t kScoreBytes =
-    int64_t{64} << 20;  // of one chunk's scores; a handful of tensors of this size live at a time
 
 Tensor exp_(const Tensor& x) { return aten<Tensor>("aten::exp_", "", x); }
 Tensor mul_(const Tensor& x, const Tensor& y) { return aten<Tensor>("aten::mul_", "Tensor", x, y); }
 Tensor mul_(const Tensor& x, double factor) { return factor == 1 ? x : mul_(x, scalar(factor)); }
 Tensor less(const Tensor& a, const Tensor& b) { return aten<Tensor>("aten::lt", "Tensor", a, b); }
-Tensor greater_equal(const Tensor& a, const Tensor& b) {
-  return aten<Tensor>("aten::ge", "Tensor", a, b);
-}
 Tensor where(const Tensor& condition, const Tensor& yes, const Tensor& no) {
   return aten<Tensor>("aten::where", "self", condition, yes, no);
 }
@@ -57,7 +52,7 @@ DenseAttention::DenseAttention(const AttentionArgs& args, const DenseBatch& batc
       heads_(args.heads()),
       heads_k_(args.heads_k()),
       group_(heads_ / heads_k_),
-      mask_{batch.q.size(1), batch.k.size(1), args.window_left, args.window_right},
+      mask_(args, batch),
       keys_(flat_keys(batch.k, dtype_)),
       values_(flat_keys(batch.v, dtype_)) {
   const auto own_sequences = [&](const Tensor& x) {
@@ -72,27 +67,6 @@ DenseAttention::DenseAttention(const AttentionArgs& args, const DenseBatch& batc
   if (args.sinks)
     sinks_ = to_dtype(unsqueeze(unsqueeze(unsqueeze(*args.sinks, 0), -1), -1), dtype_);
   if (args.dropout_p > 0) dropout_.emplace(args);
-}
-
-// Rows at multiples of a dropout tile, and as many as keep the scores below kScoreBytes.
-std::vector<DenseAttention::Chunk> DenseAttention::chunks() const {
-  const int64_t row_bytes = std::max<int64_t>(
-      sequences_ * heads_ * mask_.seqlen_k * (dtype_ == ScalarType::Double ? 8 : 4), 1);
-  const int64_t rows =
-      std::max(kScoreBytes / row_bytes / DropoutMask::kTile, int64_t{1}) * DropoutMask::kTile;
-  std::vector<Chunk> result;
-  for (int64_t row = 0; row < mask_.seqlen_q; row += rows) {
-    Chunk chunk{row, std::min(rows, mask_.seqlen_q - row), 0, mask_.seqlen_k};
-    if (!batch_.lengths_k) {
-      const int64_t begin =
-          std::min(mask_.kv_begin(row), mask_.seqlen_k) / DropoutMask::kTile * DropoutMask::kTile;
-      const int64_t end = std::max<int64_t>(mask_.kv_end(row + chunk.rows - 1), 0);
-      chunk.key = begin;
-      chunk.keys = std::max<int64_t>(end - begin, 0);
-    }
-    result.push_back(chunk);
-  }
-  return result;
 }
 
 // Heads that share keys side by side: (n, rows of x, heads, d) -> (n * heads_k, group * rows, d),
@@ -128,55 +102,10 @@ Tensor DenseAttention::lse_rows(const Tensor& lse, const Chunk& chunk) const {
   return unsqueeze(narrow(lse, 2, chunk.row, chunk.rows), -1);
 }
 
-// (n) -> (n, 1, 1, 1)
-Tensor DenseAttention::per_sequence(const Tensor& x) const {
-  return to_dtype(unsqueeze(unsqueeze(unsqueeze(x, -1), -1), -1), dtype_);
-}
-
-// The key that each row is aligned with, row + seqlen_k - seqlen_q: (n or 1, 1, rows, 1).
-Tensor DenseAttention::diagonal(const Chunk& chunk) const {
-  const Tensor rows = four_dims(unsqueeze(numbers(chunk.row, chunk.rows), -1));
-  if (!batch_.lengths_k) return add(rows, scalar(static_cast<double>(mask_.shift())));
-  return add(rows, batch_.lengths_q
-                       ? sub(per_sequence(*batch_.lengths_k), per_sequence(*batch_.lengths_q))
-                       : sub(per_sequence(*batch_.lengths_k),
-                             scalar(static_cast<double>(mask_.seqlen_q))));
-}
-
-// begin, begin + 1, .. in dtype_: exact up to 2^24
-Tensor DenseAttention::numbers(int64_t begin, int64_t count) const {
-  return to_dtype(add(arange(count, batch_.q), scalar(begin)), dtype_);
-}
-
-Tensor DenseAttention::alibi(const Tensor& diagonal, const Chunk& chunk) const {
-  const Tensor keys = numbers(chunk.key, chunk.keys);
+Tensor DenseAttention::alibi(const Chunk& chunk) const {
+  const Tensor keys = mask_.keys(chunk);
   if (args_.purely_causal()) return mul(*slopes_, keys);
-  return mul(mul(*slopes_, -1), aten<Tensor>("aten::abs", "", sub(diagonal, keys)));
-}
-
-// kernels/masks.h for tensors of lengths: which keys a row does not see, broadcastable to (n,
-// heads, rows, keys).
-Tensor DenseAttention::hidden(const Tensor& diagonal, const Chunk& chunk) const {
-  const Tensor keys = numbers(chunk.key, chunk.keys);
-  OptionalTensor result;
-  const auto also = [&](const Tensor& x) {
-    result = result ? aten<Tensor>("aten::bitwise_or", "Tensor", *result, x) : x;
-  };
-  if (args_.window_left >= 0)
-    also(less(keys, sub(diagonal, scalar(static_cast<double>(args_.window_left)))));
-  if (args_.window_right >= 0)
-    also(less(add(diagonal, scalar(static_cast<double>(args_.window_right))), keys));
-  if (batch_.lengths_k) {
-    const Tensor lengths = per_sequence(*batch_.lengths_k);
-    also(greater_equal(keys, lengths));
-    also(greater_equal(diagonal, lengths));  // a padding row
-  }
-  return *result;
-}
-
-Tensor DenseAttention::bias_chunk(const Tensor& bias, const Chunk& chunk) const {
-  return narrow_broadcast(narrow_broadcast(bias, 2, chunk.row, chunk.rows), 3, chunk.key,
-                          chunk.keys);
+  return mul(mul(*slopes_, -1), aten<Tensor>("aten::abs", "", sub(mask_.diagonal(chunk), keys)));
 }
 
 OptionalTensor DenseAttention::dropped(const Chunk& chunk) const {
@@ -201,10 +130,7 @@ DenseAttention::Scores DenseAttention::scores(const Tensor& queries, const Chunk
       s = mul_(tanh, args_.softcap);
     }
   }
-  const bool masked = batch_.lengths_k || args_.window_left >= 0 || args_.window_right >= 0;
-  OptionalTensor rows;
-  if (slopes_ || masked) rows = diagonal(chunk);
-  if (slopes_) s = add(s, alibi(*rows, chunk));
+  if (slopes_) s = add(s, alibi(chunk));
   if (bias_) {
     const Tensor bias = bias_chunk(*bias_, chunk);
     if (bias.scalar_type() == ScalarType::Bool) {
@@ -213,9 +139,8 @@ DenseAttention::Scores DenseAttention::scores(const Tensor& queries, const Chunk
       s = add(s, to_dtype(bias, dtype_));
     }
   }
-  if (masked)
-    fill_where_(s, hidden(*rows, chunk),
-                -kInfinity);  // last: a bias may hold anything where nothing is used
+  // Last: a bias may hold anything where nothing is used.
+  if (mask_.hides()) fill_where_(s, mask_.hidden(chunk), -kInfinity);
   return result;
 }
 
@@ -264,7 +189,7 @@ void DenseAttention::forward_chunk(const Chunk& chunk, const Tensor& out, const 
 }
 
 void DenseAttention::forward(const Tensor& out, const Tensor& lse) const {
-  for (const Chunk& chunk : chunks()) {
+  for (const Chunk& chunk : mask_.chunks()) {
     if (chunk.keys > 0) {
       forward_chunk(chunk, out, lse);
     } else {
@@ -352,7 +277,7 @@ void DenseAttention::backward_chunk(const Chunk& chunk, const DenseGrad& grad,
 void DenseAttention::backward(const DenseGrad& grad, const DenseGradResult& result) const {
   const Tensor sum_dk = full(keys_.sizes(), 0, keys_, dtype_);
   const Tensor sum_dv = full(values_.sizes(), 0, values_, dtype_);
-  for (const Chunk& chunk : chunks()) {
+  for (const Chunk& chunk : mask_.chunks()) {
     if (chunk.keys > 0) {
       backward_chunk(chunk, grad, result, sum_dk, sum_dv);
     } else {

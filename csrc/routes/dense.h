@@ -2,23 +2,10 @@
 // features, any device, no host sync.
 #pragma once
 
-#include "attention/arguments.h"
-#include "kernels/masks.h"
+#include "routes/dense_mask.h"
 #include "routes/philox.h"
-#include "stable/aten.h"
 
 namespace anyflash {
-
-// Sequences [sequence, sequence + q.size(0)) of a problem. Where their lengths differ they are
-// padded: with rows and keys of zeros, and the true lengths in tensors, which stay on their device.
-struct DenseBatch {
-  int64_t sequence;
-  Tensor q;                  // (n, rows, heads, head_dim)
-  Tensor k;                  // (n, keys, heads_k, head_dim)
-  Tensor v;                  // (n, keys, heads_k, head_dim_v)
-  OptionalTensor lengths_q;  // (n), unset: every length is q.size(1)
-  OptionalTensor lengths_k;  // (n), unset: every length is k.size(1)
-};
 
 // What the backward has beside the batch: rows that belong to no sequence hold dout 0, lse +inf,
 // dlse 0.
@@ -45,17 +32,11 @@ class DenseAttention {
   void backward(const DenseGrad& grad, const DenseGradResult& result) const;
 
  private:
-  // Rows against the keys that any of them sees.
-  struct Chunk {
-    int64_t row, rows;
-    int64_t key, keys;
-  };
   struct Scores {
     Tensor values;        // (n, heads, rows, keys), hidden ones at -inf
     OptionalTensor tanh;  // of the soft cap: its derivative is 1 - tanh^2
   };
 
-  std::vector<Chunk> chunks() const;
   Tensor grouped_rows(const Tensor& x, const Chunk& chunk) const;
   void store_rows(const Tensor& destination, const Chunk& chunk, const Tensor& x) const;
   Tensor chunk_keys(const Tensor& x, const Chunk& chunk) const;
@@ -63,14 +44,9 @@ class DenseAttention {
   Tensor by_group(const Tensor& x, const Chunk& chunk, int64_t columns) const;
 
   Scores scores(const Tensor& queries, const Chunk& chunk, bool keep_tanh) const;
-  Tensor alibi(const Tensor& diagonal, const Chunk& chunk) const;
-  Tensor hidden(const Tensor& diagonal, const Chunk& chunk) const;
-  Tensor diagonal(const Chunk& chunk) const;
-  Tensor per_sequence(const Tensor& x) const;
-  Tensor numbers(int64_t begin, int64_t count) const;
+  Tensor alibi(const Chunk& chunk) const;
   Tensor lse_rows(const Tensor& lse, const Chunk& chunk) const;
   OptionalTensor dropped(const Chunk& chunk) const;
-  Tensor bias_chunk(const Tensor& bias, const Chunk& chunk) const;
   Tensor reference_of(const Tensor& row_max) const;
   Tensor weight_of_far_rows(const Tensor& far, const Tensor& p, const Tensor& reference,
                             const Tensor& lse) const;
@@ -82,12 +58,12 @@ class DenseAttention {
   const DenseBatch& batch_;
   const ScalarType dtype_;  // of everything computed here
   const int64_t sequences_, heads_, heads_k_, group_;
-  const IntervalMask<int64_t> mask_;  // exact where no lengths are given
-  Tensor keys_;                       // (n * heads_k, keys, head_dim)
-  Tensor values_;                     // (n * heads_k, keys, head_dim_v)
-  OptionalTensor slopes_;             // (n or 1, heads, 1, 1)
-  OptionalTensor bias_;               // (n or 1, heads or 1, rows or 1, keys or 1)
-  OptionalTensor sinks_;              // (1, heads, 1, 1)
+  const DenseMask mask_;
+  Tensor keys_;            // (n * heads_k, keys, head_dim)
+  Tensor values_;          // (n * heads_k, keys, head_dim_v)
+  OptionalTensor slopes_;  // (n or 1, heads, 1, 1)
+  OptionalTensor bias_;    // (n or 1, heads or 1, rows or 1, keys or 1)
+  OptionalTensor sinks_;   // (1, heads, 1, 1)
   std::optional<DropoutMask> dropout_;
 };
 

@@ -25,6 +25,10 @@ ForwardResult forward(const AttentionArgs& args);
 Gradients backward(const AttentionArgs& args, const BackwardArgs& grad);
 }  // namespace aten_cudnn
 
+namespace aten_sdpa {  // aten::scaled_dot_product_attention; the log-sum-exp is NaN
+ForwardResult forward(const AttentionArgs& args);
+}  // namespace aten_sdpa
+
 namespace math {  // composed from plain operators in query chunks: everything, everywhere
 ForwardResult forward(const AttentionArgs& args);
 Gradients backward(const AttentionArgs& args, const BackwardArgs& grad);

@@ -4,6 +4,8 @@
 #include <new>
 #include <stdexcept>
 
+#include "core/late_symbol.h"
+
 namespace anyflash {
 namespace {
 
@@ -40,8 +42,24 @@ ElementType element_type(const Tensor& tensor) {
                                                                       : ElementType::other;
 }
 
+// A torch for HIP calls its devices cuda too. NVIDIA's have a driver in the process.
+Device nvidia_or_hip() {
+  static LateSymbol<int(int*)> driver("cuDriverGetVersion", "libcuda.so.1");
+  return driver.find() != nullptr ? Device::cuda : Device::hip;
+}
+
+Device device_of(int32_t type) {
+  static const int32_t cpu = aoti_torch_device_type_cpu(), cuda = aoti_torch_device_type_cuda(),
+                       mps = aoti_torch_device_type_mps(), xpu = aoti_torch_device_type_xpu();
+  if (type == cpu) return Device::cpu;
+  if (type == cuda) return nvidia_or_hip();
+  return type == mps ? Device::mps : type == xpu ? Device::xpu : Device::other;
+}
+
+// Whether memory of such a device goes to kernels.
+bool has_kernels(Device device) { return device == Device::cpu || device == Device::cuda; }
+
 TensorView view_without_data(const Tensor& tensor) {
-  static const int32_t cpu = aoti_torch_device_type_cpu(), cuda = aoti_torch_device_type_cuda();
   TensorView view;
   const Sizes sizes = tensor.sizes(), strides = tensor.strides();
   view.rank = static_cast<int32_t>(sizes.size());
@@ -52,11 +70,11 @@ TensorView view_without_data(const Tensor& tensor) {
   view.dtype = element_type(tensor);
   int32_t type = 0;
   check_code(aoti_torch_get_device_type(tensor.get(), &type), "device type");
-  view.device = type == cpu ? Device::cpu : type == cuda ? Device::cuda : Device::other;
-  if (type != cpu) {
+  view.device = device_of(type);
+  if (view.device != Device::cpu) {
     check_code(aoti_torch_get_device_index(tensor.get(), &view.device_index), "device index");
   }
-  if (view.device == Device::other) {
+  if (!has_kernels(view.device)) {
     view.storage_bytes = kNoMemory;
     return view;
   }
@@ -71,7 +89,7 @@ TensorView view_without_data(const Tensor& tensor) {
 
 TensorView view_of(const Tensor& tensor) {
   TensorView view = view_without_data(tensor);
-  if (view.device == Device::other) return view;
+  if (!has_kernels(view.device)) return view;
   const void* data = nullptr;
   check_code(torch_get_const_data_ptr(tensor.get(), &data), "data pointer");
   view.data = const_cast<void*>(data);
@@ -85,7 +103,7 @@ TensorView view_of(const OptionalTensor& tensor) {
 
 TensorView view_to_write(const Tensor& tensor) {
   TensorView view = view_without_data(tensor);
-  if (view.device == Device::other) return view;
+  if (!has_kernels(view.device)) return view;
   check_code(torch_get_mutable_data_ptr(tensor.get(), &view.data), "data pointer");
   if (view.device == Device::cpu) view.host = view.data;
   return view;

@@ -20,10 +20,13 @@ def is_enabled(x: Tensor) -> bool:
     """True under autocast for x's device."""
     if not _is_any_enabled():
         return False
+    device = x.device.type
     if _TAKES_DEVICE:
-        device = x.device.type
-        return (device == "cpu" or device == "cuda") and torch.is_autocast_enabled(device)
-    return torch.is_autocast_enabled() if x.is_cuda else torch.is_autocast_cpu_enabled()
+        is_known = device == "cpu" or device == "cuda" or torch.amp.is_autocast_available(device)
+        return is_known and torch.is_autocast_enabled(device)
+    if device == "cuda":
+        return torch.is_autocast_enabled()
+    return device == "cpu" and torch.is_autocast_cpu_enabled()
 
 
 def _dtype(x: Tensor) -> torch.dtype:

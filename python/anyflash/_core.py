@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ._records import (
+    DEVICES,
     MIRRORED,
     BiasActivationCall,
     Caller,
@@ -34,7 +35,6 @@ library: ctypes.CDLL | None = None
 
 FAMILIES = ("attention", "bias_activation", "kvcache_append", "rotary", "norm", "cross_entropy")
 DIRECTIONS = ("forward", "backward")
-DEVICES = ("cpu", "cuda")
 DTYPE_NAMES = {1: "fp16", 2: "bf16", 4: "fp32", 8: "fp64"}
 
 

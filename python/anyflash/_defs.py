@@ -81,6 +81,11 @@ def operators() -> tuple[Operator, ...]:
     )
 
 
+def device_keys() -> tuple[str, ...]:
+    """The dispatch keys of devices."""
+    return tuple(e.fields[0] for e in entries("schemas") if e.macro == "DEVICE_KEY")
+
+
 @functools.cache
 def feature_phrases() -> dict[str, str]:
     """How a reason names each feature, in the order of features.def."""

@@ -50,7 +50,8 @@ def heading(facts: dict[str, Any]) -> str:
     if not _failed(facts["cpu"]):
         lines.append(f"CPU         {_cpu(facts['cpu'])}")
     for gpu in facts["gpus"] if isinstance(facts["gpus"], list) else ():
-        lines.append(f"GPU         {gpu['name']}, sm_{gpu['sm']}, {gpu['memory_gib']:.0f} GiB")
+        kind = f"sm_{gpu['sm']}" if gpu["kind"] == "cuda" else gpu["kind"]
+        lines.append(f"GPU         {gpu['name']}, {kind}, {gpu['memory_gib']:.0f} GiB")
     trial = facts["trial"]
     if trial and not _failed(trial):
         results = ", ".join(f"{device} {result}" for device, result in trial.items())
@@ -84,6 +85,8 @@ def _cpu(facts: dict[str, Any]) -> str:
 
 def _torch(facts: dict[str, Any]) -> str:
     built = f"built for CUDA {facts['cuda']}" if facts["cuda"] else "built without CUDA"
+    if facts["hip"]:
+        built = f"built for HIP {facts['hip']}"
     driver = facts["driver"]
     seen = f"driver for CUDA {driver['cuda']}" if driver and driver["cuda"] else "no NVIDIA driver"
     return f"{facts['version']} ({built}; {seen}; {facts['threads']} CPU threads)"

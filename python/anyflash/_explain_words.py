@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from . import backends
+from ._records import DEVICES
 
 DTYPES = {
     "fp16": ("fp16", "float16", "half", "f16"),
@@ -22,6 +23,8 @@ _GPUS = {
     "gb200": 100, "rtx5090": 120, "5090": 120, "gb10": 121,
 }  # fmt: skip
 
+_DEVICES = {"gpu": "cuda", "rocm": "hip", **{name: name for name in DEVICES if name != "other"}}
+
 FEATURE_WORDS = {
     "packed": ("packed", "varlen", "unpadded", "cu_seqlens"),
     "paged": ("paged", "block_table"),
@@ -37,6 +40,7 @@ FEATURE_WORDS = {
     "dropout": ("dropout",),
     "gqa": ("gqa", "mqa", "grouped_query"),
     "unequal_head_dims": (),
+    "lse": ("lse", "return_lse", "softmax_lse"),
     "lse_grad": ("lse_grad",),
     "deterministic": ("deterministic",),
 }
@@ -114,8 +118,8 @@ def _read_single_words(text: str, facts: dict[str, Any]) -> None:
             facts.update(device="cuda", sm=_GPUS[word])
         elif word in backends.ISAS[1:]:
             facts.update(device="cpu", isa=word)
-        elif word in ("cpu", "cuda", "gpu"):
-            facts["device"] = "cpu" if word == "cpu" else "cuda"
+        elif word in _DEVICES:
+            facts["device"] = _DEVICES[word]
         elif word in ("training", "train", "backward", "gradient", "gradients", "grad"):
             facts["training"] = True
         elif word in ("inference", "forward", "eval", "serving"):
@@ -137,6 +141,7 @@ def _not_understood(word: str) -> str:
     return (
         f'explain: "{word}" is not understood.{hint} It knows '
         f"dtypes ({', '.join(DTYPES)}), features ({', '.join(FEATURE_WORDS)}), head_dim N, "
-        "head_dim N/M, devices (cpu, avx512, cuda, sm_NN, T4, A100, H100, ...), training, "
+        "head_dim N/M, devices (cpu, avx512, cuda, sm_NN, T4, A100, H100, hip, mps, xpu, ...), "
+        "training, "
         "inference, mlp, torch N.N, backend NAME; seqlen N, batch N, heads N change nothing"
     )

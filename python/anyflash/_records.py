@@ -31,7 +31,9 @@ _DTYPES = {
         if hasattr(torch, name)
     },
 }
-_CPU, _CUDA, _OTHER = range(3)
+#: By core/problem.h's kDeviceNames.
+DEVICES = ("cpu", "cuda", "hip", "mps", "xpu", "other")
+_CPU, _CUDA, _HIP, _OTHER = (DEVICES.index(name) for name in ("cpu", "cuda", "hip", "other"))
 _NO_MEMORY = -(2**63)
 
 
@@ -62,6 +64,7 @@ class AttentionOptions(ctypes.Structure):
         ("softcap", ctypes.c_double),
         ("window_left", ctypes.c_int64),
         ("window_right", ctypes.c_int64),
+        ("return_lse", ctypes.c_bool),
     ]
 
 
@@ -241,7 +244,16 @@ class Instance(ctypes.Structure):
 
 
 #: Route of core/dispatch.h.
-ROUTES = ("none", "kernel", "aten_cudnn", "aten_flash", "aten_efficient", "aten_cpu", "math")
+ROUTES = (
+    "none",
+    "kernel",
+    "aten_cudnn",
+    "aten_flash",
+    "aten_efficient",
+    "aten_cpu",
+    "aten_sdpa",
+    "math",
+)
 
 
 class Choice(ctypes.Structure):
@@ -335,20 +347,20 @@ def put(record: ctypes.Structure, name: str, x: Tensor | None) -> None:
     """Writes a tensor down in the record's view of that name; None leaves it absent."""
     if x is None:
         return
-    if not (x.is_cpu or x.is_cuda):
+    if not (x.is_cpu or is_nvidia(x)):
         put_shape(record, name, x)
         return
     data = host = x.data_ptr()
     room = x.untyped_storage().nbytes() - x.storage_offset() * x.element_size()
     device, index = _CPU, -1
     if not x.is_cpu:
-        device, index, host = (_CUDA if is_nvidia(x) else _OTHER), x.get_device(), 0
+        device, index, host = _CUDA, x.get_device(), 0
     _pack(record, name, x, data, host, room, device, index)  # type: ignore[arg-type]  # no SymInt
 
 
 def put_shape(record: ctypes.Structure, name: str, x: Tensor) -> None:
     """The same without a look at the tensor's memory, which a meta or fake one does not have."""
-    device, index = _device_numbers(x.device)
+    device, index = device_numbers(x.device)
     _pack(record, name, x, 0, 0, _NO_MEMORY, device, index)
 
 
@@ -356,15 +368,14 @@ def put_kind(record: ctypes.Structure, name: str, device: torch.device, dtype: t
     """What the decision needs to know of a tensor."""
     view = getattr(record, name)
     view.rank, view.dtype = 0, _DTYPES.get(dtype, 0)
-    view.device, view.device_index = _device_numbers(device)
+    view.device, view.device_index = device_numbers(device)
 
 
-def _device_numbers(device: torch.device) -> tuple[int, int]:
-    kind = _OTHER
-    if device.type == "cpu":
-        kind = _CPU
-    elif device.type == "cuda" and torch.version.hip is None:
-        kind = _CUDA
+def device_numbers(device: torch.device) -> tuple[int, int]:
+    """Its kind, as an index of DEVICES, and which one of them; -1 for the CPU."""
+    kind = DEVICES.index(device.type) if device.type in DEVICES else _OTHER
+    if kind == _CUDA and torch.version.hip is not None:
+        kind = _HIP
     return kind, -1 if device.index is None or kind == _CPU else device.index
 
 

@@ -143,7 +143,7 @@ def attention(
     out, lse, _ = attention_with_rng_state(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k,
         block_table, alibi_slopes, bias, sinks, dropout_p, softmax_scale, causal, window_size,
-        softcap, deterministic, rng_state, backend,
+        softcap, deterministic, rng_state, return_lse, backend,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -169,6 +169,7 @@ def attention_with_rng_state(
     softcap: float,
     deterministic: bool,
     rng_state: Tensor | None,
+    return_lse: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """attention, which also returns where its dropout began: (out, lse, rng_state), rng_state (2,)
@@ -203,7 +204,8 @@ def attention_with_rng_state(
     call = AttentionCall(  # in its order: with names it would take half a microsecond more
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k,
         block_table, alibi_slopes, bias, sinks, rng_state, dropout_p, softmax_scale, causal,
-        window_size_left, window_size_right, softcap, deterministic, backends.resolve(backend),
+        window_size_left, window_size_right, softcap, deterministic, return_lse,
+        backends.resolve(backend),
     )  # fmt: skip
     out, lse, rng_state = attend(call)
     if single:

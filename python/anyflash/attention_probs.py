@@ -73,7 +73,7 @@ def signed_probabilities(
     args = AttentionArgs(
         q, k, k, cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), int(max_seqlen_k), seqused_k,
         leftpad_k, block_table, alibi_slopes, None, None, rng_state, dropout_p, softmax_scale,
-        *window_size, softcap,
+        *window_size, softcap, False,
     )  # fmt: skip
     args.normalise(causal)
     lengths = (round_up(args.max_seqlen_q), round_up(args.max_seqlen_k))

@@ -8,6 +8,7 @@ default chain.
 from __future__ import annotations
 
 import contextvars
+import functools
 import os
 from typing import Any
 
@@ -20,6 +21,7 @@ CODES: dict[str, int] = {
     "aten_flash": 5,
     "aten_efficient": 6,
     "aten_cpu": 7,
+    "aten_sdpa": 8,
 }
 NAMES: dict[int, str] = {code: name for name, code in CODES.items()}
 DEFAULT_CHAIN = ("kernel", "sdpa", "math")
@@ -93,6 +95,16 @@ def environment_chain() -> tuple[str, ...]:
     return names[:1] if is_set("ANYFLASH_STRICT") else names
 
 
+@functools.cache
+def environment_code() -> int:
+    """The chain code of the environment, read once, as the core reads it.
+
+    Raises:
+        ValueError: ANYFLASH_BACKEND names an unknown back end.
+    """
+    return code_of(environment_chain())
+
+
 def chain_code(spec: str | None = None, strict: bool | None = None) -> int:
     """The number that operators take as ``backend``.
 
@@ -140,7 +152,7 @@ class backend:  # noqa: N801  (used as a function: ``with anyflash.backend("sdpa
 
     Args:
         spec: comma list of ``kernel``, ``sdpa``, ``math``, ``aten_cudnn``, ``aten_flash``,
-            ``aten_efficient``, ``aten_cpu``, or ``auto``.
+            ``aten_efficient``, ``aten_cpu``, ``aten_sdpa``, or ``auto``.
         strict: a call that the first name cannot run is an error.
 
     Raises:

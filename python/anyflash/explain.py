@@ -17,6 +17,7 @@ import torch
 from . import _loader, backends
 from ._core import torch_version
 from ._explain_words import DTYPES, FEATURE_WORDS, parse_words
+from ._records import DEVICES, device_numbers
 
 if TYPE_CHECKING:
     import argparse
@@ -27,6 +28,7 @@ ROUTE_TITLES = {
     "aten_flash": "PyTorch's flash attention (CUDA)",
     "aten_efficient": "PyTorch's memory-efficient attention (CUDA)",
     "aten_cpu": "PyTorch's flash attention (CPU)",
+    "aten_sdpa": "PyTorch's public scaled_dot_product_attention",
     "math": "plain PyTorch operations, a block of rows at a time",
 }
 
@@ -97,6 +99,8 @@ def describe_problem(problem: dict[str, Any]) -> str:
     """One line for a `Problem`: what is asked, where, and the back ends in order."""
     if problem["device"] == "cuda":
         where = f"on a GPU of compute capability sm_{problem['sm']}"
+    elif problem["device"] != "cpu":
+        where = f"on a device of the kind {problem['device']}"
     else:
         where = "on a CPU" if problem["isa"] == "none" else f"on a CPU with {problem['isa']}"
     if problem["op"] == "bias_activation":
@@ -119,7 +123,8 @@ def explain(words: str | torch.Tensor = "", *tensors: torch.Tensor, **facts: Any
         words: The shape in words; may be empty. Keywords win over words. Or q, followed by k and v:
             then the keywords are those of `anyflash.attention`, and the call is explained.
         *tensors: k and v, where q was given.
-        **facts: op ("attention", "bias_activation"), device ("cpu", "cuda"), sm (90), isa ("avx2",
+        **facts: op ("attention", "bias_activation"), device ("cpu", "cuda", "hip", "mps", "xpu",
+            "other"), sm (90), isa ("avx2",
             of a CPU), dtype ("bf16" or torch.bfloat16), head_dim, head_dim_v, features (names of
             `features.def`), training (bool: also the backward), torch_version (213 means 2.13),
             backend ("kernel,sdpa").
@@ -138,11 +143,20 @@ def explain(words: str | torch.Tensor = "", *tensors: torch.Tensor, **facts: Any
     else:
         said = {**(parse_words(words) if words else {}), **_given(facts)}
     problem, training, assumed = _complete(said)
+    if training and _differentiates(problem):
+        problem["features"] = _feature_names([*problem["features"], "lse"])
     forward = [name for name in problem["features"] if name not in BACKWARD_ONLY]
     problems = [{**problem, "direction": "forward", "features": forward}]
     if training:
         problems.append({**problem, "direction": "backward"})
     return Explanation(problems, [decide(dict(p)) for p in problems], assumed)
+
+
+def _differentiates(problem: dict[str, Any]) -> bool:
+    """Whether a backward of this library needs the forward's log-sum-exp; elsewhere PyTorch's own
+    attention is left to autograd (_operators/attention.py)."""
+    has_routes = problem["device"] in ("cpu", "cuda") and problem["chain"][0] != "aten_sdpa"
+    return problem["op"] == "attention" and (has_routes or "deterministic" in problem["features"])
 
 
 def _given(facts: dict[str, Any]) -> dict[str, Any]:
@@ -170,20 +184,27 @@ def _facts_of_call(
         "bias_grad": "bias" in call and call["bias"].requires_grad,
         "dropout": call.get("dropout_p", 0.0) > 0,
         "gqa": q.size(-2) != k.size(-2),
+        "lse": call.get("return_lse", False),
         "deterministic": call.get("deterministic", False),
         **{name: name in call for name in ("seqused_k", "leftpad_k", "bias", "sinks")},
     }
     inputs = [q, k, v, call.get("bias"), call.get("sinks")]
     graded = any(t.requires_grad for t in inputs if t is not None)
     facts = {
-        "device": q.device.type, "dtype": q.dtype, "head_dim": q.size(-1),
+        "device": _device_name(q.device), "dtype": q.dtype, "head_dim": q.size(-1),
         "head_dim_v": v.size(-1), "features": [name for name, there in asked.items() if there],
         "training": graded and torch.is_grad_enabled(), "backend": call.get("backend"),
     }  # fmt: skip
-    if q.is_cuda:
+    if facts["device"] == "cuda":
         major, minor = torch.cuda.get_device_capability(q.device)
         facts["sm"] = 10 * major + minor
     return _given(facts)
+
+
+def _device_name(device: torch.device) -> str:
+    """The kind of a device, by core/problem.h's names; a torch for HIP calls its devices cuda."""
+    number, _ = device_numbers(device)
+    return DEVICES[number]
 
 
 def _complete(said: dict[str, Any]) -> tuple[dict[str, Any], bool, list[str]]:
@@ -200,10 +221,10 @@ def _complete(said: dict[str, Any]) -> tuple[dict[str, Any], bool, list[str]]:
             assumed.append(show or f"{name} {default}")
         return said.get(name, default)
 
-    gpu = torch.cuda.is_available()
+    gpu = torch.cuda.is_available() and torch.version.hip is None
     device = str(get("device", "cuda" if "sm" in said or (gpu and "isa" not in said) else "cpu"))
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f'explain: device must be "cpu" or "cuda", got "{device}"')
+    if device not in DEVICES:
+        raise ValueError(f"explain: device must be one of {', '.join(DEVICES)}, got {device}")
     sm = 0
     if device == "cuda":
         here = torch.cuda.get_device_capability() if gpu else (8, 0)
@@ -216,7 +237,9 @@ def _complete(said: dict[str, Any]) -> tuple[dict[str, Any], bool, list[str]]:
         )
     isa = str(said.get("isa", _loader.cpu_isa())) if device == "cpu" else "none"
     op = said.get("op", "attention")
-    dtype = _dtype_name(get("dtype", "bf16" if sm >= 80 else "fp16" if sm else "fp32"))
+    dtype = _dtype_name(
+        get("dtype", "fp32" if device == "cpu" else "fp16" if 0 < sm < 80 else "bf16")
+    )
     head_dim = int(get("head_dim", 64)) if op == "attention" else 0
     head_dim_v = int(said.get("head_dim_v", head_dim))
     features = _feature_names(said.get("features", ()))
@@ -261,7 +284,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "words", nargs="*", help="the shape in words: bf16 causal head_dim 128 on sm_90 training"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--device", choices=DEVICES)
     parser.add_argument("--sm", type=int, help="compute capability without the dot: 75, 80, 90")
     parser.add_argument("--isa", choices=backends.ISAS, help="instruction set of a CPU")
     parser.add_argument("--dtype", help="fp16, bf16, fp32 or fp64")

@@ -93,7 +93,8 @@ def attention_kvcache(
         alibi_slopes=alibi_slopes, sinks=sinks, softmax_scale=softmax_scale, causal=causal,
         window_size_left=window_size_left, window_size_right=window_size_right,
         softcap=_numbers.real("softcap", softcap),
-        rotary_interleaved=rotary_interleaved, backend=backends.resolve(backend),
+        rotary_interleaved=rotary_interleaved, return_lse=return_lse,
+        backend=backends.resolve(backend),
     )  # fmt: skip
     out, lse = attend_over_cache(call)
     return (out, lse) if return_lse else out

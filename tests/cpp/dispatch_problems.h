@@ -11,6 +11,7 @@ constexpr InstanceTable kNoKernels{nullptr, 0};
 constexpr int32_t kTorch = 213;
 constexpr int32_t kGpus[] = {50, 60, 61, 70, 72, 75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121};
 
+// As an operator asks, which returns or takes the log-sum-exp.
 inline Problem on_gpu(int32_t sm, Features features = 0, Direction direction = Direction::forward) {
   Problem problem;
   problem.direction = direction;
@@ -18,7 +19,7 @@ inline Problem on_gpu(int32_t sm, Features features = 0, Direction direction = D
   problem.sm = sm;
   problem.dtype = Dtype::fp16;
   problem.head_dim = problem.head_dim_v = 64;
-  problem.features = features;
+  problem.features = features | Feature::lse;
   problem.torch_version = kTorch;
   return problem;
 }

@@ -13,9 +13,8 @@ int32_t never_run(const void*, void*) { return 0; }
 
 Instance instance(Family family, int32_t min_sm, int32_t max_sm, Direction direction, Dtype dtype,
                   int32_t max_head_dim, const char* checked_on) {
-  return {"an instance", family, Device::cuda, "sm", min_sm, max_sm,
-          direction,     dtype,  max_head_dim, 1,    0,      checked_on,
-          never_run};
+  return {"an instance", family, Device::cuda, "sm",       min_sm,   max_sm, direction, dtype,
+          max_head_dim,  1,      Feature::lse, checked_on, never_run};
 }
 
 Instance cpu_instance(const Arch& arch, Direction direction, Dtype dtype, const char* checked_on) {
@@ -37,17 +36,36 @@ Instance cpu_instance(const Arch& arch, Direction direction, Dtype dtype, const 
 
 }  // namespace
 
-TEST_CASE("a device that is neither a CPU nor CUDA gets the operators that all devices have") {
-  Problem problem;
-  problem.device = Device::other;
-  problem.torch_version = 213;
-  problem.head_dim = problem.head_dim_v = 64;
-  const Decision decision = decide(problem);
-  REQUIRE(decision.choice.route == Route::math);
-  REQUIRE(decision.reasons.front().text == "this build has no attention kernel for this device");
-  problem.chain = parse_chain("aten_cpu");
-  problem.explicit_chain = true;
-  REQUIRE(choose(problem).route == Route::none);
+TEST_CASE("dispatch: devices that are neither a CPU nor NVIDIA's get what all devices have",
+          "[dispatch]") {
+  using namespace Feature;
+  const Features sdpa[] = {
+      packed | paged | seqused_k | leftpad_k | causal | window | bias | gqa | unequal_head_dims,
+      packed | seqused_k | leftpad_k | causal | window | bias | bias_grad | gqa |
+          unequal_head_dims};
+  for (const Device device : {Device::hip, Device::mps, Device::xpu, Device::other}) {
+    Problem problem = on_gpu(0);
+    problem.device = device;
+    problem.features = 0;
+    CAPTURE(kDeviceNames[int(device)]);
+    CHECK(route_of(problem) == "aten_sdpa");
+    CHECK(reasons(problem, Route::aten_flash) == "runs on cuda only");
+    for (uint32_t i = 0; i < feature_number::count; ++i) {
+      for (const Direction direction : {Direction::forward, Direction::backward}) {
+        problem.features = 1u << i;
+        problem.direction = direction;
+        if (problem.features == paged && direction == Direction::backward) continue;
+        CAPTURE(kFeatureTexts[i].name, int(direction));
+        CHECK(route_of(problem) ==
+              (sdpa[int(direction)] & problem.features ? "aten_sdpa" : "math"));
+      }
+    }
+    problem.features = 0;
+    problem.direction = Direction::forward;
+    problem.chain = parse_chain("kernel,aten_cpu,aten_efficient");
+    problem.explicit_chain = true;
+    CHECK(route_of(problem) == "none");
+  }
 }
 
 TEST_CASE("dispatch: plain attention on every GPU", "[dispatch]") {
@@ -70,9 +88,9 @@ TEST_CASE("dispatch: plain attention on every GPU", "[dispatch]") {
 
 TEST_CASE("dispatch: every GPU and feature ends on a route that lists the feature", "[dispatch]") {
   using namespace Feature;
-  const Features flash[] = {packed | seqused_k | causal | window | alibi | gqa,
-                            packed | causal | window | gqa};
-  const Features efficient = packed | causal | bias | gqa | unequal_head_dims;
+  const Features flash[] = {packed | seqused_k | causal | window | alibi | gqa | lse,
+                            packed | causal | window | gqa | lse};
+  const Features efficient = packed | causal | bias | gqa | unequal_head_dims | lse;
   for (const int32_t sm : kGpus) {
     for (uint32_t i = 0; i < feature_number::count; ++i) {
       for (const Direction direction : {Direction::forward, Direction::backward}) {
@@ -92,8 +110,8 @@ TEST_CASE("dispatch: every GPU and feature ends on a route that lists the featur
 TEST_CASE("dispatch: every feature on the CPU", "[dispatch]") {
   using namespace Feature;
   const Features cpu[] = {
-      packed | paged | seqused_k | leftpad_k | causal | window | bias | gqa,
-      packed | seqused_k | leftpad_k | causal | window | bias | gqa | deterministic};
+      packed | paged | seqused_k | leftpad_k | causal | window | bias | gqa | lse,
+      packed | seqused_k | leftpad_k | causal | window | bias | gqa | lse | deterministic};
   for (uint32_t i = 0; i < feature_number::count; ++i) {
     for (const Direction direction : {Direction::forward, Direction::backward}) {
       const Features feature = 1u << i;
@@ -301,6 +319,7 @@ TEST_CASE("dispatch: bias_activation", "[dispatch]") {
   const InstanceTable table{instances, 2};
   Problem problem = on_gpu(90);
   problem.family = Family::bias_activation;
+  problem.features = 0;
   problem.head_dim = problem.head_dim_v = 0;
   CHECK(route_of(problem, table) == "math");
   problem.dtype = Dtype::bf16;
@@ -325,6 +344,7 @@ TEST_CASE("dispatch: the built table serves bias_activation where asked for", "[
   for (const int32_t sm : kGpus) {
     Problem problem = on_gpu(sm);
     problem.family = Family::bias_activation;
+    problem.features = 0;
     problem.head_dim = problem.head_dim_v = 0;
     problem.explicit_chain = true;
     CAPTURE(sm);
@@ -355,6 +375,26 @@ TEST_CASE("chains: names and numbers", "[dispatch]") {
   CHECK(strict(parse_chain("sdpa,math")) == parse_chain("sdpa"));
   CHECK_THROWS_WITH(parse_chain("sdpa,foo"),
                     "unknown back end 'foo'; known: auto, kernel, sdpa, math, aten_cudnn, "
-                    "aten_flash, aten_efficient, aten_cpu");
+                    "aten_flash, aten_efficient, aten_cpu, aten_sdpa");
   CHECK_THROWS_AS(parse_chain("auto,auto,auto,auto,auto,auto"), std::invalid_argument);
+}
+
+TEST_CASE("dispatch: PyTorch's public attention where nobody asks for the log-sum-exp",
+          "[dispatch]") {
+  const auto without_lse = [](Problem problem, Features features = 0) {
+    problem.features = features;
+    return route_of(problem);
+  };
+  CHECK(without_lse(on_gpu(75), Feature::window) == "aten_sdpa");
+  CHECK(without_lse(on_gpu(90), Feature::paged) == "aten_sdpa");
+  CHECK(without_lse(on_gpu(75), Feature::causal) == "aten_efficient");
+  CHECK(without_lse(on_gpu(90), Feature::softcap) == "math");
+  Problem bf16 = on_gpu(75);
+  bf16.dtype = Dtype::bf16;
+  CHECK(without_lse(bf16) == "aten_sdpa");
+  CHECK(route_of(bf16) == "math");
+  CHECK(reasons(bf16, Route::aten_sdpa) == "does not support the log-sum-exp beside the output");
+  Problem old = on_cpu();
+  old.torch_version = 200;
+  CHECK(without_lse(old) == "aten_sdpa");
 }

@@ -142,6 +142,7 @@ TEST_CASE("dispatch: the kernels for GPUs that append to a cache", "[dispatch]")
     for (const Dtype dtype : {Dtype::fp16, Dtype::bf16, Dtype::fp32}) {
       Problem problem = on_gpu(sm);
       problem.family = Family::kvcache_append;
+      problem.features = 0;
       problem.dtype = dtype;
       CAPTURE(sm, int(dtype));
       const std::string found = kernel_for(problem);
@@ -151,6 +152,7 @@ TEST_CASE("dispatch: the kernels for GPUs that append to a cache", "[dispatch]")
   }
   Problem problem = on_gpu(90);
   problem.family = Family::kvcache_append;
+  problem.features = 0;
   problem.dtype = Dtype::fp64;
   CHECK(reasons_against_kernel(problem) == "needs fp16, bf16 or fp32, got fp64");
 }

@@ -51,6 +51,7 @@ def features_of(case: Case, *gradients: str) -> list[str]:
         "dropout": case.dropout > 0,
         "gqa": case.heads != case.heads_k,
         "unequal_head_dims": case.head_dim_v not in (0, case.head_dim),
+        "lse": True,
     }
     return [name for name, there in have.items() if there] + list(gradients)
 

@@ -261,7 +261,7 @@ def _forward(dropout_p=0.0, backend=0):
     q = _t(1, 3, 2, 8)
     return torch.ops.anyflash._flash_attn_forward(
         q, q, q, None, None, 0, 0, None, None, None, None, None, None, None, dropout_p, 1.0, False,
-        -1, -1, 0.0, False, backend,
+        -1, -1, 0.0, False, True, backend,
     )  # fmt: skip
 
 

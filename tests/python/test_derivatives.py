@@ -54,7 +54,7 @@ def _leaf(q, k, v, bias, sinks):
     call = dict.fromkeys(AttentionCall._fields)
     names = ("dropout_p", "softmax_scale", "causal", "window_size_left", "window_size_right")
     call.update(zip((*names, "softcap"), OPTIONS), q=q, k=k, v=v, bias=bias, sinks=sinks)
-    call.update(max_seqlen_q=0, max_seqlen_k=0, deterministic=False, backend=0)
+    call.update(max_seqlen_q=0, max_seqlen_k=0, deterministic=False, return_lse=True, backend=0)
     return OPS._flash_attn_forward(*call.values())[0]
 
 

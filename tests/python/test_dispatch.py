@@ -36,6 +36,7 @@ FEATURES = [
     "deterministic",
 ]
 NAMES = ["kernel", "sdpa", "math", "aten_cudnn", "aten_flash", "aten_efficient", "aten_cpu"]
+NAMES += ["aten_sdpa"]
 
 
 def _random_problem(draw: random.Random) -> dict:
@@ -200,6 +201,8 @@ def _decide(device="cuda", sm=80, features=(), chain=None, **changes):
     return decision["route"], [f"{route}: {text}" for route, text in decision["reasons"]]
 
 
+OTHER_DEVICES = ("hip", "mps", "xpu", "other")
+
 # What users of each machine get, written down by hand.
 EXPECTED_ROUTES = [
     (dict(device="cpu"), "aten_cpu"),
@@ -209,23 +212,52 @@ EXPECTED_ROUTES = [
     (dict(device="cpu", features=["dropout"]), "math"),
     (dict(device="cpu", features=["packed", "causal", "gqa", "window"]), "aten_cpu"),
     (dict(device="cpu", features=["paged", "seqused_k"]), "aten_cpu"),
-    (dict(device="cpu", torch_version=200), "math"),
+    (dict(device="cpu", torch_version=200), "aten_sdpa"),
+    (dict(device="cpu", torch_version=200, features=["lse"]), "math"),
+    (dict(device="cpu", features=["unequal_head_dims"]), "aten_sdpa"),
     (dict(sm=70), "aten_efficient"),
     (dict(sm=75), "aten_efficient"),
-    (dict(sm=75, dtype="bf16"), "math"),
+    (dict(sm=75, dtype="bf16"), "aten_sdpa"),
+    (dict(sm=75, dtype="bf16", features=["lse"]), "math"),
     (dict(sm=75, features=["packed", "causal"]), "aten_efficient"),
-    (dict(sm=75, features=["window"]), "math"),
+    (dict(sm=75, features=["window"]), "aten_sdpa"),
+    (dict(sm=75, features=["window", "lse"]), "math"),
     (dict(sm=80), "aten_flash"),
     (dict(sm=90, dtype="bf16", features=["packed", "causal", "gqa"]), "aten_flash"),
     (dict(sm=90, dtype="fp32"), "aten_efficient"),
-    (dict(sm=90, dtype="fp64"), "math"),
-    (dict(sm=90, head_dim=60, head_dim_v=60), "math"),
+    (dict(sm=90, dtype="fp64"), "aten_sdpa"),
+    (dict(sm=90, head_dim=60, head_dim_v=60), "aten_sdpa"),
     (dict(sm=90, head_dim=264, head_dim_v=264), "aten_efficient"),
     (dict(sm=90, features=["alibi"]), "aten_flash"),
-    (dict(sm=90, features=["alibi"], direction="backward"), "math"),
+    (dict(sm=90, features=["alibi", "lse"], direction="backward"), "math"),
     (dict(sm=90, features=["bias"]), "aten_efficient"),
-    (dict(sm=90, features=["bias", "bias_grad"], direction="backward"), "math"),
-    (dict(sm=90, features=["deterministic"], direction="backward"), "math"),
+    (dict(sm=90, features=["bias", "bias_grad", "lse"], direction="backward"), "math"),
+    (dict(sm=90, features=["deterministic", "lse"], direction="backward"), "math"),
+    *(
+        (dict(device=device, features=features), "aten_sdpa")
+        for device in OTHER_DEVICES
+        for features in (
+            (),
+            ("packed", "causal", "gqa", "window"),
+            ("paged", "seqused_k"),
+            ("bias",),
+        )
+    ),
+    *(
+        (dict(device=device, features=features), "math")
+        for device in OTHER_DEVICES
+        for features in (("lse",), ("alibi",), ("dropout",), ("sinks",), ("softcap",))
+    ),
+    *(
+        (dict(device=device, direction="backward", features=["bias", "bias_grad"]), "aten_sdpa")
+        for device in OTHER_DEVICES
+    ),
+    *(
+        (dict(device=device, direction="backward", features=["lse"]), "math")
+        for device in OTHER_DEVICES
+    ),
+    (dict(device="hip", chain="aten_flash"), "none"),
+    (dict(device="xpu", chain="aten_cpu"), "none"),
     (dict(sm=90, chain="aten_cudnn"), "aten_cudnn"),
     (dict(sm=80, chain="aten_cudnn"), "none"),
     (dict(sm=75, chain="kernel"), "none"),
@@ -253,6 +285,12 @@ EXPECTED_REASONS = [
     (dict(sm=90, torch_version=204), "aten_flash: needs torch 2.5, this is 2.4"),
     (dict(device="cpu", chain="aten_flash"), "aten_flash: runs on cuda only"),
     (dict(sm=90, chain="aten_cpu"), "aten_cpu: runs on cpu only"),
+    (dict(device="hip"), "aten_flash: runs on cuda only"),
+    (dict(device="mps"), "kernel: this build has no attention kernel for mps"),
+    (
+        dict(device="mps", features=["lse"]),
+        "aten_sdpa: does not support the log-sum-exp beside the output",
+    ),
 ]
 
 

@@ -98,7 +98,7 @@ def test_a_kernel_for_gpus_runs_where_it_is_named():
 
 
 def test_nothing_runs():
-    answer = anyflash.explain("fp64 H100", backend="sdpa")
+    answer = anyflash.explain("fp64 softcap H100", backend="sdpa")
     assert not answer.runs
     assert answer.route == "none"
     assert "nothing in this chain" in str(answer)
@@ -120,7 +120,7 @@ def test_a_call_given_with_its_tensors():
     call = dict(causal=True, window_size=(4, 0), softcap=3.0)
     answer = anyflash.explain(q, k, k, **call)
     forward, backward = answer.problems
-    assert forward["features"] == ["causal", "window", "softcap", "gqa"]
+    assert forward["features"] == ["causal", "window", "softcap", "gqa", "lse"]
     assert (forward["dtype"], forward["head_dim"], forward["device"]) == ("fp32", 32, "cpu")
     assert answer.assumed == []
     assert answer.decisions == [anyflash.decide(problem) for problem in answer.problems]
@@ -135,7 +135,7 @@ def test_a_call_given_with_its_tensors():
         ("bf16 casual", {}, "Did you mean 'causal'"),
         ("", {"dtype": "int8"}, "dtype must be one of"),
         ("", {"features": ["rotary"]}, "unknown feature rotary"),
-        ("", {"device": "tpu"}, 'device must be "cpu" or "cuda"'),
+        ("", {"device": "tpu"}, "device must be one of cpu, cuda, hip"),
         ("", {"headdim": 64}, "unknown keyword headdim"),
         ("", {"backend": "fast"}, "unknown back end 'fast'"),
     ),
@@ -160,7 +160,7 @@ def test_command_line(capsys):
     report = json.loads(capsys.readouterr().out)
     assert [d["route"] for d in report["decisions"]] == ["aten_efficient"] * 2
 
-    assert main(["explain", "fp64", "H100", "--backend", "sdpa"]) == 1
+    assert main(["explain", "fp64", "softcap", "H100", "--backend", "sdpa"]) == 1
     assert main(["explain", "nonsense"]) == 2
 
 

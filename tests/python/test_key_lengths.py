@@ -107,7 +107,7 @@ def test_padded_storage_of_gappy_keys():
     names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_k")
     args = AttentionArgs(
         q, k, v, *(lengths[n] for n in names), None, None, None, None, None, None, 0.0, 1.0, -1,
-        -1, 0.0,
+        -1, 0.0, True,
     )  # fmt: skip
     part = parts._padded(args)
     assert part.len_k.tolist() == list(USED)

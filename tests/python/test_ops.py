@@ -53,7 +53,7 @@ def _forward_samples(device):
                alibi=None, bias=None, sinks=None, rng=None, p=0.0, causal=True, window=(-1, -1),
                softcap=0.0, backend=0):  # fmt: skip
         return (q, k, v, *cu, *longest, used, leftpad, table, alibi, bias, sinks, rng, p, 0.25,
-                causal, *window, softcap, False, backend)  # fmt: skip
+                causal, *window, softcap, False, True, backend)  # fmt: skip
 
     slopes, bias = torch.rand(4, device=device), torch.randn(2, 1, 7, 9, device=device)
     rng, sinks = torch.tensor([3, 4], device=device), torch.randn(4, device=device)
@@ -110,7 +110,7 @@ def _kvcache_samples(device):
     def sample(caches, k=None, v=None, rotary=(None, None), lengths=None, index=None, leftpad=None,
                table=None, causal=True):  # fmt: skip
         return (q, *caches, k, v, *rotary, lengths, index, leftpad, table, None, None, 0.25, causal,
-                -1, -1, 0.0, True, 0)  # fmt: skip
+                -1, -1, 0.0, True, True, 0)  # fmt: skip
 
     def caches(*shape):
         return [torch.randn(*shape, 2, 16, device=device) for _ in "kv"]
@@ -458,7 +458,7 @@ class Scripted(torch.nn.Module):
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out, lse, rng_state = torch.ops.anyflash._flash_attn_forward(
             q, k, v, None, None, 0, 0, None, None, None, None, None, None, None,
-            0.0, 0.25, True, -1, -1, 0.0, False, 0,
+            0.0, 0.25, True, -1, -1, 0.0, False, True, 0,
         )  # fmt: skip
         return out * torch.ops.anyflash.flash_attn_func(q, k, v, 0.0, None, True)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
+from .. import _core, _records, backends
 from .._autograd import (
     applier,
     direct_apply,
@@ -61,6 +62,7 @@ class AttentionCall(NamedTuple):
     window_size_right: int
     softcap: float
     deterministic: bool
+    return_lse: bool
     backend: int
 
 
@@ -256,6 +258,14 @@ _asked = asked_gradients(AttentionCall._fields)
 _places = places_of_gradients(AttentionCall._fields)
 
 
+_RETURN_LSE = AttentionCall._fields.index("return_lse")
+
+
+def _with_lse(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The call for a forward whose backward needs the log-sum-exp."""
+    return (*arguments[:_RETURN_LSE], True, *arguments[_RETURN_LSE + 1 :])
+
+
 class AttentionFunction(Function):
     """_flash_attn_forward on its arguments; out and softmax_lse are differentiable."""
 
@@ -264,7 +274,7 @@ class AttentionFunction(Function):
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         with BelowAutograd():
-            return _forward(*arguments)
+            return _forward(*_with_lse(arguments))
 
     @staticmethod
     def setup_context(
@@ -320,11 +330,41 @@ def _by_known_name(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     return out, softmax_lse, rng_state
 
 
+def _may_leave_it_to_pytorch(call: AttentionCall) -> bool:
+    """Whether PyTorch's own attention, recorded by autograd, may be the call: on a device for which
+    this library has neither kernels nor routes with a backward, or where it is named."""
+    q = call.q
+    has_routes = q.is_cpu or _records.is_nvidia(q)
+    first = (call.backend or backends.environment_code()) & 0xF
+    is_named = first == backends.CODES["aten_sdpa"]
+    if (has_routes and _core.library is not None and not is_named) or in_functorch():
+        return False
+    return not (call.return_lse or call.deterministic) and call.block_table is None
+
+
+def _by_pytorch(call: AttentionCall) -> Tensor | None:
+    """out of PyTorch's own attention, if that is the route of the call."""
+    from .._python_ops.arguments import AttentionArgs
+    from .._python_ops.attention import differentiable
+
+    given = call._asdict()
+    causal, backend = given.pop("causal"), given.pop("backend")
+    given.pop("deterministic")
+    for side in ("left", "right"):
+        given[f"window_{side}"] = given.pop(f"window_size_{side}")
+    return differentiable(AttentionArgs(**given), causal, backend)
+
+
 def attend(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, softmax_lse, rng_state) of a public function's call."""
+    """(out, softmax_lse, rng_state) of a public function's call; the last two are empty where
+    PyTorch's own attention is recorded."""
     if is_seen():
         return _by_known_name(call) if _has_known_name(call) else _forward(*call)
     if needs_autograd(call.q, call.k, call.v, call.bias, call.sinks, call.alibi_slopes):
+        if _may_leave_it_to_pytorch(call):
+            out = _by_pytorch(call)
+            if out is not None:
+                return out, out.new_empty(0), out.new_empty(0)
         return apply_attention(*call) if in_functorch() else _record(*call)
     with BelowAutograd():
         return _forward(*call)

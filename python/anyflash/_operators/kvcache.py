@@ -39,6 +39,7 @@ class KVCacheCall(NamedTuple):
     window_size_right: int
     softcap: float
     rotary_interleaved: bool
+    return_lse: bool
     backend: int
 
 

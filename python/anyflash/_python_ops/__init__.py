@@ -36,8 +36,8 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 
 
 def register(library: torch.library.Library) -> None:
-    """Defines every operator of schemas.def, those of attention with kernels on the CPU and CUDA
-    keys; the others have theirs from _operators/, whichever provider runs.
+    """Defines every operator of schemas.def, those of attention with kernels on the keys of all
+    devices; the others have theirs from _operators/, whichever provider runs.
 
     Raises:
         RuntimeError: an operator of that name exists already.
@@ -46,5 +46,5 @@ def register(library: torch.library.Library) -> None:
         library.define(operator.schema)
         if operator.where == "everywhere":
             kernel = isolated(_IMPLEMENTATIONS[operator.name])
-            for key in ("CPU", "CUDA"):
+            for key in _defs.device_keys():
                 library.impl(operator.name, kernel, key)

@@ -33,6 +33,7 @@ class AttentionArgs:
     window_left: int  # -1: unbounded
     window_right: int  # -1: unbounded, 0: causal
     softcap: float
+    return_lse: bool
 
     @property
     def longest_q(self) -> int:

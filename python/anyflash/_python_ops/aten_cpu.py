@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _core, _records
-from . import math, without_core
+from . import math
 from .arguments import AttentionArgs, BackwardArgs, Gradients
 from .far_rows import far_rows
 from .math import empty_results
@@ -56,10 +56,7 @@ class PartProblem:
         self.seqlen_q, self.seqlen_k = part.seqlen_q, part.seqlen_k
         self.window_left, self.window_right = args.window_left, args.window_right
         lengths = (part.seqlen_q, part.seqlen_k, args.window_left, args.window_right)
-        if _core.library is None:
-            plan = without_core.plan_pieces(*lengths, explicit_masks)
-        else:
-            plan = _core.plan_pieces(*lengths, _EXPLICIT if explicit_masks else purpose)
+        plan = _core.plan_pieces(*lengths, _EXPLICIT if explicit_masks else purpose)
         self.row_begin, self.row_end, self.pieces = plan
         self.q = _computable(part.q)
         self.k = _expanded(_computable(part.k), args.heads)

@@ -9,8 +9,18 @@ import torch
 from torch import Tensor
 
 from .. import _core, _records
+from .._guards import WithoutAutocast
 from .._rng_state import draw_rng_state
-from . import aten_cpu, aten_cudnn, aten_efficient, aten_flash, kernel, math, without_core
+from . import (
+    aten_cpu,
+    aten_cudnn,
+    aten_efficient,
+    aten_flash,
+    aten_sdpa,
+    kernel,
+    math,
+    without_core,
+)
 from .arguments import AttentionArgs, BackwardArgs, Gradients
 
 ROUTES: dict[str, ModuleType] = {
@@ -18,6 +28,7 @@ ROUTES: dict[str, ModuleType] = {
     "aten_flash": aten_flash,
     "aten_efficient": aten_efficient,
     "aten_cudnn": aten_cudnn,
+    "aten_sdpa": aten_sdpa,
     "math": math,
 }
 _TENSORS = ("q", "k", "v", "alibi_slopes", "bias", "sinks", "rng_state")
@@ -80,6 +91,24 @@ def run_forward(
     return ROUTES[route].forward(args)
 
 
+def differentiable(args: AttentionArgs, causal: bool, backend: int) -> Tensor | None:
+    """out as PyTorch's own attention, which autograd records; None where the route is another.
+
+    Raises:
+        RuntimeError: what cannot be computed, or no back end of the chain can.
+        ValueError: a back end that does not exist.
+    """
+    if _core.library is None:
+        route = without_core.prepare(args, None, causal, backend)
+    else:
+        copies: list[Tensor] = []
+        route = _prepare(args, views_of(args, copies), None, causal, backend).route
+    if route != "aten_sdpa":
+        return None
+    with WithoutAutocast():
+        return aten_sdpa.attend(args)
+
+
 def _flash_attn_forward(
     q: Tensor,
     k: Tensor,
@@ -102,6 +131,7 @@ def _flash_attn_forward(
     window_right: int,
     softcap: float,
     deterministic: bool,
+    return_lse: bool,
     backend: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """schemas.def."""
@@ -112,7 +142,7 @@ def _flash_attn_forward(
     args = AttentionArgs(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k,
         block_table, alibi_slopes, bias, sinks, rng_state, dropout_p, softmax_scale, window_left,
-        window_right, softcap,
+        window_right, softcap, return_lse,
     )  # fmt: skip
     out, softmax_lse = _run_forward(args, causal, backend)
     if rng_state is None:
@@ -162,7 +192,7 @@ def _flash_attn_backward(
     args = AttentionArgs(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k,
         None, alibi_slopes, bias, sinks, rng_state, dropout_p, softmax_scale, window_left,
-        window_right, softcap,
+        window_right, softcap, True,
     )  # fmt: skip
     # What autograd hands over may be expanded or transposed; the routes read rows of contiguous
     # elements.

@@ -85,6 +85,7 @@ def flash_attn_varlen_func(
         right,
         softcap,
         deterministic,
+        False,
         0,
     )[0]
 
@@ -155,7 +156,7 @@ def flash_attn_with_kvcache(
     return _flash_attn_kvcache_(
         contiguous_rows(q), k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens,
         cache_batch_idx, cache_leftpad, block_table, alibi_slopes, None, _scale(softmax_scale, q),
-        causal, left, right, softcap, rotary_interleaved, 0,
+        causal, left, right, softcap, rotary_interleaved, False, 0,
     )[0]  # fmt: skip
 
 

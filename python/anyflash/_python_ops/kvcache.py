@@ -34,6 +34,7 @@ class KVCacheCall:
     sinks: Tensor | None
     softmax_scale: float
     softcap: float
+    return_lse: bool
     rotary_interleaved: bool
 
     @property
@@ -79,6 +80,7 @@ class KVCacheCall:
             window_left=window_left,
             window_right=window_right,
             softcap=self.softcap,
+            return_lse=self.return_lse,
         )
 
 
@@ -195,13 +197,14 @@ def _flash_attn_kvcache_(
     window_right: int,
     softcap: float,
     rotary_interleaved: bool,
+    return_lse: bool,
     backend: int,
 ) -> tuple[Tensor, Tensor]:
     """schemas.def."""
     call = KVCacheCall(
         q, k_cache, v_cache, _readable(k), _readable(v), _readable(rotary_cos),
         _readable(rotary_sin), cache_seqlens, cache_batch_idx, cache_leftpad, block_table,
-        alibi_slopes, sinks, softmax_scale, softcap, rotary_interleaved,
+        alibi_slopes, sinks, softmax_scale, softcap, return_lse, rotary_interleaved,
     )  # fmt: skip
     if _core.library is None:
         args = call.attention(window_left, window_right)
@@ -248,5 +251,6 @@ def _views_of(call: KVCacheCall, copies: list[Tensor]) -> _records.KVCacheCall:
             _core.put_with_values(record, name, getattr(call, name), copies)
     record.options.softmax_scale = call.softmax_scale
     record.options.softcap = call.softcap
+    record.options.return_lse = call.return_lse
     record.rotary_interleaved = call.rotary_interleaved
     return record

@@ -70,7 +70,7 @@ def _attend(
     result, lse, rng_state = below_autograd(
         _ops._flash_attn_forward.default,
         q, k, v, *lengths, block_table, alibi_slopes, None, None, drawn, dropout_p, softmax_scale,
-        is_causal, *window, softcap, False, backends.current_code(),
+        is_causal, *window, softcap, False, True, backends.current_code(),
     )  # fmt: skip
     if return_softmax:
         pattern = signed_probabilities(
@@ -284,7 +284,7 @@ def fwd_kvcache(
         _ops._flash_attn_kvcache_.default,
         q, kcache, vcache, k, v, rotary_cos, rotary_sin, seqlens_k, cache_batch_idx, leftpad_k,
         block_table, alibi_slopes, None, softmax_scale, is_causal, window_size_left,
-        window_size_right, softcap, is_rotary_interleaved, backends.current_code(),
+        window_size_right, softcap, is_rotary_interleaved, True, backends.current_code(),
     )  # fmt: skip
     return [_deliver("out", out, result), lse]
 

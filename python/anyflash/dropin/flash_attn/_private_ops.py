@@ -195,7 +195,7 @@ def _given(function: Callable[..., Any], arguments: Any, named: Mapping[str, Any
     bound = inspect.signature(function).bind(*arguments, **named)
     bound.apply_defaults()
     given: dict[str, Any] = dict.fromkeys(AttentionCall._fields)
-    given.update(max_seqlen_q=0, max_seqlen_k=0, deterministic=False)
+    given.update(max_seqlen_q=0, max_seqlen_k=0, deterministic=False, return_lse=True)
     given.update((name, x) for name, x in bound.arguments.items() if name in given)
     given.update(dropout_p=effective_dropout(given["dropout_p"]), backend=backends.current_code())
     return AttentionCall(**given)

@@ -101,7 +101,7 @@ def _attend(
     out, softmax_lse, rng_state = attention_with_rng_state(
         q, k, v, of("cu_seqlens_q"), of("cu_seqlens_k"), of("max_seqlen_q"), of("max_seqlen_k"),
         None, None, of("block_table"), alibi_slopes, None, None, kept, softmax_scale, causal,
-        window, softcap, deterministic, None, None,
+        window, softcap, deterministic, None, True, None,
     )  # fmt: skip
     if dropout_p == 0.0:
         return out, softmax_lse, q.new_empty(0)
