@@ -28,10 +28,10 @@ TRAINED = [case for case in CASES if case.differentiable and _fits(case, BACKWAR
 @pytest.fixture(params=["by sequence", "padded"])
 def layout(request, monkeypatch):
     """Padded: as on a device whose lengths are not read."""
-    from anyflash._python_ops import parts
+    from anyflash._python_ops import batches
 
     if request.param == "padded":
-        monkeypatch.setattr(parts, "_sequences", lambda args: iter([parts._padded(args)]))
+        monkeypatch.setattr(batches, "runs_of", lambda *problem: [batches.padded_batch(*problem)])
     return request.param
 
 

@@ -144,7 +144,7 @@ HOST_READERS = {
     "_flops.py": "_lengths",
     "_numbers.py": "_element",
     "cross_entropy.py": "_are_unequal",
-    "parts.py": "_sequences",
+    "runs.py": "runs_of",
     "without_core.py": "_check_lengths",
 }
 

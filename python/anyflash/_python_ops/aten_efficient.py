@@ -13,8 +13,9 @@ from torch import Tensor
 
 from . import math
 from .arguments import AttentionArgs, BackwardArgs, Gradients
-from .aten_flash import promised_gradients
-from .parts import INFINITY, Storage
+from .dense_mask import INFINITY
+from .padded import RowMap
+from .results import empty_results, promised_gradients
 
 _NO_MASK, _BOTTOM_RIGHT = 0, 2
 _LSE_ROWS = 32
@@ -49,11 +50,11 @@ def _mask_type(args: AttentionArgs) -> int:
     return _BOTTOM_RIGHT if args.purely_causal else _NO_MASK
 
 
-def _lse_storage(args: AttentionArgs) -> Storage:
+def _lse_storage(args: AttentionArgs) -> RowMap:
     assert args.cu_seqlens_q is not None
     bounds = args.cu_seqlens_q.long()
     rows = -(-args.longest_q // _LSE_ROWS) * _LSE_ROWS
-    return Storage(args.q.shape[0], bounds, bounds[:-1], bounds.diff(), rows)
+    return RowMap(args.q.shape[0], bounds, bounds[:-1], bounds.diff(), rows)
 
 
 def _our_lse(args: AttentionArgs, lse: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     )[:2]
     out = out.squeeze(0) if args.packed else out
     out, lse = _cut_empty_rows(args, bias, out, _our_lse(args, lse))
-    promised, _ = math.empty_results(args)
+    promised, _ = empty_results(args)
     return (out if out.stride() == promised.stride() else promised.copy_(out)), lse
 
 
