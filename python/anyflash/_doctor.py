@@ -229,11 +229,12 @@ def _cpu(report: Report) -> dict[str, Any]:
     """The instruction set that kernels use here, and the attention kernels that calls get."""
     kernels: list[str] = []
     if _wrong_variables():
-        return {"isa": "none", "kernels": kernels}
+        return {"isa": "none", "isa_lowered": False, "kernels": kernels}
     for dtype in ("bf16", "fp16", "fp32"):
         answer = explain(f"{dtype} head_dim 64 training", device="cpu", backend="auto")
         kernels += [d["instance"] for d in answer.decisions if d["instance"] is not None]
-    return {"isa": _loader.cpu_isa(), "kernels": kernels}
+    isa, lowered = _loader.cpu_isa(), _loader.cpu_isa_is_lowered()
+    return {"isa": isa, "isa_lowered": lowered, "kernels": kernels}
 
 
 def _gpus(report: Report) -> list[dict[str, Any]]:

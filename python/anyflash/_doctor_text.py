@@ -75,7 +75,11 @@ def _cpu(facts: dict[str, Any]) -> str:
     """avx512bf16, attention kernels bf16 avx512bf16, fp16 avx512, fp32 avx512"""
     kernels = [name.split("_") for name in facts["kernels"]]
     forwards = [f"{dtype} {arch}" for _, way, dtype, _, arch in kernels if way == "forward"]
-    isa = "no kernel of anyflash's runs here" if facts["isa"] == "none" else facts["isa"]
+    isa = facts["isa"]
+    if facts["isa_lowered"]:
+        isa += " (ANYFLASH_CPU_ISA allows no more)"
+    elif isa == "none":
+        isa = "no kernel of anyflash's runs here"
     return f"{isa}, attention kernels {', '.join(forwards)}" if forwards else isa
 
 

@@ -321,6 +321,9 @@ TEST_CASE("dispatch: kernels of a CPU", "[dispatch]") {
   CHECK(choose(on(Isa::avx512, Dtype::bf16, Feature::every_forward), table).instance ==
         &instances[1]);
   CHECK(reasons(on(Isa::none), Route::kernel, table) == "needs avx2, this CPU has none");
+  Problem lowered = on(Isa::none);
+  lowered.isa_lowered = true;
+  CHECK(reasons(lowered, Route::kernel, table) == "needs avx2, ANYFLASH_CPU_ISA allows none");
   CHECK(reasons(on(Isa::avx512, Dtype::fp64), Route::kernel, table) ==
         "needs bf16 or fp32, got fp64");
   CHECK(reasons(on(Isa::avx2, Dtype::fp16), Route::kernel, table) ==

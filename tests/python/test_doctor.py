@@ -94,6 +94,14 @@ def test_the_cpu_is_named_with_its_kernels(capsys):
         assert name.split("_")[-1] in line
 
 
+@pytest.mark.skipif(_loader.cpu_isa() == "none", reason="no kernels here")
+def test_a_lowered_instruction_set_is_told_from_a_cpu_without(capsys, monkeypatch):
+    monkeypatch.setattr(_core, "cpu_isa", lambda: ("none", True))
+    main(["doctor", "--no-probe"])
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("CPU "))
+    assert "none (ANYFLASH_CPU_ISA allows no more)" in line
+
+
 def test_an_unknown_instruction_set():
     status, report, _ = run_doctor(Path(anyflash.__file__).parents[1], ANYFLASH_CPU_ISA="sse")
     assert status == 1
