@@ -1,4 +1,5 @@
 #include "core/checks.h"
+#include "core/names.h"
 
 #include <algorithm>
 #include <array>
@@ -178,7 +179,7 @@ void check_same_device(const TensorView& reference, const char* reference_name,
                        const TensorView& tensor, const char* name) {
   const char* kind = reference.device == Device::cuda
                          ? "CUDA"
-                         : kDeviceNames[static_cast<int32_t>(reference.device)];
+                         : name_of(reference.device, kDeviceNames, "one device");
   AF_CHECK(same_device(reference, tensor), name, " must be on ", kind, ": expected ",
            device_text(reference), " like ", reference_name, ", got ", device_text(tensor));
 }

@@ -18,7 +18,8 @@ const char* dtype_name(Dtype dtype) { return name_of(dtype, kDtypeNames, "unknow
 
 std::string device_name(const Problem& problem) {
   if (problem.device == Device::cuda) return "sm_" + std::to_string(problem.sm);
-  return problem.device == Device::other ? "this device" : kDeviceNames[int32_t(problem.device)];
+  if (problem.device == Device::other) return "this device";
+  return name_of(problem.device, kDeviceNames, "this device");
 }
 
 // "fp16, bf16 or fp32"

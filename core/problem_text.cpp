@@ -15,16 +15,6 @@ namespace {
 constexpr Name<Direction> kDirections[] = {{"forward", Direction::forward},
                                            {"backward", Direction::backward}};
 
-Device device_of(const std::string& name) {
-  std::string known;
-  int32_t device = 0;
-  for (const char* entry : kDeviceNames) {
-    if (name == entry) return static_cast<Device>(device);
-    known += (device++ == 0 ? "" : ", ") + std::string(entry);
-  }
-  throw std::invalid_argument(text("unknown device '", name, "'; known: ", known));
-}
-
 Features features_of(const std::string& names) {
   Features features = 0;
   std::istringstream list(names);
@@ -65,7 +55,7 @@ Problem parse_problem(const std::string& lines) {
     if (field == "op") {
       problem.family = value_of("op", kFamilyNames, value);
     } else if (field == "device") {
-      problem.device = device_of(value);
+      problem.device = value_of("device", kDeviceNames, value);
     } else if (field == "sm") {
       problem.sm = number_of(field, value);
     } else if (field == "isa") {

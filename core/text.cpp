@@ -34,7 +34,7 @@ const char* dtype_text(const TensorView& tensor) { return dtype_name(tensor.dtyp
 std::string device_text(const TensorView& tensor) {
   if (tensor.device == Device::cpu) return "cpu";
   if (tensor.device == Device::other) return "another device";
-  return text(kDeviceNames[static_cast<int32_t>(tensor.device)], ":", tensor.device_index);
+  return text(name_of(tensor.device, kDeviceNames, "device"), ":", tensor.device_index);
 }
 
 }  // namespace anyflash

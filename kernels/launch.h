@@ -18,7 +18,6 @@ enum class Family : int32_t {
   cross_entropy
 };
 enum class Device : int32_t { cpu, cuda, hip, mps, xpu, other };  // kernels: the first two
-constexpr const char* kDeviceNames[] = {"cpu", "cuda", "hip", "mps", "xpu", "other"};
 enum class Direction : int32_t { forward, backward };
 enum class Dtype : int32_t {
   fp16 = 1,

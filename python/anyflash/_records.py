@@ -31,7 +31,7 @@ _DTYPES = {
         if hasattr(torch, name)
     },
 }
-#: By core/problem.h's kDeviceNames.
+#: In the order of kernels/launch.h's Device.
 DEVICES = ("cpu", "cuda", "hip", "mps", "xpu", "other")
 _CPU, _CUDA, _HIP, _OTHER = (DEVICES.index(name) for name in ("cpu", "cuda", "hip", "other"))
 _NO_MEMORY = -(2**63)
