@@ -61,7 +61,7 @@ def _over_an_unboxed_op() -> Iterator[Row]:
     """_flash_attn_forward by one aten call, against an unboxed operator of that call alone."""
     twin = _build_twin()
     ours = torch.ops.anyflash._flash_attn_forward.default
-    aten_cpu = 7  # as a chain of back ends
+    aten_cpu = 7  # as an order of back ends
     rest = (None, None, 1, 1, *[None] * 7, 0.0, 0.35, True, -1, -1, 0.0, False, True, aten_cpu)
     with torch.inference_mode():  # beneath the autograd kernel, which only ours has
         q, k, v = (torch.randn(1, 1, 1, 8) for _ in range(3))

@@ -34,7 +34,7 @@ SHAPES = (
 )  # fmt: skip
 PACKED = ((7, 33, 1, 120, 64), (512, 17, 300, 1000), (2048, 1, 64), (128,) * 16)
 
-KERNEL, ATEN = 1, 7  # digits of a chain: core/problem.h
+KERNEL, ATEN = 1, 7  # digits of an order: core/problem.h
 
 # Lower instruction sets, and how PyTorch and its libraries are held to them as well.
 LOWER = {

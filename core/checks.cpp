@@ -1,10 +1,11 @@
 #include "core/checks.h"
-#include "core/names.h"
 
 #include <algorithm>
 #include <array>
 #include <optional>
 #include <vector>
+
+#include "core/names.h"
 
 namespace anyflash {
 namespace {

@@ -12,12 +12,12 @@
 namespace anyflash {
 namespace {
 
-Chain checked_chain(int64_t backend) {
-  if (backend == 0) return environment().chain;
-  for (Chain rest = backend; rest != 0; rest = rest_of(rest)) {
+Order checked_order(int64_t backend) {
+  if (backend == 0) return environment().order;
+  for (Order rest = backend; rest != 0; rest = rest_of(rest)) {
     const auto digit = static_cast<int32_t>(first_back_end(rest));
     if (backend < 0 || digit == 0 || digit >= kNumBackEnds) {
-      throw std::invalid_argument(text("backend: expected a chain of back ends 1 to ",
+      throw std::invalid_argument(text("backend: expected an order of back ends 1 to ",
                                        kNumBackEnds - 1, " in hexadecimal digits, got ", backend));
     }
   }
@@ -70,8 +70,8 @@ Problem describe(const TensorView& x, Family family, Direction direction, const 
   }
   problem.dtype = static_cast<Dtype>(x.dtype);
   problem.torch_version = caller.torch_version;
-  problem.chain = checked_chain(caller.backend);
-  problem.explicit_chain = problem.chain != kDefaultChain;
+  problem.order = checked_order(caller.backend);
+  problem.explicit_order = problem.order != kDefaultOrder;
   return problem;
 }
 

@@ -8,7 +8,7 @@ namespace anyflash {
 
 // Who calls, and what was asked of the decision.
 struct Caller {
-  int64_t backend = 0;        // a chain; 0: ANYFLASH_BACKEND, or the default
+  int64_t backend = 0;        // an order; 0: ANYFLASH_BACKEND, or the default
   int32_t torch_version = 0;  // 213 = 2.13
 };
 

@@ -231,7 +231,7 @@ const Instance* find_kernel(const Problem& problem, InstanceTable table, Obstacl
     visit_missing_kernel(problem, table, obstacle);
     return nullptr;
   }
-  if (problem.explicit_chain && first_back_end(problem.chain) == BackEnd::kernel) return found;
+  if (problem.explicit_order && first_back_end(problem.order) == BackEnd::kernel) return found;
   bool doubted = false;
   visit_doubt(*found, problem, [&](auto make_text) {
     doubted = true;
@@ -240,13 +240,13 @@ const Instance* find_kernel(const Problem& problem, InstanceTable table, Obstacl
   return doubted ? nullptr : found;
 }
 
-// Tries the routes in the chain's order and calls report(route, make_text) for each obstacle on the
+// Tries the routes in the order and calls report(route, make_text) for each obstacle on the
 // way.
 template <typename Report>
-Choice walk_chain(const Problem& problem, InstanceTable table, Report report) {
-  for (Chain chain = problem.chain ? problem.chain : kDefaultChain; chain > 0;
-       chain = rest_of(chain)) {
-    const BackEnd back_end = first_back_end(chain);
+Choice walk_order(const Problem& problem, InstanceTable table, Report report) {
+  for (Order order = problem.order ? problem.order : kDefaultOrder; order > 0;
+       order = rest_of(order)) {
+    const BackEnd back_end = first_back_end(order);
     if (back_end == BackEnd::kernel) {
       const Instance* instance =
           find_kernel(problem, table, [&](auto make_text) { report(Route::kernel, make_text); });
@@ -255,7 +255,7 @@ Choice walk_chain(const Problem& problem, InstanceTable table, Report report) {
     }
     if (problem.family != Family::attention) return {Route::math, nullptr};
     for (const RouteRow& row : kRoutes) {
-      if (back_end == BackEnd::unset || (row.chain != back_end && row.own_name != back_end))
+      if (back_end == BackEnd::unset || (row.back_end != back_end && row.own_name != back_end))
         continue;
       if (!counts(row, problem.torch_version)) continue;
       bool runs = true;
@@ -286,12 +286,12 @@ InstanceTable built_instances() {
 }
 
 Choice choose(const Problem& problem, InstanceTable table) {
-  return walk_chain(problem, table, [](Route, auto) {});
+  return walk_order(problem, table, [](Route, auto) {});
 }
 
 Decision decide(const Problem& problem, InstanceTable table) {
   Decision decision;
-  decision.choice = walk_chain(problem, table, [&](Route route, auto make_text) {
+  decision.choice = walk_order(problem, table, [&](Route route, auto make_text) {
     decision.reasons.push_back({route, make_text()});
   });
   return decision;
@@ -326,7 +326,7 @@ std::string problem_text(const Problem& problem) {
 }
 
 std::string refusal(const Problem& problem, const Decision& decision) {
-  std::string message = "anyflash: no back end of \"" + chain_text(problem.chain) +
+  std::string message = "anyflash: no back end of \"" + order_text(problem.order) +
                         "\" can run this " + family_name(problem.family);
   const char* separator = ": ";
   for (const Reason& reason : decision.reasons) {
@@ -336,8 +336,8 @@ std::string refusal(const Problem& problem, const Decision& decision) {
   return message;
 }
 
-Chain parse_chain(const std::string& names) {
-  Chain chain = 0;
+Order parse_order(const std::string& names) {
+  Order order = 0;
   int32_t shift = 0;
   for (size_t begin = 0; begin <= names.size();) {
     const size_t end = std::min(names.find(',', begin), names.size());
@@ -346,10 +346,10 @@ Chain parse_chain(const std::string& names) {
     name.erase(0, name.find_first_not_of(" \t"));
     name.erase(name.find_last_not_of(" \t") + 1);
     if (name.empty()) continue;
-    Chain digits = 0;
+    Order digits = 0;
     int32_t num_digits = 1;
     if (name == "auto") {
-      digits = kDefaultChain;
+      digits = kDefaultOrder;
       num_digits = 3;
     }
     std::string known = "auto";
@@ -361,16 +361,16 @@ Chain parse_chain(const std::string& names) {
       throw std::invalid_argument("unknown back end '" + name + "'; known: " + known);
     if (shift + 4 * num_digits > 60)
       throw std::invalid_argument("back ends: at most 15 names, got '" + names + "'");
-    chain |= digits << shift;
+    order |= digits << shift;
     shift += 4 * num_digits;
   }
-  return chain;
+  return order;
 }
 
-std::string chain_text(Chain chain) {
+std::string order_text(Order order) {
   std::string names;
-  for (; chain > 0; chain = rest_of(chain)) {
-    const int32_t digit = int32_t(first_back_end(chain));
+  for (; order > 0; order = rest_of(order)) {
+    const int32_t digit = int32_t(first_back_end(order));
     names += (names.empty() ? "" : ",") +
              std::string(digit < kNumBackEnds ? kBackEndNames[digit] : "unknown");
   }

@@ -54,16 +54,16 @@ struct InstanceTable {
 
 InstanceTable built_instances();
 
-// The first route of the problem's chain that supports it: tens of nanoseconds, no allocation, for
+// The first route of the problem's order that supports it: tens of nanoseconds, no allocation, for
 // every call.
 //
-// Attention tries, per back end of the chain: `kernel` the instances (the newest architecture
+// Attention tries, per back end of the order: `kernel` the instances (the newest architecture
 // first), `sdpa` its routes in the order of routes.def, any other name the route of that name.
 // Bias-activation has a kernel or plain operators: every name but `kernel` means Route::math there.
 Choice choose(const Problem& problem, InstanceTable table = built_instances());
 
 // The same choice with the reasons against every route that comes before it (all routes of the
-// chain if there is none).
+// order if there is none).
 Decision decide(const Problem& problem, InstanceTable table = built_instances());
 
 // Where the kernel has been measured for the problem.
@@ -80,10 +80,10 @@ std::string problem_text(const Problem& problem);
 // kernel for cpu`
 std::string refusal(const Problem& problem, const Decision& decision);
 
-// "kernel,sdpa,math" -> 0x321; "auto" -> kDefaultChain. Throws std::invalid_argument: `unknown back
+// "kernel,sdpa,math" -> 0x321; "auto" -> kDefaultOrder. Throws std::invalid_argument: `unknown back
 // end 'foo'; known: auto, kernel, ...`.
-Chain parse_chain(const std::string& names);
+Order parse_order(const std::string& names);
 
-std::string chain_text(Chain chain);
+std::string order_text(Order order);
 
 }  // namespace anyflash

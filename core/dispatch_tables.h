@@ -28,7 +28,7 @@ struct Limits {
 struct RouteRow {
   Route route;
   BackEnd own_name;
-  BackEnd chain;     // unset: tried under its own name only
+  BackEnd back_end;  // unset: tried under its own name only
   uint32_t devices;  // device_bit of each
   int32_t min_sm;
   int32_t min_torch;
@@ -36,18 +36,18 @@ struct RouteRow {
 };
 
 constexpr RouteRow kRoutes[] = {
-#define ROUTE(name, chain, device, min_sm, dtypes, max_head_dim, multiple, min_torch, forward, \
-              backward)                                                                        \
-  [] {                                                                                         \
-    using namespace column;                                                                    \
-    return RouteRow{Route::name,                                                               \
-                    BackEnd::name,                                                             \
-                    column::chain,                                                             \
-                    device,                                                                    \
-                    min_sm,                                                                    \
-                    min_torch,                                                                 \
-                    {{dtypes, max_head_dim, multiple, (forward)},                              \
-                     {dtypes, max_head_dim, multiple, (backward)}}};                           \
+#define ROUTE(name, back_end, device, min_sm, dtypes, max_head_dim, multiple, min_torch, forward, \
+              backward)                                                                           \
+  [] {                                                                                            \
+    using namespace column;                                                                       \
+    return RouteRow{Route::name,                                                                  \
+                    BackEnd::name,                                                                \
+                    column::back_end,                                                             \
+                    device,                                                                       \
+                    min_sm,                                                                       \
+                    min_torch,                                                                    \
+                    {{dtypes, max_head_dim, multiple, (forward)},                                 \
+                     {dtypes, max_head_dim, multiple, (backward)}}};                              \
   }(),
 #include "core/routes.def"
 #undef ROUTE

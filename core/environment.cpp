@@ -17,17 +17,17 @@ bool is_set(const char* variable) {
   return value != nullptr && *value != '\0' && std::strcmp(value, "0") != 0;
 }
 
-Chain read_chain() {
+Order read_order() {
   const char* names = std::getenv("ANYFLASH_BACKEND");
-  Chain chain = kDefaultChain;
+  Order order = kDefaultOrder;
   if (names != nullptr && *names != '\0') {
     try {
-      chain = parse_chain(names);
+      order = parse_order(names);
     } catch (const std::invalid_argument& error) {
       throw std::invalid_argument(std::string("ANYFLASH_BACKEND: ") + error.what());
     }
   }
-  return is_set("ANYFLASH_STRICT") ? strict(chain) : chain;
+  return is_set("ANYFLASH_STRICT") ? strict(order) : order;
 }
 
 AllowedIsa read_cpu_isa() {
@@ -47,7 +47,7 @@ AllowedIsa read_cpu_isa() {
 }  // namespace
 
 const Environment& environment() {
-  static const Environment read{read_chain(), is_set("ANYFLASH_VERBOSE")};
+  static const Environment read{read_order(), is_set("ANYFLASH_VERBOSE")};
   return read;
 }
 

@@ -6,7 +6,7 @@
 namespace anyflash {
 
 struct Environment {
-  Chain chain;   // ANYFLASH_BACKEND, cut to its first name by ANYFLASH_STRICT=1
+  Order order;   // ANYFLASH_BACKEND, cut to its first name by ANYFLASH_STRICT=1
   bool verbose;  // ANYFLASH_VERBOSE=1: say what runs also where all is well
 };
 

@@ -22,7 +22,8 @@ constexpr Name<Family> kFamilyNames[] = {{"attention", Family::attention},
                                          {"norm", Family::norm},
                                          {"cross_entropy", Family::cross_entropy}};
 constexpr Name<Device> kDeviceNames[] = {{"cpu", Device::cpu}, {"cuda", Device::cuda},
- {"hip", Device::hip}, {"mps", Device::mps}, {"xpu", Device::xpu}, {"other", Device::other}};
+                                         {"hip", Device::hip}, {"mps", Device::mps},
+                                         {"xpu", Device::xpu}, {"other", Device::other}};
 constexpr Name<Dtype> kDtypeNames[] = {
     {"fp16", Dtype::fp16}, {"bf16", Dtype::bf16}, {"fp32", Dtype::fp32}, {"fp64", Dtype::fp64}};
 

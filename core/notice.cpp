@@ -97,7 +97,7 @@ uint64_t number_of(const Problem& problem, Route route) {
       static_cast<uint64_t>(route));
   mix(static_cast<uint64_t>(problem.head_dim) << 32 | static_cast<uint64_t>(problem.head_dim_v));
   mix(problem.features);
-  mix(static_cast<uint64_t>(problem.chain));
+  mix(static_cast<uint64_t>(problem.order));
   return number == 0 ? 1 : number;
 }
 
@@ -146,7 +146,7 @@ std::string choice_text(const Problem& problem, const Choice& choice) {
 void note_choice(const Problem& problem, const Choice& choice) {
   const uint64_t number = number_of(problem, choice.route);
   if (told.contains(number)) return;
-  if (!runs_on(first_back_end(problem.chain), choice.route, problem.family)) {
+  if (!runs_on(first_back_end(problem.order), choice.route, problem.family)) {
     tell_once(Level::warning, fallback_text(problem, decide(problem)));
   } else if (problem.family == Family::attention) {
     tell_once(Level::info, choice_text(problem, choice));

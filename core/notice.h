@@ -1,4 +1,4 @@
-// Nothing is silent: the first time a call does not run on the first back end of its chain, the
+// Nothing is silent: the first time a call does not run on the first back end of its order, the
 // user is told what runs, why, and what to do. Who wants to know it also where all is well reads
 // the level below.
 #pragma once

@@ -8,7 +8,7 @@
 
 namespace anyflash {
 
-// The digits of a chain. `sdpa` stands for all routes of routes.def that belong to it, an aten_*
+// The digits of an order. `sdpa` stands for all routes of routes.def that belong to it, an aten_*
 // name for that route alone.
 enum class BackEnd : int32_t {
   unset,
@@ -29,13 +29,13 @@ constexpr int32_t kNumBackEnds = 9;
 
 // An ordered choice of back ends, one hexadecimal digit each, first choice in the lowest; 0 =
 // unset.
-using Chain = int64_t;
+using Order = int64_t;
 
-constexpr Chain kDefaultChain = 0x321;  // kernel, sdpa, math
+constexpr Order kDefaultOrder = 0x321;  // kernel, sdpa, math
 
-constexpr BackEnd first_back_end(Chain chain) { return static_cast<BackEnd>(chain & 0xF); }
-constexpr Chain rest_of(Chain chain) { return chain >> 4; }
-constexpr Chain strict(Chain chain) { return chain & 0xF; }
+constexpr BackEnd first_back_end(Order order) { return static_cast<BackEnd>(order & 0xF); }
+constexpr Order rest_of(Order order) { return order >> 4; }
+constexpr Order strict(Order order) { return order & 0xF; }
 
 // One call, without its lengths: dynamic shapes never change the decision.
 struct Problem {
@@ -49,9 +49,9 @@ struct Problem {
   int32_t head_dim_v = 0;
   Features features = 0;
   int32_t torch_version = 0;  // 213 = 2.13
-  Chain chain = kDefaultChain;
-  bool explicit_chain =
-      false;  // the user named the chain: by argument, context manager or environment
+  Order order = kDefaultOrder;
+  bool explicit_order =
+      false;  // the user named the order: by argument, context manager or environment
 };
 
 }  // namespace anyflash

@@ -74,10 +74,10 @@ Problem parse_problem(const std::string& lines) {
       problem.features = features_of(value);
     } else if (field == "torch_version") {
       problem.torch_version = number_of(field, value);
-    } else if (field == "chain") {
-      problem.chain = parse_chain(value);
+    } else if (field == "order") {
+      problem.order = parse_order(value);
     } else if (field == "explicit") {
-      problem.explicit_chain = number_of(field, value) != 0;
+      problem.explicit_order = number_of(field, value) != 0;
     } else {
       throw std::invalid_argument(text("problem: unknown field '", field, "'"));
     }

@@ -95,11 +95,11 @@ def routes() -> str:
     for entry in _defs.entries("routes"):
         if entry.macro != "ROUTE":
             continue
-        name, chain, device, sm, dtypes, top, multiple, torch, forward, backward = entry.fields
+        name, back_end, device, sm, dtypes, top, multiple, torch, forward, backward = entry.fields
         where = {"cpu": "CPU", "any": "everywhere"}.get(device, f"GPU, sm_{sm} or newer")
         rows.append([
             f"`{name}`: {ROUTE_TITLES[name]}",
-            "by name only" if chain == "named" else f"`{chain}`",
+            "by name only" if back_end == "named" else f"`{back_end}`",
             where,
             dtypes.replace("|", ", "),
             _head_dims(top, multiple),

@@ -243,8 +243,8 @@ def choose(family: str, device: torch.device, dtype: torch.dtype, backend: int) 
     """The choice for a family other than attention, with its fallback told.
 
     Raises:
-        RuntimeError: no back end of the chain can.
-        ValueError: a chain of back ends that is none.
+        RuntimeError: no back end of the order can.
+        ValueError: an order of back ends that is none.
     """
     record = new(OneTensor)
     put_kind(record, "x", device, dtype)
@@ -279,7 +279,7 @@ def prepare_bias_activation(call: BiasActivationCall, backend: int) -> Choice:
 
     Raises:
         RuntimeError: what cannot be computed.
-        ValueError: an activation or a chain of back ends that is none.
+        ValueError: an activation or an order of back ends that is none.
     """
     choice, asked = Choice(), caller(backend)
     references = map(ctypes.byref, (call, asked, choice))

@@ -341,7 +341,7 @@ def _wrong_variables() -> list[str]:
     from . import backends
 
     errors = []
-    for read in (backends.environment_chain, _loader.cpu_isa):
+    for read in (backends.environment_order, _loader.cpu_isa):
         try:
             read()
         except ValueError as error:
@@ -370,9 +370,9 @@ def _decisions(report: Report) -> list[dict[str, Any]]:
             row["reasons"] = dict(zip(directions, (d["reasons"] for d in answer.decisions)))
             rows.append(row)
             if not answer.runs:
-                chain = ", ".join(answer.problems[0]["chain"])
+                order = ", ".join(answer.problems[0]["order"])
                 report.problem(
-                    f"{device}: {label}: no back end of {chain} can run it.",
+                    f"{device}: {label}: no back end of {order} can run it.",
                     "more_back_ends",
                 )
     return rows

@@ -1,8 +1,8 @@
-"""Which back end computes a call: names, chains, and the context manager that chooses.
+"""Which back end computes a call: names, orders, and the context manager that chooses.
 
-A chain is an ordered choice, ``"kernel,sdpa,math"``. The order of precedence is the ``backend=``
-argument of a call, then ``with anyflash.backend(...)``, then ``ANYFLASH_BACKEND``, then the
-default chain.
+An order of back ends is a comma list, ``"kernel,sdpa,math"``. The first of these that says
+something counts: the ``backend=`` argument of a call, ``with anyflash.backend(...)``,
+``ANYFLASH_BACKEND``, the default order.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 import os
 from typing import Any
 
-#: Digit of each back end in a chain code, as in core/problem.h.
+#: Digit of each back end in the code of an order, as in core/problem.h.
 CODES: dict[str, int] = {
     "kernel": 1,
     "sdpa": 2,
@@ -24,7 +24,7 @@ CODES: dict[str, int] = {
     "aten_sdpa": 8,
 }
 NAMES: dict[int, str] = {code: name for name, code in CODES.items()}
-DEFAULT_CHAIN = ("kernel", "sdpa", "math")
+DEFAULT_ORDER = ("kernel", "sdpa", "math")
 DEFAULT_CODE = 0x321
 #: Instruction sets of CPUs, as in kernels/arch.h.
 ISAS = ("none", "avx2", "avx512", "avx512bf16", "amx", "neon")
@@ -33,8 +33,8 @@ _MAX_NAMES = 15  # digits of a positive int64
 _chosen: contextvars.ContextVar[int] = contextvars.ContextVar("anyflash_backend", default=0)
 
 
-def parse_chain(spec: str) -> tuple[str, ...]:
-    """The names in a comma list; ``auto`` stands for the default chain, empty for no choice.
+def parse_order(spec: str) -> tuple[str, ...]:
+    """The names in a comma list; ``auto`` stands for the default order, empty for no choice.
 
     Raises:
         ValueError: a name that no back end has.
@@ -42,7 +42,7 @@ def parse_chain(spec: str) -> tuple[str, ...]:
     names: list[str] = []
     for name in (part.strip() for part in spec.split(",")):
         if name == "auto":
-            names += DEFAULT_CHAIN
+            names += DEFAULT_ORDER
         elif name in CODES:
             names.append(name)
         elif name:
@@ -54,12 +54,12 @@ def parse_chain(spec: str) -> tuple[str, ...]:
 
 
 def code_of(names: tuple[str, ...]) -> int:
-    """The chain as one number: a hexadecimal digit per name, first choice lowest."""
+    """The order as one number: a hexadecimal digit per name, first choice lowest."""
     return sum(CODES[name] << (4 * place) for place, name in enumerate(names))
 
 
-def chain_names(code: int) -> tuple[str, ...]:
-    """The names in a chain code.
+def order_names(code: int) -> tuple[str, ...]:
+    """The names in the code of an order.
 
     Raises:
         ValueError: a digit that no back end has.
@@ -69,7 +69,7 @@ def chain_names(code: int) -> tuple[str, ...]:
     while rest != 0:
         if code < 0 or rest & 0xF not in NAMES:
             raise ValueError(
-                f"backend: expected a chain of back ends 1 to {len(CODES)} in hexadecimal digits, "
+                f"backend: expected an order of back ends 1 to {len(CODES)} in hexadecimal digits, "
                 f"got {code}"
             )
         names.append(NAMES[rest & 0xF])
@@ -82,14 +82,14 @@ def is_set(variable: str) -> bool:
     return os.environ.get(variable, "") not in ("", "0")
 
 
-def environment_chain() -> tuple[str, ...]:
-    """The chain of ANYFLASH_BACKEND, or the default one; ANYFLASH_STRICT=1 keeps its first name.
+def environment_order() -> tuple[str, ...]:
+    """The order of ANYFLASH_BACKEND, or the default one; ANYFLASH_STRICT=1 keeps its first name.
 
     Raises:
         ValueError: ANYFLASH_BACKEND names an unknown back end.
     """
     try:
-        names = parse_chain(os.environ.get("ANYFLASH_BACKEND", "")) or DEFAULT_CHAIN
+        names = parse_order(os.environ.get("ANYFLASH_BACKEND", "")) or DEFAULT_ORDER
     except ValueError as error:
         raise ValueError(f"ANYFLASH_BACKEND: {error}") from None
     return names[:1] if is_set("ANYFLASH_STRICT") else names
@@ -97,15 +97,15 @@ def environment_chain() -> tuple[str, ...]:
 
 @functools.cache
 def environment_code() -> int:
-    """The chain code of the environment, read once, as the core reads it.
+    """The order code of the environment, read once, as the core reads it.
 
     Raises:
         ValueError: ANYFLASH_BACKEND names an unknown back end.
     """
-    return code_of(environment_chain())
+    return code_of(environment_order())
 
 
-def chain_code(spec: str | None = None, strict: bool | None = None) -> int:
+def order_code(spec: str | None = None, strict: bool | None = None) -> int:
     """The number that operators take as ``backend``.
 
     Args:
@@ -114,32 +114,32 @@ def chain_code(spec: str | None = None, strict: bool | None = None) -> int:
             ANYFLASH_STRICT says.
 
     Returns:
-        The chain code; 0 where nothing is chosen.
+        The order code; 0 where nothing is chosen.
 
     Raises:
         ValueError: an unknown name.
         TypeError: ``spec`` is not a string.
     """
     if spec is None:
-        return code_of(environment_chain()[:1]) if strict else 0
+        return code_of(environment_order()[:1]) if strict else 0
     if not isinstance(spec, str):
         raise TypeError(
             f"backend: expected a string such as 'sdpa,math', got {type(spec).__name__}"
         )
-    names = parse_chain(spec)
+    names = parse_order(spec)
     if is_set("ANYFLASH_STRICT") if strict is None else strict:
         names = names[:1]
     return code_of(names)
 
 
 def current_code() -> int:
-    """The chain code chosen by the innermost ``with anyflash.backend(...)``; 0 outside."""
+    """The order code chosen by the innermost ``with anyflash.backend(...)``; 0 outside."""
     return _chosen.get()
 
 
 def resolve(spec: str | None) -> int:
-    """The chain code for a call's ``backend`` argument."""
-    return current_code() if spec is None else chain_code(spec)
+    """The order code for a call's ``backend`` argument."""
+    return current_code() if spec is None else order_code(spec)
 
 
 # torch.compile evaluates it while it traces and keeps the result: the choice is that of the first
@@ -160,7 +160,7 @@ class backend:  # noqa: N801  (used as a function: ``with anyflash.backend("sdpa
     """
 
     def __init__(self, spec: str | None = None, *, strict: bool | None = None) -> None:
-        self.code = chain_code(spec, strict)
+        self.code = order_code(spec, strict)
         self._tokens: list[contextvars.Token[int]] = []
 
     def __enter__(self) -> backend:

@@ -73,7 +73,7 @@ class Explanation:
             lines.append(f"(not said, so assumed: {', '.join(self.assumed)})")
         for problem, decision in zip(self.problems, self.decisions):
             route = decision["route"]
-            title = "nothing in this chain can run it"
+            title = "nothing in this order can run it"
             if route != "none":
                 title = f"{route}: {ROUTE_TITLES[route]}{_kernel_text(decision)}"
             lines += ["", f"{problem['direction']:9s} {title}"]
@@ -112,7 +112,7 @@ def describe_problem(problem: dict[str, Any]) -> str:
         what = ", ".join([f"attention, {problem['dtype']}, head_dim {dims}", *problem["features"]])
     major, minor = divmod(problem["torch_version"], 100)
     return (
-        f"{what}, {where}, torch {major}.{minor}; back ends in order: {', '.join(problem['chain'])}"
+        f"{what}, {where}, torch {major}.{minor}; back ends in order: {', '.join(problem['order'])}"
     )
 
 
@@ -155,7 +155,7 @@ def explain(words: str | torch.Tensor = "", *tensors: torch.Tensor, **facts: Any
 def _differentiates(problem: dict[str, Any]) -> bool:
     """Whether a backward of this library needs the forward's log-sum-exp; elsewhere PyTorch's own
     attention is left to autograd (_operators/attention.py)."""
-    has_routes = problem["device"] in ("cpu", "cuda") and problem["chain"][0] != "aten_sdpa"
+    has_routes = problem["device"] in ("cpu", "cuda") and problem["order"][0] != "aten_sdpa"
     return problem["op"] == "attention" and (has_routes or "deterministic" in problem["features"])
 
 
@@ -245,12 +245,12 @@ def _complete(said: dict[str, Any]) -> tuple[dict[str, Any], bool, list[str]]:
     features = _feature_names(said.get("features", ()))
     if head_dim_v != head_dim and "unequal_head_dims" not in features:
         features.append("unequal_head_dims")
-    chain, explicit = _chain(said.get("backend"))
+    order, explicit = _order(said.get("backend"))
     problem = {
         "op": op, "device": device, "sm": sm, "isa": isa,
         "isa_lowered": device == "cpu" and "isa" not in said and _loader.cpu_isa_is_lowered(),
         "dtype": dtype, "head_dim": head_dim, "head_dim_v": head_dim_v,
-        "features": features, "chain": chain, "explicit": explicit,
+        "features": features, "order": order, "explicit": explicit,
         "torch_version": int(said.get("torch_version", torch_version())),
     }  # fmt: skip
     return problem, bool(get("training", False, "inference (no gradients)")), assumed
@@ -264,10 +264,10 @@ def _dtype_name(dtype: Any) -> str:
     raise ValueError(f"explain: dtype must be one of {', '.join(DTYPES)}, got {text}")
 
 
-def _chain(backend: str | None) -> tuple[list[str], bool]:
+def _order(backend: str | None) -> tuple[list[str], bool]:
     """The back ends that a call made here would try, and whether the user chose them."""
-    code = backends.resolve(backend) or backends.code_of(backends.environment_chain())
-    return list(backends.chain_names(code)), code != backends.DEFAULT_CODE
+    code = backends.resolve(backend) or backends.code_of(backends.environment_order())
+    return list(backends.order_names(code)), code != backends.DEFAULT_CODE
 
 
 def _feature_names(features: Iterable[str]) -> list[str]:

@@ -148,7 +148,7 @@ TEST_CASE("attention is prepared without torch") {
   const Caller wrong{0xF, 213};
   call.k.sizes[2] = call.v.sizes[2] = 2;
   REQUIRE(anyflash_prepare_attention(&call, nullptr, true, &wrong, &choice) == Status::value_error);
-  REQUIRE_THAT(anyflash_text(), ContainsSubstring("backend: expected a chain"));
+  REQUIRE_THAT(anyflash_text(), ContainsSubstring("backend: expected an order"));
 }
 
 TEST_CASE("a cache that is picked from is paged, a larger one is narrowed") {
@@ -170,7 +170,7 @@ TEST_CASE("a cache that is picked from is paged, a larger one is narrowed") {
 
 TEST_CASE("a problem is read from text") {
   DecisionView view;
-  REQUIRE(anyflash_decide("device=cpu\nisa=none\nchain=math\ntorch_version=213\n", &view) ==
+  REQUIRE(anyflash_decide("device=cpu\nisa=none\norder=math\ntorch_version=213\n", &view) ==
           Status::ok);
   REQUIRE(view.choice.route == Route::math);
   REQUIRE(anyflash_decide("op=attention\nhead_dim=x\n", &view) == Status::value_error);

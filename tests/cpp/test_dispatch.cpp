@@ -62,8 +62,8 @@ TEST_CASE("dispatch: devices that are neither a CPU nor NVIDIA's get what all de
     }
     problem.features = 0;
     problem.direction = Direction::forward;
-    problem.chain = parse_chain("kernel,aten_cpu,aten_efficient");
-    problem.explicit_chain = true;
+    problem.order = parse_order("kernel,aten_cpu,aten_efficient");
+    problem.explicit_order = true;
     CHECK(route_of(problem) == "none");
   }
 }
@@ -219,14 +219,14 @@ TEST_CASE("dispatch: memory-efficient attention of each torch", "[dispatch]") {
   CHECK(reasons(wide, Route::aten_efficient) == "head_dim 256 is above 128");
 }
 
-TEST_CASE("dispatch: nothing in the chain can run", "[dispatch]") {
+TEST_CASE("dispatch: nothing in the order can run", "[dispatch]") {
   Problem problem = on_cpu();
-  problem.chain = parse_chain("kernel");
+  problem.order = parse_order("kernel");
   CHECK(refusal(problem, decide(problem, kNoKernels)) ==
         "anyflash: no back end of \"kernel\" can run this attention: kernel: this build has no "
         "attention kernel for cpu");
   problem = on_gpu(75, Feature::softcap);
-  problem.chain = parse_chain("aten_flash,aten_efficient");
+  problem.order = parse_order("aten_flash,aten_efficient");
   CHECK(refusal(problem, decide(problem, kNoKernels)) ==
         "anyflash: no back end of \"aten_flash,aten_efficient\" can run this attention: "
         "aten_flash: needs sm_80 or newer, this GPU is sm_75; aten_flash: does not support "
@@ -235,27 +235,27 @@ TEST_CASE("dispatch: nothing in the chain can run", "[dispatch]") {
 
 TEST_CASE("dispatch: an aten route by its own name", "[dispatch]") {
   Problem problem = on_gpu(90);
-  problem.chain = parse_chain("aten_efficient");
+  problem.order = parse_order("aten_efficient");
   CHECK(route_of(problem) == "aten_efficient");
-  problem.chain = parse_chain("aten_cudnn");
+  problem.order = parse_order("aten_cudnn");
   CHECK(route_of(problem) == "aten_cudnn");
-  problem.chain = parse_chain("sdpa");  // never by itself
+  problem.order = parse_order("sdpa");  // never by itself
   CHECK(route_of(problem) == "aten_flash");
-  problem.chain = parse_chain("math,sdpa");
+  problem.order = parse_order("math,sdpa");
   CHECK(route_of(problem) == "math");
 }
 
-TEST_CASE("dispatch: an unset chain is the default", "[dispatch]") {
+TEST_CASE("dispatch: an unset order is the default", "[dispatch]") {
   Problem problem = on_gpu(90);
-  problem.chain = 0;
+  problem.order = 0;
   CHECK(route_of(problem) == "aten_flash");
 }
 
 TEST_CASE("dispatch: digits that are no back end choose nothing", "[dispatch]") {
   Problem problem = on_gpu(90);
-  for (const Chain chain : {Chain{0xF}, Chain{0x20}, Chain{-1}}) {
-    problem.chain = chain;
-    CHECK(route_of(problem) == (chain == 0x20 ? "aten_flash" : "none"));
+  for (const Order order : {Order{0xF}, Order{0x20}, Order{-1}}) {
+    problem.order = order;
+    CHECK(route_of(problem) == (order == 0x20 ? "aten_flash" : "none"));
     CHECK_FALSE(refusal(problem, decide(problem, kNoKernels)).empty());
   }
 }
@@ -287,11 +287,11 @@ TEST_CASE("dispatch: kernels of the table", "[dispatch]") {
   CHECK(reasons(problem, Route::kernel, table) ==
         "has not been checked on a GPU of its architecture yet; naming `kernel` as the first back "
         "end selects it all the same");
-  problem.explicit_chain = true;
+  problem.explicit_order = true;
   CHECK(choose(problem, table).instance == &instances[2]);
-  problem.chain = parse_chain("sdpa,kernel");
+  problem.order = parse_order("sdpa,kernel");
   CHECK(route_of(problem, table) == "aten_flash");
-  problem.chain = kDefaultChain;
+  problem.order = kDefaultOrder;
   problem.head_dim_v = 129;
   CHECK(reasons(problem, Route::kernel, table) == "head_dim_v 129 is above 128");
   problem.head_dim_v = 64;
@@ -333,7 +333,7 @@ TEST_CASE("dispatch: kernels of a CPU", "[dispatch]") {
   CHECK(reasons(neon, Route::kernel, table) ==
         "has not been checked on a CPU of its architecture yet; naming `kernel` as the first back "
         "end selects it all the same");
-  neon.explicit_chain = true;
+  neon.explicit_order = true;
   CHECK(choose(neon, table).instance == &instances[4]);
 }
 
@@ -348,7 +348,7 @@ TEST_CASE("dispatch: a CPU with AMX computes plain 16-bit attention with PyTorch
   problem.features |= Feature::causal;
   CHECK(route_of(problem, table) == "kernel");
   problem.features = 0;
-  problem.explicit_chain = true;
+  problem.explicit_order = true;
   CHECK(route_of(problem, table) == "kernel");
 }
 
@@ -366,17 +366,17 @@ TEST_CASE("dispatch: bias_activation", "[dispatch]") {
   problem.dtype = Dtype::bf16;
   CHECK(route_of(problem, table) == "kernel");
   problem.dtype = Dtype::fp16;
-  problem.explicit_chain = true;
+  problem.explicit_order = true;
   CHECK(route_of(problem, table) == "kernel");
-  problem.chain = parse_chain("sdpa");
+  problem.order = parse_order("sdpa");
   CHECK(route_of(problem, table) == "math");
-  problem.chain = parse_chain("kernel");
+  problem.order = parse_order("kernel");
   problem.sm = 70;
   CHECK(refusal(problem, decide(problem, table)) ==
         "anyflash: no back end of \"kernel\" can run this bias_activation: kernel: needs sm_75 or "
         "newer, this GPU is sm_70");
   problem.device = Device::cpu;
-  problem.chain = kDefaultChain;
+  problem.order = kDefaultOrder;
   CHECK(route_of(problem, table) == "math");
 }
 
@@ -387,7 +387,7 @@ TEST_CASE("dispatch: the built table serves bias_activation where asked for", "[
     problem.family = Family::bias_activation;
     problem.features = 0;
     problem.head_dim = problem.head_dim_v = 0;
-    problem.explicit_chain = true;
+    problem.explicit_order = true;
     CAPTURE(sm);
     CHECK(route_of(problem, built_instances()) == (sm >= 75 ? "kernel" : "math"));
   }
@@ -405,19 +405,19 @@ TEST_CASE("instruction sets: names and what contains what", "[dispatch]") {
                     "neon");
 }
 
-TEST_CASE("chains: names and numbers", "[dispatch]") {
-  CHECK(parse_chain("kernel,sdpa,math") == 0x321);
-  CHECK(parse_chain("auto") == kDefaultChain);
-  CHECK(parse_chain(" aten_flash , auto") == 0x3215);
-  CHECK(parse_chain("") == 0);
-  CHECK(parse_chain("aten_cudnn,aten_flash,aten_efficient,aten_cpu") == 0x7654);
-  CHECK(chain_text(0x321) == "kernel,sdpa,math");
-  CHECK(chain_text(parse_chain("math")) == "math");
-  CHECK(strict(parse_chain("sdpa,math")) == parse_chain("sdpa"));
-  CHECK_THROWS_WITH(parse_chain("sdpa,foo"),
+TEST_CASE("orders: names and numbers", "[dispatch]") {
+  CHECK(parse_order("kernel,sdpa,math") == 0x321);
+  CHECK(parse_order("auto") == kDefaultOrder);
+  CHECK(parse_order(" aten_flash , auto") == 0x3215);
+  CHECK(parse_order("") == 0);
+  CHECK(parse_order("aten_cudnn,aten_flash,aten_efficient,aten_cpu") == 0x7654);
+  CHECK(order_text(0x321) == "kernel,sdpa,math");
+  CHECK(order_text(parse_order("math")) == "math");
+  CHECK(strict(parse_order("sdpa,math")) == parse_order("sdpa"));
+  CHECK_THROWS_WITH(parse_order("sdpa,foo"),
                     "unknown back end 'foo'; known: auto, kernel, sdpa, math, aten_cudnn, "
                     "aten_flash, aten_efficient, aten_cpu, aten_sdpa");
-  CHECK_THROWS_AS(parse_chain("auto,auto,auto,auto,auto,auto"), std::invalid_argument);
+  CHECK_THROWS_AS(parse_order("auto,auto,auto,auto,auto,auto"), std::invalid_argument);
 }
 
 TEST_CASE("dispatch: PyTorch's public attention where nobody asks for the log-sum-exp",

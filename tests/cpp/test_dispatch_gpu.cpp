@@ -47,15 +47,15 @@ InstanceTable gpu_table() { return {gpu_instances().data(), int32_t(gpu_instance
 
 // The kernel for the problem when `kernel` is named, or the route that runs instead.
 std::string kernel_for(Problem problem) {
-  problem.chain = parse_chain("kernel,math");
-  problem.explicit_chain = true;
+  problem.order = parse_order("kernel,math");
+  problem.explicit_order = true;
   const Choice choice = choose(problem, gpu_table());
   return choice.instance ? choice.instance->name : route_name(choice.route);
 }
 
 std::string reasons_against_kernel(Problem problem) {
-  problem.chain = parse_chain("kernel");
-  problem.explicit_chain = true;
+  problem.order = parse_order("kernel");
+  problem.explicit_order = true;
   return reasons(problem, Route::kernel, gpu_table());
 }
 

@@ -17,7 +17,7 @@ from anyflash.testing import Case, Expected, Inputs, expect, make_inputs
 sys.path.append(str(REPOSITORY / "tools"))
 from shared_lists import write_lists  # noqa: E402, F401
 
-# What the tests ask for by name; None is the default chain.
+# What the tests ask for by name; None is the default order.
 ROUTES = {
     "cpu": (None, "kernel", "aten_cpu", "math"),
     "cuda": (None, "kernel", "aten_flash", "aten_efficient", "aten_cudnn", "math"),
@@ -56,7 +56,7 @@ def features_of(case: Case, *gradients: str) -> list[str]:
     return [name for name, there in have.items() if there] + list(gradients)
 
 
-def problem_of(case: Case, direction: str, device: str, chain: str | None, *gradients: str) -> dict:
+def problem_of(case: Case, direction: str, device: str, order: str | None, *gradients: str) -> dict:
     """The value that `anyflash.decide` takes."""
     sm = 0
     if device == "cuda":
@@ -73,8 +73,8 @@ def problem_of(case: Case, direction: str, device: str, chain: str | None, *grad
         "head_dim_v": case.head_dim_v or case.head_dim,
         "features": features_of(case, *gradients),
         "torch_version": torch_version(),
-        "chain": chain.split(",") if chain else ["kernel", "sdpa", "math"],
-        "explicit": chain is not None,
+        "order": order.split(",") if order else ["kernel", "sdpa", "math"],
+        "explicit": order is not None,
     }
 
 

@@ -7,7 +7,7 @@ import torch
 from support import ALL_ROUTES, ROUTES, expected_of, inputs_of, problem_of
 
 import anyflash
-from anyflash.backends import chain_code
+from anyflash.backends import order_code
 from anyflash.testing import CORNER, CORRECTNESS, assert_close, error_bound
 
 pytestmark = pytest.mark.providers
@@ -116,7 +116,7 @@ def _leaf_backward(inputs, out, lse, backend, dout=None, dlse=None, k=None, v=No
         False,
         False,
         False,
-        chain_code(backend),
+        order_code(backend),
     )
 
 

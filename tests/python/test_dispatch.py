@@ -42,7 +42,7 @@ NAMES += ["aten_sdpa"]
 def _random_problem(draw: random.Random) -> dict:
     device = draw.choice(["cpu", "cuda", "cuda"])
     head_dim = draw.choice([1, 8, 59, 60, 64, 80, 96, 128, 130, 192, 256, 264, 300, 512])
-    chain = draw.choice([["kernel", "sdpa", "math"], draw.sample(NAMES, draw.randint(1, 4))])
+    order = draw.choice([["kernel", "sdpa", "math"], draw.sample(NAMES, draw.randint(1, 4))])
     return {
         "op": "attention" if device == "cuda" or draw.random() < 0.9 else "bias_activation",
         "device": device,
@@ -56,7 +56,7 @@ def _random_problem(draw: random.Random) -> dict:
         "head_dim_v": head_dim if draw.random() < 0.7 else draw.choice([16, 60, 257, 512]),
         "features": draw.sample(FEATURES, draw.choice([0, 0, 1, 1, 2, 3, 5])),
         "torch_version": draw.choice([200, 203, 204, 205, 208, 209, 210, 213, 215]),
-        "chain": chain,
+        "order": order,
         "explicit": draw.random() < 0.5,
     }
 
@@ -73,7 +73,7 @@ def test_a_kernel_is_chosen_as_its_line_says():
     draw = random.Random(3)
     chosen = set()
     for _ in range(4000):
-        problem = {**_random_problem(draw), "chain": ["kernel"], "explicit": True}
+        problem = {**_random_problem(draw), "order": ["kernel"], "explicit": True}
         decision = _core.decide(problem)
         if problem["op"] != "attention" or decision["route"] != "kernel":
             continue
@@ -143,7 +143,7 @@ def test_attention_kernels_named_on_a_gpu(problem, expected):
     fields = dict(
         op="attention", device="cuda", direction="forward", dtype="fp16", torch_version=211
     )
-    fields |= dict(head_dim=64, head_dim_v=64, features=[], chain=["kernel"], explicit=True)
+    fields |= dict(head_dim=64, head_dim_v=64, features=[], order=["kernel"], explicit=True)
     decision = anyflash.decide({**fields, **problem})
     if not _has_gpu_kernels():
         missing = f"this build has no attention kernel for sm_{problem['sm']}"
@@ -166,7 +166,7 @@ def test_plain_16_bit_attention_on_a_cpu_with_amx():
     assert route == "aten_cpu"
     assert "AMX" in reasons[0]
     assert reasons[0].endswith("; naming `kernel` as the first back end selects it all the same")
-    assert _decide(**plain, chain="kernel")[0] == "kernel"
+    assert _decide(**plain, order="kernel")[0] == "kernel"
     assert "AMX" not in "".join(_decide(**plain, features=["causal"])[1])
     assert "AMX" not in "".join(_decide(**{**plain, "dtype": "fp32"})[1])
 
@@ -182,7 +182,7 @@ def test_unknown_values_in_a_problem(key):
         anyflash.decide({**problem, key: "banana"})
 
 
-def _decide(device="cuda", sm=80, features=(), chain=None, **changes):
+def _decide(device="cuda", sm=80, features=(), order=None, **changes):
     problem = {
         "op": "attention",
         "device": device,
@@ -193,8 +193,8 @@ def _decide(device="cuda", sm=80, features=(), chain=None, **changes):
         "head_dim_v": 64,
         "features": list(features),
         "torch_version": 211,
-        "chain": chain.split(",") if chain else ["kernel", "sdpa", "math"],
-        "explicit": chain is not None,
+        "order": order.split(",") if order else ["kernel", "sdpa", "math"],
+        "explicit": order is not None,
         **changes,
     }
     decision = anyflash.decide(problem)
@@ -260,14 +260,14 @@ EXPECTED_ROUTES = [
         (dict(device=device, direction="backward", features=["lse"]), "math")
         for device in OTHER_DEVICES
     ),
-    (dict(device="hip", chain="aten_flash"), "none"),
-    (dict(device="xpu", chain="aten_cpu"), "none"),
-    (dict(sm=90, chain="aten_cudnn"), "aten_cudnn"),
-    (dict(sm=80, chain="aten_cudnn"), "none"),
-    (dict(sm=75, chain="kernel"), "none"),
-    (dict(sm=90, direction="backward", chain="kernel"), "none"),
-    (dict(sm=90, chain="math"), "math"),
-    (dict(sm=90, chain="math,sdpa"), "math"),
+    (dict(device="hip", order="aten_flash"), "none"),
+    (dict(device="xpu", order="aten_cpu"), "none"),
+    (dict(sm=90, order="aten_cudnn"), "aten_cudnn"),
+    (dict(sm=80, order="aten_cudnn"), "none"),
+    (dict(sm=75, order="kernel"), "none"),
+    (dict(sm=90, direction="backward", order="kernel"), "none"),
+    (dict(sm=90, order="math"), "math"),
+    (dict(sm=90, order="math,sdpa"), "math"),
 ]
 
 
@@ -287,8 +287,8 @@ EXPECTED_REASONS = [
     (dict(device="cpu", features=["softcap"]), "aten_cpu: does not support softcap"),
     (dict(sm=75, dtype="bf16"), "aten_efficient: bf16 needs sm_80"),
     (dict(sm=90, torch_version=204), "aten_flash: needs torch 2.5, this is 2.4"),
-    (dict(device="cpu", chain="aten_flash"), "aten_flash: runs on cuda only"),
-    (dict(sm=90, chain="aten_cpu"), "aten_cpu: runs on cpu only"),
+    (dict(device="cpu", order="aten_flash"), "aten_flash: runs on cuda only"),
+    (dict(sm=90, order="aten_cpu"), "aten_cpu: runs on cpu only"),
     (dict(device="hip"), "aten_flash: runs on cuda only"),
     (dict(device="mps"), "kernel: this build has no attention kernel for mps"),
     (
@@ -303,11 +303,11 @@ def test_expected_reasons(problem, reason):
     assert reason in _decide(**problem)[1]
 
 
-def test_default_chain_never_ends_without_a_route():
+def test_default_order_never_ends_without_a_route():
     """math supports everything up to head_dim 512, for every GPU and every torch."""
     draw = random.Random(2)
     for _ in range(1000):
-        problem = {**_random_problem(draw), "chain": ["kernel", "sdpa", "math"], "explicit": False}
+        problem = {**_random_problem(draw), "order": ["kernel", "sdpa", "math"], "explicit": False}
         backward = problem["direction"] == "backward"
         forward_only, backward_only = {"paged"}, {"bias_grad", "lse_grad", "deterministic"}
         impossible = forward_only if backward else backward_only
@@ -334,8 +334,8 @@ def test_refusal_names_every_choice_and_reason(device):
     assert "; aten_cpu: " in message and "; aten_cudnn: " in message
 
 
-def test_chain_codes():
-    code = backends.chain_code
+def test_order_codes():
+    code = backends.order_code
     assert code("kernel,sdpa,math") == code("auto") == 0x321
     assert code("math") == 3
     assert code(" aten_cpu , math ") == 0x37

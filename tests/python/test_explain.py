@@ -101,7 +101,7 @@ def test_nothing_runs():
     answer = anyflash.explain("fp64 softcap H100", backend="sdpa")
     assert not answer.runs
     assert answer.route == "none"
-    assert "nothing in this chain" in str(answer)
+    assert "nothing in this order" in str(answer)
 
 
 def test_the_context_manager_counts():

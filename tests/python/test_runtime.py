@@ -117,7 +117,7 @@ def test_context_manager_nests_and_unwinds(device):
 
 
 def test_context_manager_reaches_the_backward(device):
-    """The backward runs on the chain of its forward, wherever backward() is called."""
+    """The backward runs on the order of its forward, wherever backward() is called."""
     q, k, v = _qkv(device, grad=True)
     with anyflash.backend("sdpa"):
         out, lse = anyflash.attention(q, k, v, return_lse=True)

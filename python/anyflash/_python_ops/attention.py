@@ -64,7 +64,7 @@ def _prepare(
     """Checks and decides; ``args`` and ``call`` have normalised numbers afterwards.
 
     Raises:
-        RuntimeError: what cannot be computed, or no back end of the chain can.
+        RuntimeError: what cannot be computed, or no back end of the order can.
         ValueError: a back end that does not exist.
     """
     choice = _records.Choice()
@@ -95,7 +95,7 @@ def differentiable(args: AttentionArgs, causal: bool, backend: int) -> Tensor | 
     """out as PyTorch's own attention, which autograd records; None where the route is another.
 
     Raises:
-        RuntimeError: what cannot be computed, or no back end of the chain can.
+        RuntimeError: what cannot be computed, or no back end of the order can.
         ValueError: a back end that does not exist.
     """
     if _core.library is None:

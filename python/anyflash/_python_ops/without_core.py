@@ -46,7 +46,7 @@ def choose(family: str, backend: int, fits_sdpa: bool = False) -> str:
     Raises:
         RuntimeError: the order of back ends has none for it.
     """
-    names = backends.chain_names(backend) or backends.environment_chain()
+    names = backends.order_names(backend) or backends.environment_order()
     route = _route(family, names, fits_sdpa)
     why = f'no back end of "{",".join(names)}" can run this {family}: {obstacle()}'
     check(route != "none", f"anyflash: {why}")
@@ -57,8 +57,8 @@ def choose(family: str, backend: int, fits_sdpa: bool = False) -> str:
 
 def decide(problem: dict[str, Any]) -> dict[str, Any]:
     """anyflash.decide without the core, in fewer words."""
-    given = problem.get("chain") or backends.DEFAULT_CHAIN
-    names = backends.parse_chain(given) if isinstance(given, str) else tuple(given)
+    given = problem.get("order") or backends.DEFAULT_ORDER
+    names = backends.parse_order(given) if isinstance(given, str) else tuple(given)
     row = next(e.fields for e in _defs.entries("routes") if e.fields[0] == "aten_sdpa")
     known = _defs.features(row[9] if problem.get("direction") == "backward" else row[8])
     fits_sdpa = known >= {*problem.get("features", ())}
