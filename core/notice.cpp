@@ -39,6 +39,8 @@ const char* route_phrase(Route route) {
       return "PyTorch's memory-efficient attention (aten_efficient)";
     case Route::aten_cpu:
       return "PyTorch's CPU attention (aten_cpu)";
+    case Route::aten_sdpa:
+      return "PyTorch's public scaled_dot_product_attention (aten_sdpa)";
     default:
       return "plain PyTorch operators (math)";
   }
