@@ -137,26 +137,9 @@ void check_dropout(const AttentionCall& call) {
   check_allocated(rng, "rng_state");
 }
 
-// What nothing but `longest_name` and, where its rows follow each other, `storage` bounds.
-void check_cumulative(const HostInts& cu, const char* name, int64_t batch,
-                      const TensorView* storage, const char* storage_name, int64_t longest,
-                      const char* longest_name) {
-  AF_CHECK(cu[0] == 0, name, ": expected to start at 0, got ", cu[0]);
-  for (int64_t i = 0; i < batch; ++i) {
-    AF_CHECK(cu[i + 1] >= cu[i], name, ": must not decrease, got ", cu[i], " and then ", cu[i + 1],
-             " at index ", i + 1);
-    AF_CHECK(cu[i + 1] - cu[i] <= longest, longest_name, ": expected at least ", cu[i + 1] - cu[i],
-             ", the length of sequence ", i, " in ", name, ", got ", longest);
-  }
-  if (storage != nullptr) {
-    AF_CHECK(cu[batch] <= storage->size(0), name, ": ends at ", cu[batch], ", but ", storage_name,
-             " has ", storage->size(0), " rows");
-  }
-}
-
 // Keys of sequence b that lie at rows begin[b] <= row < begin[b] + used[b], with gaps between
 // sequences; what begin[batch] says does not count.
-void check_used_rows(const HostInts& begin, const HostInts& used, const AttentionCall& call,
+void check_used_rows(const Integers& begin, const Integers& used, const AttentionCall& call,
                      bool share) {
   const int64_t batch = call.batch(), total = call.k.size(0);
   for (int64_t b = 0; b < batch; ++b) {
@@ -177,20 +160,20 @@ void check_used_rows(const HostInts& begin, const HostInts& used, const Attentio
 
 void check_values(const AttentionCall& call, bool is_backward) {
   const int64_t batch = call.batch();
-  std::optional<HostInts> cu_k, used, leftpad, table;
+  std::optional<Integers> cu_k, used, table;
   if (call.cu_seqlens_k.given() && !(call.paged() && call.seqused_k.given()))
     cu_k.emplace(call.cu_seqlens_k);
   if (call.seqused_k.given()) used.emplace(call.seqused_k);
-  if (call.leftpad_k.given()) leftpad.emplace(call.leftpad_k);
+  if (call.leftpad_k.given()) check_not_negative(Integers(call.leftpad_k), "leftpad_k");
   if (call.paged()) table.emplace(call.block_table);
   if (call.packed()) {
-    check_cumulative(HostInts(call.cu_seqlens_q), "cu_seqlens_q", batch, &call.q, "q",
+    check_cumulative(Integers(call.cu_seqlens_q), "cu_seqlens_q", &call.q, "q",
                      call.options.max_seqlen_q, "max_seqlen_q");
   }
   if (cu_k && used) {
     check_used_rows(*cu_k, *used, call, !is_backward);
   } else if (cu_k) {
-    check_cumulative(*cu_k, "cu_seqlens_k", batch, call.paged() ? nullptr : &call.k, "k",
+    check_cumulative(*cu_k, "cu_seqlens_k", call.paged() ? nullptr : &call.k, "k",
                      call.options.max_seqlen_k,
                      call.paged() ? "block_table: capacity" : "max_seqlen_k");
   }
@@ -201,10 +184,6 @@ void check_values(const AttentionCall& call, bool is_backward) {
       AF_CHECK(cu_k || (length >= 0 && length <= call.options.max_seqlen_k),
                "seqused_k: expected 0 to ", call.options.max_seqlen_k, ", the keys of sequence ", b,
                ", got ", length);
-    }
-    if (leftpad) {
-      AF_CHECK((*leftpad)[b] >= 0, "leftpad_k: expected 0 or more, got ", (*leftpad)[b],
-               " for sequence ", b);
     }
     if (table) check_block_table_row(*table, b, length, call.k.size(1), call.k.size(0));
   }
@@ -240,7 +219,7 @@ void check_backward(const AttentionCall& call, const BackwardCall& grad) {
            dtype_text(call.q), " and dout of ", dtype_text(grad.dout));
   check_same_device(call.q, "q", grad.dout, "dout");
   check_same_device(call.q, "q", grad.out, "out");
-  check_same_device(call.q, "q", grad.lse, "lse");
+  check_same_device(call.q, "q", grad.lse, "softmax_lse");
 
   const int64_t* size = q.sizes;
   const int64_t heads = call.heads(), head_dim_v = call.head_dim_v();
@@ -262,20 +241,19 @@ void check_backward(const AttentionCall& call, const BackwardCall& grad) {
   const ElementType lse_dtype =
       q.dtype == ElementType::fp64 ? ElementType::fp64 : ElementType::fp32;
   const char* lse_names = packed ? "(heads, total_q)" : "(batch, heads, seqlen_q)";
-  AF_CHECK(lse.dtype == lse_dtype, "lse: expected ",
-           lse_dtype == ElementType::fp64 ? "fp64" : "fp32", " for q of ", dtype_text(call.q),
-           ", got ", dtype_text(grad.lse));
-  AF_CHECK(like_lse(lse), "lse: expected ", lse_names, " for q ", shape_text(call.q), ", got ",
-           shape_text(grad.lse));
+  AF_CHECK(lse.dtype == lse_dtype, "softmax_lse: expected ", dtype_name(lse_dtype), " for q of ",
+           dtype_text(call.q), ", got ", dtype_text(grad.lse));
+  AF_CHECK(like_lse(lse), "softmax_lse: expected ", lse_names, " for q ", shape_text(call.q),
+           ", got ", shape_text(grad.lse));
   if (grad.dlse.given()) {
-    AF_CHECK(like_lse(grad.dlse), "dlse: expected ", shape_text(grad.lse), ", got ",
+    AF_CHECK(like_lse(grad.dlse), "dsoftmax_lse: expected ", shape_text(grad.lse), ", got ",
              shape_text(grad.dlse));
-    check_same_device(call.q, "q", grad.dlse, "dlse");
-    check_allocated(grad.dlse, "dlse");
+    check_same_device(call.q, "q", grad.dlse, "dsoftmax_lse");
+    check_allocated(grad.dlse, "dsoftmax_lse");
   }
   check_allocated(dout, "dout");
   check_allocated(out, "out");
-  check_allocated(lse, "lse");
+  check_allocated(lse, "softmax_lse");
   AF_CHECK(!grad.bias_requires_grad || call.bias.given(), "bias_requires_grad: no bias is given");
   AF_CHECK(!grad.sinks_requires_grad || call.sinks.given(),
            "sinks_requires_grad: no sinks are given");
@@ -332,7 +310,7 @@ void check_block_table(const TensorView& table, const TensorView& q, int64_t bat
   check_allocated(table, "block_table");
 }
 
-void check_block_table_row(const HostInts& table, int64_t sequence, int64_t used, int64_t page_size,
+void check_block_table_row(const Integers& table, int64_t sequence, int64_t used, int64_t page_size,
                            int64_t num_blocks) {
   if (used <= 0) return;
   const int64_t pages = (used + page_size - 1) / page_size;

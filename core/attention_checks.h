@@ -20,7 +20,7 @@ void check_sinks(const TensorView& sinks, const TensorView& q, int64_t heads);
 void check_block_table(const TensorView& table, const TensorView& q, int64_t batch);
 
 // Every page that the first `used` rows of sequence `sequence` lie on is a page of the cache.
-void check_block_table_row(const HostInts& table, int64_t sequence, int64_t used, int64_t page_size,
+void check_block_table_row(const Integers& table, int64_t sequence, int64_t used, int64_t page_size,
                            int64_t num_blocks);
 
 // Whether the values of all given tensors can be read here.

@@ -205,4 +205,24 @@ void check_index_vector(const TensorView& tensor, const char* name, const Tensor
   check_allocated(tensor, name);
 }
 
+void check_not_negative(const Integers& values, const char* name) {
+  for (int64_t i = 0; i < values.size(); ++i) {
+    AF_CHECK(values[i] >= 0, name, ": expected 0 or more, got ", values[i], " for sequence ", i);
+  }
+}
+
+void check_cumulative(const Integers& cu, const char* name, const TensorView* storage,
+                      const char* storage_name, int64_t longest, const char* longest_name) {
+  AF_CHECK(cu[0] == 0, name, ": expected to start at 0, got ", cu[0]);
+  const int64_t batch = cu.size() - 1;
+  for (int64_t i = 0; i < batch; ++i) {
+    AF_CHECK(cu[i + 1] >= cu[i], name, ": must not decrease, got ", cu[i], " and then ", cu[i + 1],
+             " at index ", i + 1);
+    AF_CHECK(cu[i + 1] - cu[i] <= longest, longest_name, ": expected at least ", cu[i + 1] - cu[i],
+             ", the length of sequence ", i, " in ", name, ", got ", longest);
+  }
+  AF_CHECK(storage == nullptr || cu[batch] <= storage->size(0), name, ": ends at ", cu[batch],
+           ", but ", storage_name, " has ", storage->size(0), " rows");
+}
+
 }  // namespace anyflash

@@ -5,6 +5,7 @@
 
 #include <initializer_list>
 
+#include "core/integers.h"
 #include "core/text.h"
 
 namespace anyflash {
@@ -29,18 +30,11 @@ void check_last_dim_contiguous(const TensorView& tensor, const char* name);
 void check_index_vector(const TensorView& tensor, const char* name, const TensorView& q,
                         int64_t size, const char* size_text);
 
-// An int32 tensor of one or two dimensions, read on the host.
-class HostInts {
- public:
-  explicit HostInts(const TensorView& tensor)
-      : data_(static_cast<const int32_t*>(tensor.host)),
-        row_stride_(tensor.device == Device::cpu ? tensor.strides[0] : tensor.sizes[1]) {}
-  int64_t operator[](int64_t i) const { return data_[i]; }
-  int64_t at(int64_t row, int64_t column) const { return data_[row * row_stride_ + column]; }
-
- private:
-  const int32_t* data_;
-  int64_t row_stride_;  // read for two dimensions alone
-};
+// One value per sequence, 0 or more.
+void check_not_negative(const Integers& values, const char* name);
+// Where packed sequences begin, and the end: none is longer than `longest`, and the end lies within
+// the rows of `storage`, where that is given.
+void check_cumulative(const Integers& cu, const char* name, const TensorView* storage,
+                      const char* storage_name, int64_t longest, const char* longest_name);
 
 }  // namespace anyflash

@@ -1,5 +1,6 @@
 #include "core/cross_entropy.h"
 
+#include "core/huge_pages.h"
 #include "core/run.h"
 #include "kernels/cross_entropy_params.h"
 
@@ -32,6 +33,7 @@ void run_cross_entropy(const Instance& instance, const CrossEntropyCall& call,
     params.lse = to_write(results.lse);
     params.workspace = static_cast<float*>(results.workspace);
   } else {
+    if (results.dlogits.data != call.logits.data) ask_for_huge_pages(results.dlogits);
     params.dlosses = data_of<float>(call.dlosses);
     params.dlosses_stride = call.dlosses.stride(0);
     params.dlogits = results.dlogits.data;

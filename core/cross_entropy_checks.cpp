@@ -2,7 +2,6 @@
 
 #include "core/checks.h"
 #include "core/cross_entropy.h"
-#include "core/integers.h"
 
 namespace anyflash {
 namespace {

@@ -62,9 +62,12 @@ Problem describe(const TensorView& x, Family family, Direction direction, const 
   problem.family = family;
   problem.direction = direction;
   problem.device = x.device;
-  problem.sm = x.device == Device::cuda  ? device_sm(x.device_index)
-               : x.device == Device::cpu ? cpu_isa()
-                                         : 0;
+  if (x.device == Device::cuda) problem.sm = device_sm(x.device_index);
+  if (x.device == Device::cpu) {
+    const AllowedIsa allowed = cpu_isa();
+    problem.sm = allowed.isa;
+    problem.isa_lowered = allowed.lowered;
+  }
   problem.dtype = static_cast<Dtype>(x.dtype);
   problem.torch_version = caller.torch_version;
   problem.chain = checked_chain(caller.backend);

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "core/dispatch_tables.h"
+#include "core/names.h"
 #include "kernels/arch.h"
 
 namespace anyflash {
@@ -13,18 +14,7 @@ namespace {
 // The default order takes a kernel that is at no point of the grid slower than this.
 constexpr double kSlowest = 0.97;
 
-constexpr struct {
-  Dtype dtype;
-  const char* name;
-} kDtypes[] = {
-    {Dtype::fp16, "fp16"}, {Dtype::bf16, "bf16"}, {Dtype::fp32, "fp32"}, {Dtype::fp64, "fp64"}};
-
-const char* dtype_name(Dtype dtype) {
-  for (const auto& entry : kDtypes) {
-    if (entry.dtype == dtype) return entry.name;
-  }
-  return "unknown dtype";
-}
+const char* dtype_name(Dtype dtype) { return name_of(dtype, kDtypeNames, "unknown dtype"); }
 
 std::string device_name(const Problem& problem) {
   if (problem.device == Device::cuda) return "sm_" + std::to_string(problem.sm);
@@ -34,8 +24,8 @@ std::string device_name(const Problem& problem) {
 // "fp16, bf16 or fp32"
 std::string dtype_list(uint32_t dtypes) {
   std::string list;
-  for (const auto& entry : kDtypes) {
-    const uint32_t bit = uint32_t(entry.dtype);
+  for (const auto& entry : kDtypeNames) {
+    const uint32_t bit = uint32_t(entry.value);
     if (!(dtypes & bit)) continue;
     const bool last = dtypes < bit * 2;
     list += list.empty() ? "" : last ? " or " : ", ";
@@ -148,7 +138,9 @@ void visit_missing_kernel(const Problem& problem, InstanceTable table, Obstacle 
   } else if (oldest && problem.sm < oldest->min_sm) {
     obstacle([&] {
       if (problem.device == Device::cuda) return required_sm(oldest->min_sm, problem.sm);
-      return std::string("needs ") + oldest->arch + ", this CPU has " + isa_name(problem.sm);
+      return std::string("needs ") + oldest->arch +
+             (problem.isa_lowered ? ", ANYFLASH_CPU_ISA allows " : ", this CPU has ") +
+             isa_name(problem.sm);
     });
   } else {
     obstacle([&] {
@@ -158,11 +150,22 @@ void visit_missing_kernel(const Problem& problem, InstanceTable table, Obstacle 
   }
 }
 
+// Whether a row is the one of its route that counts for a version of torch: the first that is not
+// too new for it, or the last.
+bool counts(const RouteRow& row, int32_t torch_version) {
+  const RouteRow* found = nullptr;
+  for (const RouteRow& other : kRoutes) {
+    if (other.route != row.route) continue;
+    if (!found || torch_version < found->min_torch) found = &other;
+  }
+  return found == &row;
+}
+
 // Whether a kernel competes with PyTorch's CPU attention, not with plain operators.
 bool aten_cpu_runs(const Problem& problem) {
   bool runs = false;
   for (const RouteRow& row : kRoutes) {
-    if (row.route != Route::aten_cpu) continue;
+    if (row.route != Route::aten_cpu || !counts(row, problem.torch_version)) continue;
     runs = true;
     visit_obstacles(row, problem, [&](auto) { runs = false; });
   }
@@ -253,6 +256,7 @@ Choice walk_chain(const Problem& problem, InstanceTable table, Report report) {
     for (const RouteRow& row : kRoutes) {
       if (back_end == BackEnd::unset || (row.chain != back_end && row.own_name != back_end))
         continue;
+      if (!counts(row, problem.torch_version)) continue;
       bool runs = true;
       visit_obstacles(row, problem, [&](auto make_text) {
         runs = false;
@@ -266,11 +270,7 @@ Choice walk_chain(const Problem& problem, InstanceTable table, Report report) {
 
 }  // namespace
 
-const char* family_name(Family family) {
-  constexpr const char* kNames[] = {"attention", "bias_activation", "kvcache_append", "rotary",
-                                    "norm",      "cross_entropy"};
-  return kNames[int32_t(family)];
-}
+const char* family_name(Family family) { return name_of(family, kFamilyNames, "unknown family"); }
 
 const char* route_name(Route route) {
   constexpr const char* kNames[] = {"none",           "kernel",   "aten_cudnn", "aten_flash",
@@ -310,14 +310,7 @@ std::optional<Measured> measured(const Instance& instance, const Problem& proble
   return found ? std::optional<Measured>(found->measured) : std::nullopt;
 }
 
-int32_t parse_isa(const std::string& name) {
-  std::string known;
-  for (const IsaName& entry : kIsaNames) {
-    if (name == entry.name) return entry.isa;
-    known += (known.empty() ? "" : ", ") + std::string(entry.name);
-  }
-  throw std::invalid_argument("unknown instruction set '" + name + "'; known: " + known);
-}
+int32_t parse_isa(const std::string& name) { return value_of("instruction set", kIsaNames, name); }
 
 std::string problem_text(const Problem& problem) {
   std::string text = family_name(problem.family);

@@ -30,13 +30,13 @@ Chain read_chain() {
   return is_set("ANYFLASH_STRICT") ? strict(chain) : chain;
 }
 
-int32_t read_cpu_isa() {
+AllowedIsa read_cpu_isa() {
   const int32_t present = anyflash_cpu_isa();
   const char* name = std::getenv("ANYFLASH_CPU_ISA");
-  if (name == nullptr || *name == '\0') return present;
+  if (name == nullptr || *name == '\0') return {present, false};
   try {
     const int32_t isa = parse_isa(name);
-    if (contains(present, isa)) return isa;
+    if (contains(present, isa)) return {isa, isa != present};
   } catch (const std::invalid_argument& error) {
     throw std::invalid_argument(std::string("ANYFLASH_CPU_ISA: ") + error.what());
   }
@@ -56,8 +56,8 @@ bool checks_values() {
   return read;
 }
 
-int32_t cpu_isa() {
-  static const int32_t read = read_cpu_isa();
+AllowedIsa cpu_isa() {
+  static const AllowedIsa read = read_cpu_isa();
   return read;
 }
 

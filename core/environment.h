@@ -17,9 +17,14 @@ const Environment& environment();
 // ANYFLASH_CHECK=1: also check what costs a device synchronisation.
 bool checks_values();
 
-// The instruction set that CPU kernels may use, an Isa of kernels/arch.h: this machine's, or what
-// ANYFLASH_CPU_ISA says. Raises std::invalid_argument, on every call, while that names an unknown
-// one or one that this machine does not have.
-int32_t cpu_isa();
+struct AllowedIsa {
+  int32_t isa;   // an Isa of kernels/arch.h
+  bool lowered;  // this machine has more
+};
+
+// The instruction set that CPU kernels may use: this machine's, or what ANYFLASH_CPU_ISA says.
+// Raises std::invalid_argument, on every call, while that names an unknown one or one that this
+// machine does not have.
+AllowedIsa cpu_isa();
 
 }  // namespace anyflash

@@ -210,8 +210,12 @@ Status anyflash_decide(const char* fields, DecisionView* view) {
   });
 }
 
-Status anyflash_environment_isa(const char** name) {
-  return guarded([&] { *name = isa_name(cpu_isa()); });
+Status anyflash_environment_isa(const char** name, bool* lowered) {
+  return guarded([&] {
+    const AllowedIsa allowed = cpu_isa();
+    *name = isa_name(allowed.isa);
+    *lowered = allowed.lowered;
+  });
 }
 
 bool anyflash_checks_values(void) { return checks_values(); }

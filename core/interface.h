@@ -122,7 +122,8 @@ ANYFLASH_EXPORT int64_t anyflash_plan_pieces(int64_t seqlen_q, int64_t seqlen_k,
 ANYFLASH_EXPORT anyflash::Status anyflash_decide(const char* fields,
                                                  anyflash::DecisionView* decision);
 // The instruction set that CPU kernels may use: this machine's, or what ANYFLASH_CPU_ISA says.
-ANYFLASH_EXPORT anyflash::Status anyflash_environment_isa(const char** name);
+// `lowered`: this machine has more.
+ANYFLASH_EXPORT anyflash::Status anyflash_environment_isa(const char** name, bool* lowered);
 // ANYFLASH_CHECK=1: index tensors on a GPU are copied to the host and checked.
 ANYFLASH_EXPORT bool anyflash_checks_values(void);
 ANYFLASH_EXPORT const char* anyflash_route_name(anyflash::Route route);

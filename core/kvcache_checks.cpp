@@ -101,16 +101,19 @@ void check_lengths(const KVCacheCall& call) {
 
 void check_values(const KVCacheCall& call) {
   const int64_t batch = call.batch(), capacity = call.capacity(), added = call.seqlen_new();
-  std::optional<HostInts> lengths, rows, leftpad, table;
-  if (call.cache_seqlens.given()) lengths.emplace(call.cache_seqlens);
+  std::optional<Integers> lengths, rows, table;
+  if (call.cache_seqlens.given()) {
+    check_not_negative(lengths.emplace(call.cache_seqlens), "cache_seqlens");
+  }
   if (call.cache_batch_idx.given()) rows.emplace(call.cache_batch_idx);
-  if (call.cache_leftpad.given()) leftpad.emplace(call.cache_leftpad);
+  if (call.cache_leftpad.given()) {
+    check_not_negative(Integers(call.cache_leftpad), "cache_leftpad");
+  }
   if (call.block_table.given()) table.emplace(call.block_table);
   for (int64_t b = 0; b < batch; ++b) {
     int64_t used = capacity;
     if (lengths) {
       const int64_t length = (*lengths)[b];
-      AF_CHECK(length >= 0, "cache_seqlens: expected 0 or more, got ", length, " for sequence ", b);
       used = length + added;
       AF_CHECK(used <= capacity || !table, "Paged KV cache: max(seqlens_k) + seqlen_new = ", used,
                " exceeds the capacity addressable by block_table, ", capacity,
@@ -123,10 +126,6 @@ void check_values(const KVCacheCall& call) {
       AF_CHECK((*rows)[b] >= 0 && (*rows)[b] < call.k_cache.size(0),
                "cache_batch_idx: expected 0 to ", call.k_cache.size(0) - 1,
                ", the rows of k_cache, got ", (*rows)[b], " for sequence ", b);
-    }
-    if (leftpad) {
-      AF_CHECK((*leftpad)[b] >= 0, "cache_leftpad: expected 0 or more, got ", (*leftpad)[b],
-               " for sequence ", b);
     }
     if (table) check_block_table_row(*table, b, used, call.k_cache.size(1), call.k_cache.size(0));
   }

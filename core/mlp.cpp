@@ -1,5 +1,6 @@
 #include "core/mlp.h"
 
+#include "core/huge_pages.h"
 #include "core/run.h"
 
 namespace anyflash {
@@ -20,9 +21,11 @@ void run_bias_activation(const Instance& instance, const BiasActivationCall& cal
   params.cols = x.columns / inputs_per_output(params.activation);
   params.x_row_stride = x.stride;
   if (instance.direction == Direction::forward) {
+    ask_for_huge_pages(results.y);
     params.y = results.y.data;
     params.y_row_stride = params.cols;
   } else {
+    ask_for_huge_pages(results.dx);
     const Matrix dy = matrix_of(call.dy);
     params.dy = dy.data;
     params.dx = results.dx.data;

@@ -1,5 +1,6 @@
 #include "core/norm.h"
 
+#include "core/huge_pages.h"
 #include "core/run.h"
 #include "kernels/norm_params.h"
 
@@ -11,6 +12,12 @@ NormRows<T> rows_of_matrix(const TensorView& x) {
   if (!x.given() || x.numel() == 0) return {};
   const Matrix matrix = matrix_of(x);
   return {static_cast<T*>(matrix.data), matrix.stride};
+}
+
+// The rows of a result, which the kernel is the first to touch.
+NormRows<void> rows_to_write(const TensorView& x) {
+  ask_for_huge_pages(x);
+  return rows_of_matrix<void>(x);
 }
 
 float* numbers_of(const TensorView& x) {
@@ -48,9 +55,9 @@ void set_forward(const NormCall& call, const NormResults& results, NormParams& p
   params.residual = rows_of_matrix(call.residual);
   params.mean = numbers_of(results.mean);
   params.rstd = numbers_of(results.rstd);
-  params.y = rows_of_matrix<void>(results.y);
-  params.y1 = rows_of_matrix<void>(results.y1);
-  params.residual_out = rows_of_matrix<void>(results.residual_out);
+  params.y = rows_to_write(results.y);
+  params.y1 = rows_to_write(results.y1);
+  params.residual_out = rows_to_write(results.residual_out);
 }
 
 void set_sums(const NormResults& results, NormParams& params) {
@@ -71,9 +78,9 @@ void set_backward(const NormCall& call, const NormGradient& grad, const NormResu
   params.dy = rows_of_matrix(grad.dy);
   params.dy1 = rows_of_matrix(grad.dy1);
   params.dresidual_out = rows_of_matrix(grad.dresidual_out);
-  params.dx = rows_of_matrix<void>(results.dx);
-  params.dx1 = rows_of_matrix<void>(results.dx1);
-  params.dresidual = rows_of_matrix<void>(results.dresidual);
+  params.dx = rows_to_write(results.dx);
+  params.dx1 = rows_to_write(results.dx1);
+  params.dresidual = rows_to_write(results.dresidual);
   set_sums(results, params);
   params.drowscale = numbers_of(results.drowscale);
   params.workspace = static_cast<float*>(results.workspace);

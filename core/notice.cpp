@@ -40,7 +40,7 @@ const char* route_phrase(Route route) {
     case Route::aten_cpu:
       return "PyTorch's CPU attention (aten_cpu)";
     case Route::aten_sdpa:
-      return "PyTorch's public scaled_dot_product_attention (aten_sdpa)";
+      return "PyTorch's public attention (aten_sdpa)";
     default:
       return "plain PyTorch operators (math)";
   }

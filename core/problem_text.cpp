@@ -5,38 +5,15 @@
 #include <stdexcept>
 
 #include "core/dispatch.h"
+#include "core/names.h"
 #include "core/text.h"
 #include "kernels/arch.h"
 
 namespace anyflash {
 namespace {
 
-template <typename Value>
-struct Name {
-  const char* name;
-  Value value;
-};
-
-constexpr Name<Family> kFamilies[] = {{"attention", Family::attention},
-                                      {"bias_activation", Family::bias_activation},
-                                      {"kvcache_append", Family::kvcache_append},
-                                      {"rotary", Family::rotary},
-                                      {"norm", Family::norm},
-                                      {"cross_entropy", Family::cross_entropy}};
 constexpr Name<Direction> kDirections[] = {{"forward", Direction::forward},
                                            {"backward", Direction::backward}};
-constexpr Name<Dtype> kDtypes[] = {
-    {"fp16", Dtype::fp16}, {"bf16", Dtype::bf16}, {"fp32", Dtype::fp32}, {"fp64", Dtype::fp64}};
-
-template <typename Value, size_t kCount>
-Value value_of(const char* what, const Name<Value> (&names)[kCount], const std::string& name) {
-  std::string known;
-  for (const auto& entry : names) {
-    if (name == entry.name) return entry.value;
-    known += (known.empty() ? "" : ", ") + std::string(entry.name);
-  }
-  throw std::invalid_argument(text("unknown ", what, " '", name, "'; known: ", known));
-}
 
 Device device_of(const std::string& name) {
   std::string known;
@@ -86,17 +63,19 @@ Problem parse_problem(const std::string& lines) {
     const std::string field = line.substr(0, sign);
     const std::string value = sign == std::string::npos ? "" : line.substr(sign + 1);
     if (field == "op") {
-      problem.family = value_of("op", kFamilies, value);
+      problem.family = value_of("op", kFamilyNames, value);
     } else if (field == "device") {
       problem.device = device_of(value);
     } else if (field == "sm") {
       problem.sm = number_of(field, value);
     } else if (field == "isa") {
       isa = parse_isa(value);
+    } else if (field == "isa_lowered") {
+      problem.isa_lowered = number_of(field, value) != 0;
     } else if (field == "direction") {
       problem.direction = value_of("direction", kDirections, value);
     } else if (field == "dtype") {
-      problem.dtype = value_of("dtype", kDtypes, value);
+      problem.dtype = value_of("dtype", kDtypeNames, value);
     } else if (field == "head_dim") {
       problem.head_dim = number_of(field, value);
     } else if (field == "head_dim_v") {

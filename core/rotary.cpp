@@ -1,5 +1,6 @@
 #include "core/rotary.h"
 
+#include "core/huge_pages.h"
 #include "core/integers.h"
 #include "core/run.h"
 #include "kernels/rotary_params.h"
@@ -9,6 +10,7 @@ namespace anyflash {
 void run_rotary(const Instance& instance, const RotaryCall& call, const TensorView& y,
                 void* where) {
   const TensorView& x = call.x;
+  if (y.data != x.data) ask_for_huge_pages(y);
   std::vector<int64_t> cu_seqlens, offsets;
   RotaryParams params{};
   params.x = rows_of(x);

@@ -1,5 +1,4 @@
 #include "core/checks.h"
-#include "core/integers.h"
 #include "core/rotary.h"
 
 namespace anyflash {
@@ -21,28 +20,11 @@ void check_integers(const TensorView& tensor, const char* name, const TensorView
   check_allocated(tensor, name);
 }
 
-void check_cumulative(const Integers& cu, int64_t max_seqlen, int64_t rows) {
-  AF_CHECK(cu[0] == 0, "cu_seqlens: expected to start at 0, got ", cu[0]);
-  for (int64_t i = 0; i + 1 < cu.size(); ++i) {
-    AF_CHECK(cu[i + 1] >= cu[i], "cu_seqlens: must not decrease, got ", cu[i], " and then ",
-             cu[i + 1], " at index ", i + 1);
-    AF_CHECK(cu[i + 1] - cu[i] <= max_seqlen, "max_seqlen: expected at least ", cu[i + 1] - cu[i],
-             ", the length of sequence ", i, " in cu_seqlens, got ", max_seqlen);
-  }
-  const int64_t end = cu[cu.size() - 1];
-  AF_CHECK(end <= rows, "cu_seqlens: ends at ", end, ", but x has ", rows, " rows");
-}
-
 void check_offsets(const TensorView& offsets, const TensorView& x, int64_t batch) {
   check_integers(offsets, "seqlen_offsets", x);
   AF_CHECK(offsets.size(0) == batch, "seqlen_offsets: expected (batch,) = (", batch, ",), got ",
            shape_text(offsets));
-  if (offsets.host == nullptr) return;
-  const Integers values(offsets);
-  for (int64_t i = 0; i < batch; ++i) {
-    AF_CHECK(values[i] >= 0, "seqlen_offsets: expected 0 or more, got ", values[i],
-             " for sequence ", i);
-  }
+  if (offsets.host != nullptr) check_not_negative(Integers(offsets), "seqlen_offsets");
 }
 
 }  // namespace
@@ -68,7 +50,9 @@ void check_rotary(const RotaryCall& call) {
     check_integers(cu, "cu_seqlens", x);
     AF_CHECK(cu.size(0) > 0, "cu_seqlens: expected (batch + 1,), got (0,)");
     AF_CHECK(call.max_seqlen >= 0, "max_seqlen: expected 0 or more, got ", call.max_seqlen);
-    if (cu.host != nullptr) check_cumulative(Integers(cu), call.max_seqlen, x.size(0));
+    if (cu.host != nullptr) {
+      check_cumulative(Integers(cu), "cu_seqlens", &x, "x", call.max_seqlen, "max_seqlen");
+    }
     batch = cu.size(0) - 1;
     longest = call.max_seqlen;
   }

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "core/names.h"
+
 namespace anyflash {
 
 std::string shape_text(const TensorView& tensor) {
@@ -14,39 +16,17 @@ std::string shape_text(const TensorView& tensor) {
 }
 
 const char* dtype_name(ElementType type) {
-  switch (type) {
-    case ElementType::fp16:
-      return "fp16";
-    case ElementType::bf16:
-      return "bf16";
-    case ElementType::fp32:
-      return "fp32";
-    case ElementType::fp64:
-      return "fp64";
-    case ElementType::boolean:
-      return "bool";
-    case ElementType::int32:
-      return "int32";
-    case ElementType::int64:
-      return "int64";
-    case ElementType::uint8:
-      return "uint8";
-    case ElementType::int8:
-      return "int8";
-    case ElementType::int16:
-      return "int16";
-    case ElementType::complex64:
-      return "complex64";
-    case ElementType::complex128:
-      return "complex128";
-    case ElementType::float8_e4m3fn:
-      return "float8_e4m3fn";
-    case ElementType::float8_e5m2:
-      return "float8_e5m2";
-    case ElementType::other:
-      break;
-  }
-  return "another dtype";
+  constexpr Name<ElementType> kOthers[] = {{"bool", ElementType::boolean},
+                                           {"int32", ElementType::int32},
+                                           {"int64", ElementType::int64},
+                                           {"uint8", ElementType::uint8},
+                                           {"int8", ElementType::int8},
+                                           {"int16", ElementType::int16},
+                                           {"complex64", ElementType::complex64},
+                                           {"complex128", ElementType::complex128},
+                                           {"float8_e4m3fn", ElementType::float8_e4m3fn},
+                                           {"float8_e5m2", ElementType::float8_e5m2}};
+  return name_of(static_cast<Dtype>(type), kDtypeNames, name_of(type, kOthers, "another dtype"));
 }
 
 const char* dtype_text(const TensorView& tensor) { return dtype_name(tensor.dtype); }

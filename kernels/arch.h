@@ -46,7 +46,7 @@ constexpr Arch sm75 = kSm75, sm80 = kSm80, avx2 = kAvx2, avx512 = kAvx512, avx51
 
 struct IsaName {
   const char* name;
-  int32_t isa;
+  int32_t value;
 };
 
 constexpr IsaName kIsaNames[] = {{"none", Isa::none},     {"avx2", Isa::avx2},
@@ -55,7 +55,7 @@ constexpr IsaName kIsaNames[] = {{"none", Isa::none},     {"avx2", Isa::avx2},
 
 constexpr const char* isa_name(int32_t isa) {
   for (const IsaName& entry : kIsaNames) {
-    if (entry.isa == isa) return entry.name;
+    if (entry.value == isa) return entry.name;
   }
   return "an unknown instruction set";
 }

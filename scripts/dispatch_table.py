@@ -12,6 +12,7 @@ from __future__ import annotations
 import pathlib
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CHECKOUT / "python"))
@@ -20,13 +21,19 @@ from anyflash import _defs  # noqa: E402
 from anyflash.explain import BACKWARD_ONLY, ROUTE_TITLES, explain  # noqa: E402
 
 END = "<!-- end of table -->"
-TORCH = 213  # the tables are for torch 2.13; older versions lack some routes
 
-DEVICES = {
-    "CPU (avx512)": {"device": "cpu", "isa": "avx512"},
-    "T4 (sm_75)": {"sm": 75},
-    "A100 (sm_80)": {"sm": 80},
-    "H100 (sm_90)": {"sm": 90},
+Columns = dict[str, dict[str, Any]]  # name: what `explain` is told beside the shape
+DEVICES: Columns = {
+    "CPU (avx512)": {"device": "cpu", "isa": "avx512", "torch_version": 213},
+    "T4 (sm_75)": {"sm": 75, "torch_version": 213},
+    "A100 (sm_80)": {"sm": 80, "torch_version": 213},
+    "H100 (sm_90)": {"sm": 90, "torch_version": 213},
+    "AMD, Intel, Apple GPU": {"device": "hip", "torch_version": 213},
+}
+OLD_TORCH: Columns = {
+    "T4, torch 2.0": {"sm": 75, "torch_version": 200},
+    "T4, torch 2.1": {"sm": 75, "torch_version": 201},
+    "T4, torch 2.4": {"sm": 75, "torch_version": 204},
 }
 SHAPES = (
     ("fp16, head_dim 128, causal", "fp16 causal head_dim 128"),
@@ -48,18 +55,37 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def choices() -> str:
-    """Which route runs which shape on which device: forward, and backward where it differs."""
+def _routes(words: str, training: bool, **where: Any) -> list[str]:
+    """The route of each direction."""
+    answer = explain(words, training=training, backend="auto", **where)
+    return [decision["route"] for decision in answer.decisions]
+
+
+def _choices(columns: Columns) -> str:
+    """Which route runs which shape where: of inference, and of training where it is
+    another."""
     rows = []
     for label, words in SHAPES:
         cells = []
-        for device in DEVICES.values():
-            answer = explain(words, training=True, torch_version=TORCH, backend="auto", **device)
-            forward, backward = (decision["route"] for decision in answer.decisions)
-            both = {forward: forward, "none": f"{forward}, no backward"}
-            cells.append(both.get(backward, f"{forward}, backward {backward}"))
+        for where in columns.values():
+            (alone,) = _routes(words, False, **where)
+            forward, backward = _routes(words, True, **where)
+            if backward == "none":
+                cells.append(f"{alone}, no backward")
+            elif forward != alone:
+                cells.append(f"{alone}, training {' and '.join({forward: 0, backward: 0})}")
+            else:
+                cells.append(alone if backward == alone else f"{alone}, backward {backward}")
         rows.append([label, *cells])
-    return _markdown(["shape", *DEVICES], rows)
+    return _markdown(["shape", *columns], rows)
+
+
+def choices() -> str:
+    return _choices(DEVICES)
+
+
+def old_torch() -> str:
+    return _choices(OLD_TORCH)
 
 
 def routes() -> str:
@@ -143,6 +169,7 @@ PAGES: dict[str, Tables] = {
     "README.md": {"choices": choices},
     "docs/dispatch.md": {
         "choices": choices,
+        "old_torch": old_torch,
         "routes": routes,
         "features": features,
         "kernels": kernels,

@@ -71,8 +71,9 @@ AttentionArgs attention_over(const KVCacheArgs& args, const AttentionCall& atten
   return result;
 }
 
-// Autograd counts the changes that pass the dispatcher: one of no element stands for the kernel's.
-// Tensors made in inference mode have no counter, and would refuse outside of it.
+// Autograd counts the changes that pass the dispatcher: one of no element stands for those of a
+// kernel, or through another view(). Tensors made in inference mode have no counter, and would
+// refuse outside of it.
 void count_change(const Tensor& cache) {
   if (aten<bool>("aten::is_inference", "", cache)) return;
   fill_(aten<Tensor>("aten::narrow", "", cache, 0, 0, 0), 0);
@@ -161,8 +162,13 @@ void append(const KVCacheArgs& args, const Tensor& k, const Tensor& v, const Ten
                                               : arange(args.q.size(0), args.q);
     where = {expand(unsqueeze(owner, 1), {args.q.size(0), k.size(1)}), rows};
   }
-  aten<Tensor>("aten::index_put_", "", args.k_cache, where, k, false);
-  aten<Tensor>("aten::index_put_", "", args.v_cache, where, v, false);
+  // Through a view with a counter of its own: see count_change.
+  const auto write = [&where](const Tensor& cache, const Tensor& rows_of_it) {
+    aten<Tensor>("aten::index_put_", "", view(cache, cache.sizes(), cache.strides()), where,
+                 rows_of_it, false);
+  };
+  write(args.k_cache, k);
+  write(args.v_cache, v);
 }
 
 std::tuple<Tensor, Tensor> _flash_attn_kvcache_(
@@ -201,9 +207,9 @@ std::tuple<Tensor, Tensor> _flash_attn_kvcache_(
       anyflash_prepare_kvcache(&call, causal, &from, &attention_call, &choice, &append_choice));
   AttentionArgs attention = attention_over(args, attention_call);
   if (append_choice.route != Route::none) {
+    count_change(k_cache);
+    count_change(v_cache);
     if (append_choice.route == Route::kernel) {
-      count_change(k_cache);
-      count_change(v_cache);
       append_by_kernel(*append_choice.instance, args, call, attention);
     } else {
       append_by_operators(args, attention);

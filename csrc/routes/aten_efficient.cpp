@@ -18,32 +18,55 @@ using OptionalInt = std::optional<int64_t>;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int64_t kNoMask = 0, kBottomRight = 2;
 constexpr int64_t kLseRows = 32;
+constexpr int64_t kAlignment = 16;      // bytes, of every row of q, k and v
 constexpr int64_t kBiasAlignment = 16;  // elements between rows of the bias
 
 int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Nothing to compute, a scale that does not keep the order of the scores, or a bias beside packed
-// sequences, which this attention does not take together.
+// A bias carries the causal mask, so that it alone tells which rows see nothing.
+bool has_causal_mask(const AttentionArgs& args) { return args.purely_causal() && !args.bias; }
+
+// Whether the kernels know this causal mask. Where a sequence has more queries than keys, they
+// miscount them (the difference is unsigned). The lengths of packed sequences are on the device:
+// all that can be known here is that queries and keys have the same.
+bool is_mask_right(const AttentionArgs& args) {
+  if (!args.packed()) return args.max_seqlen_q <= args.max_seqlen_k;
+  return args.cu_seqlens_q->const_data_ptr() == args.cu_seqlens_k->const_data_ptr();
+}
+
+// Nothing to compute, a scale that does not keep the order of the scores, a bias beside packed
+// sequences, which this attention does not take together, or what the kernels get wrong.
 bool is_for_math(const AttentionArgs& args) {
   return args.q.numel() == 0 || args.k.numel() == 0 || args.max_seqlen_k == 0 ||
-         args.softmax_scale <= 0 || (args.packed() && args.bias);
+         args.softmax_scale <= 0 || (args.packed() && args.bias) ||
+         (has_causal_mask(args) && !is_mask_right(args));
 }
 
-// A bias carries the causal mask, so that it alone tells which rows see nothing.
 int64_t mask_type(const AttentionArgs& args) {
-  return args.purely_causal() && !args.bias ? kBottomRight : kNoMask;
+  return has_causal_mask(args) ? kBottomRight : kNoMask;
 }
 
-// Four dimensions: packed tensors are one batch entry.
-Tensor batched(const AttentionArgs& args, const Tensor& x) {
-  return args.packed() ? unsqueeze(x, 0) : x;
+// Four dimensions, packed tensors as one batch entry, rows at aligned addresses, each head with its
+// own (a stride of 0 is taken for something else).
+Tensor operand(const AttentionArgs& args, const Tensor& x) {
+  const Tensor batch = args.packed() ? unsqueeze(x, 0) : x;
+  const Sizes strides = batch.strides();
+  const int64_t element = batch.scalar_type() == ScalarType::Float ? 4 : 2;
+  bool is_aligned = reinterpret_cast<uintptr_t>(batch.const_data_ptr()) % kAlignment == 0;
+  for (int64_t dim = 0; dim < 3; ++dim) {
+    is_aligned = is_aligned && strides[dim] * element % kAlignment == 0;
+  }
+  if (is_aligned && strides[2] != 0) return batch;
+  const Tensor copy = empty(batch.sizes(), batch, batch.scalar_type());
+  copy_(copy, batch);
+  return copy;
 }
 
 // Every key head repeated for its query heads, as a copy.
 Tensor repeated(const AttentionArgs& args, const Tensor& x) {
-  const Tensor batch = batched(args, x);
+  const Tensor batch = operand(args, x);
   const int64_t group = args.heads() / args.heads_k();
   if (group == 1) return batch;
   const Sizes sizes = batch.sizes();
@@ -161,7 +184,7 @@ std::pair<Tensor, Tensor> call_forward(const AttentionArgs& args, const Optional
   static LateSymbol<decltype(aoti_torch_cuda__efficient_attention_forward)> attend(
       "aoti_torch_cuda__efficient_attention_forward", "libtorch_cuda.so");
   AF_CHECK(attend.find() != nullptr, "anyflash: this PyTorch has no CUDA operators");
-  const Tensor q = batched(args, args.q), k = repeated(args, args.k), v = repeated(args, args.v);
+  const Tensor q = operand(args, args.q), k = repeated(args, args.k), v = repeated(args, args.v);
   const auto handle = [](const OptionalTensor& x) { return x ? x->get() : nullptr; };
   AtenTensorHandle bias_handle = handle(bias), starts_q = handle(args.cu_seqlens_q),
                    starts_k = handle(args.cu_seqlens_k);
@@ -197,9 +220,9 @@ Gradients backward(const AttentionArgs& args, const BackwardArgs& grad) {
   if (is_for_math(args)) return math::backward(args, grad);
   const Tensor no_state = full({}, 0, args.q, ScalarType::Long);
   const auto [dq, dk, dv, dbias] = aten<std::tuple<Tensor, Tensor, Tensor, Tensor>>(
-      "aten::_efficient_attention_backward", "", batched(args, grad.dout), batched(args, args.q),
+      "aten::_efficient_attention_backward", "", operand(args, grad.dout), operand(args, args.q),
       repeated(args, args.k), repeated(args, args.v), aligned_bias(args),
-      contiguous(batched(args, grad.out)), args.cu_seqlens_q, args.cu_seqlens_k, args.longest_q(),
+      contiguous(operand(args, grad.out)), args.cu_seqlens_q, args.cu_seqlens_k, args.longest_q(),
       args.longest_k(), to_their_lse(args, grad.lse), /*dropout_p=*/0.0, no_state, no_state,
       mask_type(args),
       /*bias_requires_grad=*/false, std::optional<double>(args.softmax_scale), OptionalInt(),

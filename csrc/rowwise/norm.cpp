@@ -3,7 +3,6 @@
 #include <vector>
 
 #include "operators.h"
-#include "rowwise/output.h"
 #include "stable/contiguous_rows.h"
 #include "stable/grad_mode.h"
 #include "stable/launch_on.h"
@@ -76,7 +75,7 @@ ScalarType dtype_of_code(int64_t code) {
 
 // x's shape where it is wanted, else empty.
 Tensor like_if(bool wanted, const Tensor& x, ScalarType dtype) {
-  return wanted ? empty_output(x.sizes(), x, dtype) : empty({0}, x, dtype);
+  return wanted ? empty(x.sizes(), x, dtype) : empty({0}, x, dtype);
 }
 
 // Sums for the gradient of a parameter; `finished` gives them its dtype.
@@ -114,8 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_forward(
 
   const ScalarType y_dtype = dtype_of_code(out_dtype);
   const bool stored = residual_dtype != 0;
-  const Tensor y = empty_output(x.sizes(), x, y_dtype),
-               y1 = like_if(weight1.has_value(), x, y_dtype);
+  const Tensor y = empty(x.sizes(), x, y_dtype), y1 = like_if(weight1.has_value(), x, y_dtype);
   const Tensor residual_out =
       like_if(stored, x, stored ? dtype_of_code(residual_dtype) : x.scalar_type());
   const Sizes leading = x.sizes().slice(0, x.dim() - 1);
@@ -163,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_
   const OptionalTensor scaled = rowscale ? x : std::nullopt;
   const bool masked = dropout_mask.has_value();
   const bool own_dresidual = masked || rowscale || dtype != z.scalar_type();
-  const Tensor dx = empty_output(z.sizes(), z, dtype), dx1 = like_if(has_x1 && masked, z, dtype);
+  const Tensor dx = empty(z.sizes(), z, dtype), dx1 = like_if(has_x1 && masked, z, dtype);
   const Tensor dresidual = like_if(has_residual && own_dresidual, z, z.scalar_type());
   const Tensor dweight = sums_for(weight, z), dbias = sums_for(bias, z);
   const Tensor dweight1 = sums_for(weight1, z), dbias1 = sums_for(bias1, z);

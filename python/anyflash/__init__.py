@@ -78,7 +78,8 @@ def decide(problem: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         problem: plain data, as in core/problem.h: op, device, sm (of a GPU), isa (of a CPU),
-            direction, dtype, head_dim, head_dim_v, features, torch_version, chain, explicit.
+            isa_lowered (by ANYFLASH_CPU_ISA), direction, dtype, head_dim, head_dim_v, features,
+            torch_version, chain, explicit.
 
     Returns:
         ``{"route": str, "instance": str | None, "measured": dict | None, "reasons": [(route, text),

@@ -119,7 +119,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
         _INT64, *4 * [_INT64], ctypes.c_int32, _POINTER, _INT64, *2 * [_POINTER],
     ),
     "anyflash_decide": (_STATUS, ctypes.c_char_p, _POINTER),
-    "anyflash_environment_isa": (_STATUS, _POINTER),
+    "anyflash_environment_isa": (_STATUS, _POINTER, _POINTER),
     "anyflash_checks_values": (ctypes.c_bool,),
     "anyflash_route_name": (ctypes.c_char_p, ctypes.c_int32),
     "anyflash_set_notice_sink": (None, _POINTER),
@@ -161,16 +161,17 @@ def checks_values() -> bool:
     return bool(loaded().anyflash_checks_values())
 
 
-def cpu_isa() -> str:
-    """The instruction set that CPU kernels may use: this machine's, or what ANYFLASH_CPU_ISA says.
+def cpu_isa() -> tuple[str, bool]:
+    """The instruction set that CPU kernels may use: this machine's, or what ANYFLASH_CPU_ISA says;
+    and whether the machine has more.
 
     Raises:
         ValueError: ANYFLASH_CPU_ISA names an unknown one, or one that this CPU does not have.
     """
-    name = ctypes.c_char_p()
-    raise_for(loaded().anyflash_environment_isa(ctypes.byref(name)))
+    name, lowered = ctypes.c_char_p(), ctypes.c_bool()
+    raise_for(loaded().anyflash_environment_isa(ctypes.byref(name), ctypes.byref(lowered)))
     assert name.value is not None
-    return name.value.decode()
+    return name.value.decode(), lowered.value
 
 
 def instances() -> list[dict[str, Any]]:

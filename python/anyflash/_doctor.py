@@ -157,7 +157,7 @@ def _explain_python_operators(report: Report, state: dict[str, Any]) -> None:
         if not _threads.has_threads():
             same += " But kernels run on one thread, because torch's threads were not found."
     else:
-        times = "2 to 6" if torch_version() >= 202 else "7 to 30"
+        times = "2 to 6" if torch_version() >= 202 else "5 to 11"
         same = f"Results are the same, without anyflash's kernels: expect {times} times the time."
     because = f" Reason: {'; '.join(state['reasons'])}." if state["reasons"] else ""
     build = state["build"]
@@ -229,17 +229,18 @@ def _cpu(report: Report) -> dict[str, Any]:
     """The instruction set that kernels use here, and the attention kernels that calls get."""
     kernels: list[str] = []
     if _wrong_variables():
-        return {"isa": "none", "kernels": kernels}
+        return {"isa": "none", "isa_lowered": False, "kernels": kernels}
     for dtype in ("bf16", "fp16", "fp32"):
         answer = explain(f"{dtype} head_dim 64 training", device="cpu", backend="auto")
         kernels += [d["instance"] for d in answer.decisions if d["instance"] is not None]
-    return {"isa": _loader.cpu_isa(), "kernels": kernels}
+    isa, lowered = _loader.cpu_isa(), _loader.cpu_isa_is_lowered()
+    return {"isa": isa, "isa_lowered": lowered, "kernels": kernels}
 
 
 def _gpus(report: Report) -> list[dict[str, Any]]:
     gpus = _machine.gpus()
     for gpu in gpus:
-        if not gpu["supported_by_torch"]:
+        if not gpu.get("supported_by_torch", True):
             report.problem(
                 f"{gpu['name']} (sm_{gpu['sm']}): this torch has no code for it, it was built for "
                 f"{', '.join(gpu['torch_archs'])}.",
@@ -354,10 +355,13 @@ def _decisions(report: Report) -> list[dict[str, Any]]:
         return []  # said already, and the cause of all that would fail here
     devices: dict[str, dict[str, Any]] = {"cpu": {"device": "cpu"}}
     for gpu in _machine.gpus():
-        devices.setdefault(f"sm_{gpu['sm']}", {"device": "cuda", "sm": gpu["sm"]})
+        if gpu["kind"] == "cuda":
+            devices.setdefault(f"sm_{gpu['sm']}", {"device": "cuda", "sm": gpu["sm"]})
+        else:
+            devices.setdefault(gpu["kind"], {"device": gpu["kind"]})
     rows = []
     for device, where in devices.items():
-        dtype = "bf16" if device == "cpu" or where["sm"] >= 80 else "fp16"
+        dtype = "bf16" if where.get("sm", 80) >= 80 else "fp16"
         for label, words in COMMON_SHAPES:
             answer = explain(words.format(dtype=dtype), **where)
             row = {"device": device, "shape": label, "dtype": answer.problems[0]["dtype"]}
@@ -380,7 +384,7 @@ def _trial(report: Report) -> dict[str, str]:
         return {}
     notices = logging.getLogger("anyflash")
     found = {}
-    for device in ["cpu", *(f"cuda:{gpu['index']}" for gpu in _machine.gpus())]:
+    for device in ["cpu", *(gpu["device"] for gpu in _machine.gpus())]:
         was_disabled, notices.disabled = notices.disabled, True  # the table says the same
         try:
             found[device] = _small_attention(device)

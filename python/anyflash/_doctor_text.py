@@ -50,7 +50,8 @@ def heading(facts: dict[str, Any]) -> str:
     if not _failed(facts["cpu"]):
         lines.append(f"CPU         {_cpu(facts['cpu'])}")
     for gpu in facts["gpus"] if isinstance(facts["gpus"], list) else ():
-        lines.append(f"GPU         {gpu['name']}, sm_{gpu['sm']}, {gpu['memory_gib']:.0f} GiB")
+        kind = f"sm_{gpu['sm']}" if gpu["kind"] == "cuda" else gpu["kind"]
+        lines.append(f"GPU         {gpu['name']}, {kind}, {gpu['memory_gib']:.0f} GiB")
     trial = facts["trial"]
     if trial and not _failed(trial):
         results = ", ".join(f"{device} {result}" for device, result in trial.items())
@@ -74,12 +75,18 @@ def _cpu(facts: dict[str, Any]) -> str:
     """avx512bf16, attention kernels bf16 avx512bf16, fp16 avx512, fp32 avx512"""
     kernels = [name.split("_") for name in facts["kernels"]]
     forwards = [f"{dtype} {arch}" for _, way, dtype, _, arch in kernels if way == "forward"]
-    isa = "no kernel of anyflash's runs here" if facts["isa"] == "none" else facts["isa"]
+    isa = facts["isa"]
+    if facts["isa_lowered"]:
+        isa += " (ANYFLASH_CPU_ISA allows no more)"
+    elif isa == "none":
+        isa = "no kernel of anyflash's runs here"
     return f"{isa}, attention kernels {', '.join(forwards)}" if forwards else isa
 
 
 def _torch(facts: dict[str, Any]) -> str:
     built = f"built for CUDA {facts['cuda']}" if facts["cuda"] else "built without CUDA"
+    if facts["hip"]:
+        built = f"built for HIP {facts['hip']}"
     driver = facts["driver"]
     seen = f"driver for CUDA {driver['cuda']}" if driver and driver["cuda"] else "no NVIDIA driver"
     return f"{facts['version']} ({built}; {seen}; {facts['threads']} CPU threads)"

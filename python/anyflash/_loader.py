@@ -198,7 +198,12 @@ def cpu_isa() -> str:
     Raises:
         ValueError: ANYFLASH_CPU_ISA names an unknown one, or one that this CPU does not have.
     """
-    return _core.cpu_isa() if has_kernels() else "none"
+    return _core.cpu_isa()[0] if has_kernels() else "none"
+
+
+def cpu_isa_is_lowered() -> bool:
+    """Whether ANYFLASH_CPU_ISA keeps kernels from what this CPU has. Raises like cpu_isa."""
+    return has_kernels() and _core.cpu_isa()[1]
 
 
 def load() -> str:

@@ -38,19 +38,36 @@ def driver() -> dict[str, Any] | None:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """The GPUs torch sees: index, name, sm, memory_gib, torch_archs, supported_by_torch."""
-    if not torch.cuda.is_available():
-        return []
-    archs = torch.cuda.get_arch_list()
+    """The GPUs torch sees: device ("cuda:0", as torch names it), kind ("cuda", "hip", "mps",
+    "xpu"), name, memory_gib, and of NVIDIA's sm, torch_archs, supported_by_torch."""
     found = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        found.append({
-            "index": index, "name": properties.name, "sm": properties.major * 10 + properties.minor,
-            "memory_gib": properties.total_memory / 2**30, "torch_archs": archs,
-            "supported_by_torch": not archs or runs_on(archs, properties.major, properties.minor),
-        })  # fmt: skip
+    if torch.cuda.is_available():
+        kind = "cuda" if torch.version.hip is None else "hip"
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            gpu = _gpu(kind, f"cuda:{index}", properties.name, properties.total_memory)
+            found.append(gpu if kind == "hip" else {**gpu, **_nvidia(properties)})
+    xpu = getattr(torch, "xpu", None)  # torch 2.3
+    if xpu is not None and xpu.is_available():
+        for index in range(xpu.device_count()):
+            properties = xpu.get_device_properties(index)
+            found.append(_gpu("xpu", f"xpu:{index}", properties.name, properties.total_memory))
+    if torch.backends.mps.is_available():
+        memory = getattr(getattr(torch, "mps", None), "recommended_max_memory", int)()  # torch 2.5
+        found.append(_gpu("mps", "mps", "Apple GPU", memory))
     return found
+
+
+def _gpu(kind: str, device: str, name: str, memory: int) -> dict[str, Any]:
+    return {"device": device, "kind": kind, "name": name, "memory_gib": memory / 2**30}
+
+
+def _nvidia(properties: Any) -> dict[str, Any]:
+    archs = torch.cuda.get_arch_list()
+    return {
+        "sm": properties.major * 10 + properties.minor, "torch_archs": archs,
+        "supported_by_torch": not archs or runs_on(archs, properties.major, properties.minor),
+    }  # fmt: skip
 
 
 def runs_on(archs: list[str], major: int, minor: int) -> bool:

@@ -140,6 +140,40 @@ def attention(
         ValueError: an unknown back end.
         TypeError: q, k or v is not a tensor, or an option not a number.
     """
+    out, lse, _ = attention_with_rng_state(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, leftpad_k,
+        block_table, alibi_slopes, bias, sinks, dropout_p, softmax_scale, causal, window_size,
+        softcap, deterministic, rng_state, return_lse, backend,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def attention_with_rng_state(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | Tensor | None,
+    max_seqlen_k: int | Tensor | None,
+    seqused_k: Tensor | None,
+    leftpad_k: Tensor | None,
+    block_table: Tensor | None,
+    alibi_slopes: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+    softmax_scale: float | Tensor | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    deterministic: bool,
+    rng_state: Tensor | None,
+    return_lse: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """attention, which also returns where its dropout began: (out, lse, rng_state), rng_state (2,)
+    int64, empty without dropout."""
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         _require_tensors(q=q, k=k, v=v)
     if _autocast.is_enabled(q):
@@ -173,12 +207,10 @@ def attention(
         window_size_left, window_size_right, softcap, deterministic, return_lse,
         backends.resolve(backend),
     )  # fmt: skip
-    out, lse, _ = attend(call)
+    out, lse, rng_state = attend(call)
     if single:
-        out = out.squeeze(0)
-    if not return_lse:
-        return out
-    return out, lse.squeeze(0) if single else lse
+        out, lse = out.squeeze(0), lse.squeeze(0)
+    return out, lse, rng_state
 
 
 def _one_sequence(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

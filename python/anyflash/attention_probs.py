@@ -64,8 +64,9 @@ def signed_probabilities(
     """
     from ._python_ops import philox
     from ._python_ops.arguments import AttentionArgs
-    from ._python_ops.math import Scorer, blocks
-    from ._python_ops.parts import parts_of
+    from ._python_ops.batches import batches_of
+    from ._python_ops.dense import DenseAttention
+    from ._python_ops.dense_mask import chunks
 
     single = q.dim() == 3 and cu_seqlens_q is None
     if single:
@@ -78,27 +79,27 @@ def signed_probabilities(
     args.normalise(causal)
     lengths = (round_up(args.max_seqlen_q), round_up(args.max_seqlen_k))
     result = q.new_zeros((args.batch, args.heads, *lengths))
-    for part in parts_of(args):
-        scorer = Scorer(args, part)
-        for block in blocks(args, part):
-            if len(block.columns) == 0:
+    for batch in batches_of(args):
+        dense = DenseAttention(args, batch)
+        for chunk in chunks(args, batch):
+            if len(chunk.columns) == 0:
                 continue
-            scores, _ = scorer.scores(block)
+            scores, _ = dense.scores(chunk)
             largest = scores.amax(-1, keepdim=True)
             largest.masked_fill_(largest.isinf(), 0.0)  # rows that see nothing
             values = scores.sub_(largest).exp_()
-            first = part.first_sequence + block.sequences.start
-            sequences = range(first, first + len(block.sequences))
+            first = batch.first_sequence + chunk.sequences.start
+            sequences = range(first, first + len(chunk.sequences))
             if rng_state is not None:
                 kept = philox.keep_mask(
-                    rng_state, dropout_p, sequences, args.heads, block.rows, block.columns
+                    rng_state, dropout_p, sequences, args.heads, chunk.rows, chunk.columns
                 )
                 values = torch.where(kept, values, -values)
             result[
                 sequences.start : sequences.stop,
                 :,
-                block.rows.start : block.rows.stop,
-                block.columns.start : block.columns.stop,
+                chunk.rows.start : chunk.rows.stop,
+                chunk.columns.start : chunk.columns.stop,
             ] = values.to(q.dtype)
     return result[0] if single else result
 

@@ -247,8 +247,10 @@ def _complete(said: dict[str, Any]) -> tuple[dict[str, Any], bool, list[str]]:
         features.append("unequal_head_dims")
     chain, explicit = _chain(said.get("backend"))
     problem = {
-        "op": op, "device": device, "sm": sm, "isa": isa, "dtype": dtype, "head_dim": head_dim,
-        "head_dim_v": head_dim_v, "features": features, "chain": chain, "explicit": explicit,
+        "op": op, "device": device, "sm": sm, "isa": isa,
+        "isa_lowered": device == "cpu" and "isa" not in said and _loader.cpu_isa_is_lowered(),
+        "dtype": dtype, "head_dim": head_dim, "head_dim_v": head_dim_v,
+        "features": features, "chain": chain, "explicit": explicit,
         "torch_version": int(said.get("torch_version", torch_version())),
     }  # fmt: skip
     return problem, bool(get("training", False, "inference (no gradients)")), assumed

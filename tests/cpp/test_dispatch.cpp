@@ -178,6 +178,47 @@ TEST_CASE("dispatch: reasons", "[dispatch]") {
   CHECK(route_of(problem) == "math");
 }
 
+TEST_CASE("dispatch: memory-efficient attention of each torch", "[dispatch]") {
+  using namespace Feature;
+  const auto on = [](int32_t sm, int32_t torch_version, Features features = 0) {
+    Problem problem = on_gpu(sm, features);
+    problem.torch_version = torch_version;
+    return problem;
+  };
+  const Features dense = causal | gqa | unequal_head_dims | lse;
+  for (const int32_t version : {200, 201, 202, 203, 204, 205, kTorch}) {
+    const Features features = version == 200 ? dense : dense | packed | bias;
+    for (const Direction direction : {Direction::forward, Direction::backward}) {
+      CAPTURE(version, int(direction));
+      for (uint32_t i = 0; i < feature_number::count; ++i) {
+        const Features feature = 1u << i;
+        if (feature == paged && direction == Direction::backward) continue;
+        CAPTURE(kFeatureTexts[i].name);
+        Problem problem = on(75, version, feature);
+        problem.direction = direction;
+        CHECK(route_of(problem) == (features & feature ? "aten_efficient" : "math"));
+      }
+      Problem wide = on(75, version, dense);
+      wide.direction = direction;
+      wide.head_dim = wide.head_dim_v = 128;
+      CHECK(route_of(wide) == "aten_efficient");
+      wide.head_dim_v = 136;
+      CHECK(route_of(wide) == (version < 204 ? "math" : "aten_efficient"));
+    }
+    CHECK(route_of(on(60, version)) == (version == 200 ? "math" : "aten_efficient"));
+    CHECK(route_of(on(80, version)) == (version < 205 ? "aten_efficient" : "aten_flash"));
+  }
+  // Every reason is that of one row.
+  CHECK(reasons(on(75, 200, packed | bias), Route::aten_efficient) ==
+        "does not support packed sequences (cu_seqlens); does not support an additive bias or "
+        "boolean mask");
+  CHECK(reasons(on(60, 200), Route::aten_efficient) == "needs sm_70 or newer, this GPU is sm_60");
+  CHECK(reasons(on(75, 113), Route::aten_efficient) == "needs torch 2.0, this is 1.13");
+  Problem wide = on(75, 203);
+  wide.head_dim = wide.head_dim_v = 256;
+  CHECK(reasons(wide, Route::aten_efficient) == "head_dim 256 is above 128");
+}
+
 TEST_CASE("dispatch: nothing in the chain can run", "[dispatch]") {
   Problem problem = on_cpu();
   problem.chain = parse_chain("kernel");
@@ -280,6 +321,9 @@ TEST_CASE("dispatch: kernels of a CPU", "[dispatch]") {
   CHECK(choose(on(Isa::avx512, Dtype::bf16, Feature::every_forward), table).instance ==
         &instances[1]);
   CHECK(reasons(on(Isa::none), Route::kernel, table) == "needs avx2, this CPU has none");
+  Problem lowered = on(Isa::none);
+  lowered.isa_lowered = true;
+  CHECK(reasons(lowered, Route::kernel, table) == "needs avx2, ANYFLASH_CPU_ISA allows none");
   CHECK(reasons(on(Isa::avx512, Dtype::fp64), Route::kernel, table) ==
         "needs bf16 or fp32, got fp64");
   CHECK(reasons(on(Isa::avx2, Dtype::fp16), Route::kernel, table) ==

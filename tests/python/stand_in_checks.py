@@ -194,7 +194,7 @@ def test_the_notice_names_what_runs():
         "q = torch.ones(1, 2, 1, 8, device='standin')\n"
         "anyflash.attention(q, q, q)"
     )
-    notice = "attention runs on PyTorch's public scaled_dot_product_attention (aten_sdpa), because "
+    notice = "attention runs on PyTorch's public attention (aten_sdpa), because "
     assert notice + "kernel: this build has no attention kernel for this device" in run_python(code)
 
 

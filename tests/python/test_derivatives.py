@@ -289,28 +289,17 @@ def test_every_way_gives_the_gradient_of_eager_mode(device, name, way):
     _assert_same(found, _expected(name, device), f"{name}, {way}")
 
 
-#: Those that share nothing; the others go by the same operators.
-COMPILED = (
-    "attention",
-    "flash_attn_func",
-    "flash_attn_varlen_func",
-    "bias_activation",
-    "fused_mlp",
-    "anyflash::_flash_attn_forward",
-)
-
-
 def test_inductor(device, tmp_path, monkeypatch):
     """In one graph, with a cache of its own: compiling them one by one would take minutes."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
 
     def everything(tensors):
-        return sum(Module(CALLS[name].function)(*tensors[name]).sum() for name in COMPILED)
+        return sum(Module(CALLS[name].function)(*tensors[name]).sum() for name in CALLS)
 
-    tensors = {name: _leaves(CALLS[name], device) for name in COMPILED}
+    tensors = {name: _leaves(call, device) for name, call in CALLS.items()}
     torch.compile(everything, fullgraph=True)(tensors).backward()
-    for name in COMPILED:
+    for name in CALLS:
         _assert_same([x.grad for x in tensors[name]], _expected(name, device), name)
 
 

@@ -108,6 +108,8 @@ def _kernel_reason(**problem):
 def test_what_is_said_against_the_kernels_of_a_cpu():
     oldest = "neon" if "neon" in {i["arch"] for i in _core.instances()} else "avx2"
     assert _kernel_reason(isa="none") == [f"kernel: needs {oldest}, this CPU has none"]
+    lowered = _kernel_reason(isa="none", isa_lowered=True)
+    assert lowered == [f"kernel: needs {oldest}, ANYFLASH_CPU_ISA allows none"]
     fp64 = _kernel_reason(isa=oldest, dtype="fp64")
     assert fp64 == ["kernel: needs fp16, bf16 or fp32, got fp64"]
     wide = _kernel_reason(isa=oldest, head_dim_v=513)
@@ -220,6 +222,10 @@ EXPECTED_ROUTES = [
     (dict(sm=75, features=["packed", "causal"]), "aten_efficient"),
     (dict(sm=75, features=["window"]), "aten_sdpa"),
     (dict(sm=75, features=["window", "lse"]), "math"),
+    (dict(sm=75, torch_version=203, features=["packed", "causal"]), "aten_efficient"),
+    (dict(sm=75, torch_version=200, features=["causal"]), "aten_efficient"),
+    (dict(sm=75, torch_version=200, features=["packed", "causal"]), "aten_sdpa"),
+    (dict(sm=75, torch_version=200, features=["packed", "causal", "lse"]), "math"),
     (dict(sm=80), "aten_flash"),
     (dict(sm=90, dtype="bf16", features=["packed", "causal", "gqa"]), "aten_flash"),
     (dict(sm=90, dtype="fp32"), "aten_efficient"),
@@ -426,6 +432,11 @@ def test_forcing_an_instruction_set():
             assert printed == f"ANYFLASH_CPU_ISA: {missing}"
         elif isa == "none":
             assert printed == "aten_cpu"
+            # Who has lowered it is told so, and who asks about another CPU is not.
+            told = "this CPU has" if backends.ISAS[here] == "none" else "ANYFLASH_CPU_ISA allows"
+            for question, expected in (("", told), (', isa="none"', "this CPU has")):
+                code = f"import anyflash\nprint(anyflash.explain('fp32', device='cpu'{question}))"
+                assert f"{expected} none" in run_python(code, ANYFLASH_CPU_ISA="none")
         elif isa in ("avx2", "avx512"):
             assert printed in (f"attention_forward_fp32_d512_{isa}", "aten_cpu")
     printed = run_python(ISAS, ANYFLASH_CPU_ISA="sse").strip()

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,24 @@ def test_text_says_what_runs(capsys):
     assert "aten_cpu" in text or "kernel " in text
 
 
+def test_a_gpu_of_another_maker_is_no_nvidia(monkeypatch):
+    """Its torch calls it cuda, and gives it a compute capability."""
+    properties = types.SimpleNamespace(name="MI300X", total_memory=2**37, major=9, minor=4)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    gpu = {"device": "cuda:0", "kind": "hip", "name": "MI300X", "memory_gib": 128.0}
+    assert _machine.gpus() == [gpu]
+    rows = [row for row in doctor._decisions(doctor.Report()) if row["device"] == "hip"]
+    routes = {row["shape"]: row["routes"]["forward"] for row in rows}
+    by_math = {"training, softcap", "training, ALiBi", "training, dropout"}
+    assert routes == {x: "math" if x in by_math else "aten_sdpa" for x, _ in doctor.COMMON_SHAPES}
+    facts = doctor.diagnose(probe=False).facts
+    assert "GPU         MI300X, hip, 128 GiB" in _doctor_text.heading({**facts, "gpus": [gpu]})
+    assert "built for HIP 6.4" in _doctor_text.heading(facts)
+
+
 def test_the_cpu_is_named_with_its_kernels(capsys):
     facts = doctor.diagnose(probe=False).facts
     main(["doctor", "--no-probe"])
@@ -73,6 +92,14 @@ def test_the_cpu_is_named_with_its_kernels(capsys):
     for name in facts["cpu"]["kernels"]:
         assert name in {instance["name"] for instance in _core.instances()}
         assert name.split("_")[-1] in line
+
+
+@pytest.mark.skipif(_loader.cpu_isa() == "none", reason="no kernels here")
+def test_a_lowered_instruction_set_is_told_from_a_cpu_without(capsys, monkeypatch):
+    monkeypatch.setattr(_core, "cpu_isa", lambda: ("none", True))
+    main(["doctor", "--no-probe"])
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("CPU "))
+    assert "none (ANYFLASH_CPU_ISA allows no more)" in line
 
 
 def test_an_unknown_instruction_set():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 
@@ -9,6 +10,7 @@ import flash_attn
 import pytest
 import torch
 from flash_attn import flash_attn_interface as interface
+from torch.utils.checkpoint import checkpoint
 
 from anyflash.testing import keep_mask, reference, reference_kvcache
 
@@ -318,6 +320,47 @@ def test_s_dmask_is_the_dropout_pattern(device, window):
     expected = torch.einsum("bhij,bjhd->bihd", probabilities * kept * visible / 0.75, v)
     _close(out, expected)
     assert (s_dmask[..., 20:, :] == 0).all() and (s_dmask[..., 33:] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["flash_attn_func", "flash_attn_varlen_func"])
+@pytest.mark.parametrize("way", ["eager", "compile", "checkpoint", "checkpoint reentrant"])
+def test_s_dmask_shows_the_dropout_that_ran(device, name, way):
+    """Where the values are unit vectors the output is what dropout left of the probabilities. A
+    call draws once, whatever it returns, and its recomputation shows the same."""
+    q, k, _ = (x.requires_grad_() for x in _qkv(device, batch=1, sq=9, sk=12, heads_k=4))
+    v = torch.eye(12, 16, device=device).view(1, 12, 1, 16).repeat(1, 1, 4, 1)
+    lengths = ()
+    if "varlen" in name:
+        q, k, v = q[0], k[0], v[0]
+        cu = [torch.tensor([0, n], dtype=torch.int32, device=device) for n in (9, 12)]
+        lengths = (*cu, 9, 12)
+    call = functools.partial(getattr(flash_attn, name), dropout_p=0.4)
+    patterns = []
+
+    def body(q, k, v):
+        out, _, s_dmask = call(q, k, v, *lengths, return_attn_probs=True)
+        patterns.append(s_dmask)
+        return out * s_dmask.abs().sum()  # which its backward needs
+
+    function = body
+    if way == "compile":
+        torch._dynamo.reset()
+        function = torch.compile(body, backend="aot_eager")
+    elif way != "eager":
+        function = functools.partial(checkpoint, body, use_reentrant="reentrant" in way)
+    torch.manual_seed(5)
+    out = function(q, k, v)
+    next_number = torch.rand(1, device=device)
+    out.sum().backward()
+    kept = patterns[0].view(4, 128, 128)[:, :9, :12] > 0
+    assert torch.equal(out.view(9, 4, 16)[..., :12].transpose(0, 1) > 0, kept)
+    assert 0.4 < kept.float().mean() < 0.8
+    assert len(patterns) == 1 + ("checkpoint" in way)
+    assert torch.equal(patterns[0], patterns[-1])
+    torch.manual_seed(5)
+    plain = call(q, k, v, *lengths)
+    assert torch.equal(plain > 0, out > 0)
+    assert torch.equal(torch.rand(1, device=device), next_number)
 
 
 def test_s_dmask_of_packed_sequences(device):

@@ -117,11 +117,21 @@ def test_a_changed_cache_is_noticed(device, backend, paged):
         product.backward()
 
 
-def test_caches_made_in_inference_mode(device):
+@pytest.mark.parametrize("backend", [None, "math"])
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "after it"])
+def test_caches_made_in_inference_mode(device, inside, paged, backend):
+    """They are written like any other, whoever appends: nothing counts their changes."""
     with torch.inference_mode():
         q, caches, k, v = _decode(device)
-        anyflash.attention_kvcache(q, *caches, k, v, cache_seqlens=3)
-    assert torch.equal(caches[0][:, 3], k[:, 0])
+        options = {"cache_seqlens": _ints(3, 3, device=device)}
+        if paged:
+            caches = [x.view(4, 8, 4, 16) for x in caches]
+            options["block_table"] = _ints(0, 1, 2, 3, device=device).view(2, 2)
+    with torch.inference_mode(inside), anyflash.backend(backend):
+        anyflash.attention_kvcache(q, *caches, k, v, **options)
+    for cache, new in zip(caches, (k, v)):
+        assert torch.equal(cache.view(2, 16, 4, 16)[:, 3], new[:, 0])
 
 
 @pytest.mark.parametrize("cache", [HALF, torch.float16, torch.float32], ids=str)

@@ -100,7 +100,7 @@ def test_pages_hold_what_seqused_says(device, held):
 
 def test_padded_storage_of_gappy_keys():
     """What a GPU computes, whose lengths are not read: the gathering of the Python operators."""
-    from anyflash._python_ops import parts
+    from anyflash._python_ops import padded
     from anyflash._python_ops.arguments import AttentionArgs
 
     (q, k, v), lengths = _gappy("cpu")
@@ -109,11 +109,11 @@ def test_padded_storage_of_gappy_keys():
         q, k, v, *(lengths[n] for n in names), None, None, None, None, None, None, 0.0, 1.0, -1,
         -1, 0.0, True,
     )  # fmt: skip
-    part = parts._padded(args)
-    assert part.len_k.tolist() == list(USED)
+    batch = padded.padded_batch(args, None, None)
+    assert batch.len_k.tolist() == list(USED)
     for b, (start, used) in enumerate(zip(STARTS, USED)):
-        assert torch.equal(part.k[b, :used], k[start : start + used])
-        assert not part.k[b, used:].any()
+        assert torch.equal(batch.k[b, :used], k[start : start + used])
+        assert not batch.k[b, used:].any()
     back = torch.zeros_like(k)
-    part.put_keys(back, part.k)
+    batch.put_keys(back, batch.k)
     assert torch.equal(back, k.nan_to_num(0.0))

@@ -160,6 +160,34 @@ def test_selective_checkpoints_save_attention_and_its_dropout(
     torch.testing.assert_close((v.grad * v).sum(), (out * dout).sum(), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_selective_checkpoints_save_the_dropout_that_s_dmask_shows(device, name):
+    """The same again, times a number that depends on S_dmask."""
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    call, shape, operator = CALLS[name]
+    q, v, dout = _qkv(device, *shape)
+    v.requires_grad_()
+
+    def decide(context, op, *args, **kwargs):
+        keep = POLICIES["namespace"](op)
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def body(q, v):
+        options = {"dropout_p": 0.4, "return_attn_probs": True}
+        out, _, s_dmask = call(torch.tanh(q), q, v, **options)
+        return out * s_dmask.sum()
+
+    with Watch() as watch:
+        out = checkpoint(
+            body, q, v, use_reentrant=False, preserve_rng_state=False,
+            context_fn=functools.partial(create_selective_checkpoint_contexts, decide),
+        )  # fmt: skip
+        out.backward(dout)
+    assert watch.seen.count(operator.format("forward")) == 1
+    torch.testing.assert_close((v.grad * v).sum(), (out * dout).sum(), atol=1e-3, rtol=1e-3)
+
+
 # ---- FLOPs
 
 

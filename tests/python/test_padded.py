@@ -9,7 +9,7 @@ import pytest
 from support import expected_of, inputs_of
 
 from anyflash._python_ops import attention as python_operators
-from anyflash._python_ops import parts
+from anyflash._python_ops import batches
 from anyflash.testing import CORNER, CORRECTNESS, assert_close
 
 MATH = 3
@@ -22,13 +22,12 @@ WITH_LENGTHS = [
 
 @pytest.fixture(autouse=True)
 def padded(monkeypatch):
-    """One padded part instead of a view per sequence."""
+    """One padded batch instead of a view per sequence."""
 
-    def one_part(args):
-        if args.batch > 0:
-            yield parts._padded(args)
+    def one_batch(*problem):
+        yield batches.padded_batch(*problem)
 
-    monkeypatch.setattr(parts, "_sequences", one_part)
+    monkeypatch.setattr(batches, "runs_of", one_batch)
 
 
 def _arguments(inputs):

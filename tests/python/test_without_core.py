@@ -19,6 +19,7 @@ from anyflash import _core, _loader
 from anyflash.testing import CORRECTNESS, assert_close, expect, make_inputs
 
 assert _core.library is None and _loader.provider == "python"
+by_pytorch = 0
 for case in CORRECTNESS:
     inputs = make_inputs(case, "cpu")
     graded = inputs.differentiable() if case.differentiable else {}
@@ -29,9 +30,18 @@ for case in CORRECTNESS:
     if graded:
         gradients = torch.autograd.grad(out, tuple(graded.values()), inputs.dout)
         found.update({name: x for name, x in zip(graded, gradients)})
+    alone = anyflash.attention(*inputs.qkv, **inputs.options)
+    found_alone = {"out": alone}
+    if graded:
+        gradients = torch.autograd.grad(alone, tuple(graded.values()), inputs.dout)
+        found_alone.update({name: x for name, x in zip(graded, gradients)})
+        by_pytorch += "AttentionFunction" not in type(alone.grad_fn).__name__
     expected = expect(inputs, gradients=bool(graded), dlse=False)
+    for name, x in found_alone.items():
+        assert_close(x, expected.exact[name], expected.low[name], f"{case.name} {name} alone")
     for name, x in found.items():
         assert_close(x, expected.exact[name], expected.low[name], f"{case.name} {name}")
+assert by_pytorch > 10, by_pytorch
 print(len(CORRECTNESS), anyflash.decide({"device": "cpu", "dtype": "fp32"})["route"])
 """
 
@@ -87,7 +97,7 @@ def _run(package: Path, program: str) -> str:
 def test_every_case_as_plain_operators(package):
     count, route = _run(package, RUN).split()
     assert int(count) > 20
-    assert route == "aten_cpu"
+    assert route == "aten_sdpa"
 
 
 def test_what_does_not_fit_is_refused(package):

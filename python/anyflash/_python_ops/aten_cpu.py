@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from .. import _core, _records
-from . import math, without_core
+from . import math
 from .arguments import AttentionArgs, BackwardArgs, Gradients
+from .batches import batches_of, covers_everything
+from .dense_mask import INFINITY
 from .far_rows import far_rows
-from .math import empty_results
-from .parts import INFINITY, ViewPart, covers_everything, parts_of
+from .results import empty_results
+from .runs import Run
 
 _CAUSAL, _INTERVAL = 1, 2  # Piece::Mask of core/pieces.h
 _FORWARD, _BACKWARD, _EXPLICIT = range(3)  # PlanFor
@@ -46,27 +48,24 @@ class Block(NamedTuple):
     lse: Tensor
 
 
-class PartProblem:
-    """One part of a problem, where lengths are plain numbers."""
+class RunProblem:
+    """One run of a problem, where lengths are plain numbers."""
 
-    def __init__(self, args: AttentionArgs, part: ViewPart, purpose: int) -> None:
+    def __init__(self, args: AttentionArgs, run: Run, purpose: int) -> None:
         self.scale = args.softmax_scale
         # PyTorch's causal mask comes before the scale: -inf times 0 or a negative number.
-        explicit_masks = part.bias is not None or args.softmax_scale <= 0
-        self.seqlen_q, self.seqlen_k = part.seqlen_q, part.seqlen_k
+        explicit_masks = run.bias is not None or args.softmax_scale <= 0
+        self.seqlen_q, self.seqlen_k = run.seqlen_q, run.seqlen_k
         self.window_left, self.window_right = args.window_left, args.window_right
-        lengths = (part.seqlen_q, part.seqlen_k, args.window_left, args.window_right)
-        if _core.library is None:
-            plan = without_core.plan_pieces(*lengths, explicit_masks)
-        else:
-            plan = _core.plan_pieces(*lengths, _EXPLICIT if explicit_masks else purpose)
+        lengths = (run.seqlen_q, run.seqlen_k, args.window_left, args.window_right)
+        plan = _core.plan_pieces(*lengths, _EXPLICIT if explicit_masks else purpose)
         self.row_begin, self.row_end, self.pieces = plan
-        self.q = _computable(part.q)
-        self.k = _expanded(_computable(part.k), args.heads)
-        self.v = _expanded(_computable(part.v), args.heads)
+        self.q = _computable(run.q)
+        self.k = _expanded(_computable(run.k), args.heads)
+        self.v = _expanded(_computable(run.v), args.heads)
         # PyTorch takes a mask of q's dtype or fp32, but reads fp32 wrongly beside fp64.
         self.mask_dtype = torch.promote_types(self.q.dtype, torch.float32)
-        self.bias = None if part.bias is None else self._additive(part.bias)
+        self.bias = None if run.bias is None else self._additive(run.bias)
 
     @property
     def covers_all_rows(self) -> bool:
@@ -165,7 +164,7 @@ def _as_promised(x: Tensor, like: Tensor) -> Tensor:
     return x if x.dtype == like.dtype and x.stride() == result.stride() else result.copy_(x)
 
 
-def _forward_part(problem: PartProblem, out: Tensor, lse: Tensor) -> None:
+def _forward_run(problem: RunProblem, out: Tensor, lse: Tensor) -> None:
     if not problem.covers_all_rows or not problem.pieces:
         out.zero_()
         lse.fill_(INFINITY)
@@ -183,8 +182,8 @@ def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """out and lse of schemas.def."""
     dense = covers_everything(args)
     if dense:
-        (part,) = parts_of(args)
-        problem = PartProblem(args, part, _FORWARD)  # type: ignore[arg-type]
+        (run,) = batches_of(args)
+        problem = RunProblem(args, run, _FORWARD)  # type: ignore[arg-type]
         if len(problem.pieces) == 1 and problem.covers_all_rows:
             block = problem.attend(problem.pieces[0])
             return _as_promised(block.out, args.q), block.lse.contiguous()
@@ -192,19 +191,19 @@ def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     if args.packed:  # rows that belong to no sequence
         out.zero_()
         lse.fill_(INFINITY)
-    for part in parts_of(args):
-        _forward_part(PartProblem(args, part, _FORWARD), part.rows(out), part.stats(lse))  # type: ignore[arg-type]
+    for run in batches_of(args):
+        _forward_run(RunProblem(args, run, _FORWARD), run.rows(out), run.stats(lse))  # type: ignore[arg-type]
     return out, lse
 
 
-def _backward_part(
-    args: AttentionArgs, grad: BackwardArgs, part: ViewPart, targets: tuple[Tensor, Tensor, Tensor]
+def _backward_run(
+    args: AttentionArgs, grad: BackwardArgs, run: Run, targets: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    """Writes the gradients of one part into views of dq, dk and dv."""
-    problem = PartProblem(args, part, _BACKWARD)
-    dout, out = (_computable(part.rows(tensor)) for tensor in (grad.dout, grad.out))
-    lse = part.stats(grad.lse)
-    heads_k = part.k.shape[2]
+    """Writes the gradients of one run into views of dq, dk and dv."""
+    problem = RunProblem(args, run, _BACKWARD)
+    dout, out = (_computable(run.rows(tensor)) for tensor in (grad.dout, grad.out))
+    lse = run.stats(grad.lse)
+    heads_k = run.k.shape[2]
     first = problem.pieces[0] if len(problem.pieces) == 1 else None
     if first is not None and problem.is_whole(first):
         dq, dk, dv = problem.differentiate(first, dout, out, lse)
@@ -231,8 +230,8 @@ def backward(args: AttentionArgs, grad: BackwardArgs) -> Gradients:
     if not covers_everything(args):
         for gradient in (dq, dk, dv):
             gradient.zero_()
-    for part in parts_of(args):
-        assert isinstance(part, ViewPart)
-        targets = (part.rows(dq), part.keys(dk), part.keys(dv))
-        _backward_part(args, grad, part, targets)
+    for run in batches_of(args):
+        assert isinstance(run, Run)
+        targets = (run.rows(dq), run.keys(dk), run.keys(dv))
+        _backward_run(args, grad, run, targets)
     return Gradients(dq, dk, dv)

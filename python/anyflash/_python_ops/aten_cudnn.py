@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import math
 from .arguments import AttentionArgs, BackwardArgs, Gradients
-from .aten_flash import promised_gradients
+from .results import empty_results, promised_gradients
 
 
 def _is_for_math(args: AttentionArgs) -> bool:
@@ -29,7 +29,7 @@ def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
         scale=args.softmax_scale,
     )[:2]
     out = out.transpose(1, 2)
-    promised, _ = math.empty_results(args)
+    promised, _ = empty_results(args)
     shape = (args.q.shape[0], args.heads, args.q.shape[1])
     out = out if out.stride() == promised.stride() else promised.copy_(out)
     return out, lse.reshape(shape).contiguous()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import math
 from .arguments import AttentionArgs, BackwardArgs, Gradients
+from .results import empty_results, promised_gradients
 
 
 def _one_sided(args: AttentionArgs) -> bool:
@@ -58,7 +59,7 @@ def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:
         False,
         **options,
     )[:2]
-    promised, _ = math.empty_results(args)
+    promised, _ = empty_results(args)
     if out.stride() != promised.stride():
         out = promised.copy_(out)
     return out, lse.contiguous()
@@ -87,13 +88,3 @@ def backward(args: AttentionArgs, grad: BackwardArgs) -> Gradients:
         **_options(args),
     )
     return promised_gradients(args, gradients)
-
-
-def promised_gradients(args: AttentionArgs, gradients: tuple[Tensor, ...]) -> Gradients:
-    """Gradients with the strides of empty_like(q), empty_like(k), empty_like(v)."""
-    results = []
-    for x, gradient in zip((args.q, args.k, args.v), gradients):
-        promised = torch.empty_like(x)
-        fits = gradient.stride() == promised.stride() and gradient.dtype == x.dtype
-        results.append(gradient if fits else promised.copy_(gradient))
-    return Gradients(*results)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .. import _core
 from .arguments import AttentionArgs
-from .blocks import Block, Masks, blocks
-from .math import empty_results
-from .parts import INFINITY, Part, covers_everything, parts_of
+from .batches import batches_of, covers_everything
+from .dense_mask import INFINITY, Chunk, DenseBatch, DenseMask, chunks
+from .results import empty_results
 
 
 def _compute_dtype(args: AttentionArgs) -> torch.dtype:
@@ -38,7 +39,7 @@ def _call(
     if group > 1:
         k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
     scale, default = args.softmax_scale, args.head_dim**-0.5
-    named = {}
+    named: dict[str, Any] = {}
     if scale > 0 and scale != default and _core.torch_version() >= 201:
         named["scale"] = scale
     elif scale != default:  # negative ones too: -inf of a mask comes before the scale
@@ -47,12 +48,12 @@ def _call(
     return scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, **named).transpose(1, 2)
 
 
-def _mask(masks: Masks, block: Block) -> tuple[Tensor | None, Tensor | None]:
-    """The mask of a block, and which rows see no key, (n or 1, heads or 1, rows, 1): their mask
+def _mask(masks: DenseMask, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
+    """The mask of a chunk, and which rows see no key, (n or 1, heads or 1, rows, 1): their mask
     hides nothing, since it would give NaN."""
-    visible, bias = masks.visible(block), masks.part.bias
+    visible, bias = masks.visible(chunk), masks.batch.bias
     if bias is not None:
-        bias = masks.bias(bias, block)
+        bias = masks.bias(bias, chunk)
     if bias is not None and bias.dtype != torch.bool:
         added = bias.to(_compute_dtype(masks.args))
         if visible is not None:
@@ -66,33 +67,33 @@ def _mask(masks: Masks, block: Block) -> tuple[Tensor | None, Tensor | None]:
             return None, None
         dead = ~visible.any(-1, keepdim=True)
         mask = visible | dead
-    return mask.expand(*mask.shape[:2], len(block.rows), len(block.columns)), dead
+    return mask.expand(*mask.shape[:2], len(chunk.rows), len(chunk.columns)), dead
 
 
-def _attend_block(args: AttentionArgs, masks: Masks, block: Block) -> Tensor:
-    part, b, rows, columns = masks.part, *block
-    q = part.q[b.start : b.stop, rows.start : rows.stop]
+def _attend_chunk(args: AttentionArgs, masks: DenseMask, chunk: Chunk) -> Tensor:
+    batch, b, rows, columns = masks.batch, *chunk
+    q = batch.q[b.start : b.stop, rows.start : rows.stop]
     if len(columns) == 0:
         return q.new_zeros((*q.shape[:3], args.head_dim_v))
-    k, v = (x[b.start : b.stop, columns.start : columns.stop] for x in (part.k, part.v))
-    mask, dead = _mask(masks, block)
+    k, v = (x[b.start : b.stop, columns.start : columns.stop] for x in (batch.k, batch.v))
+    mask, dead = _mask(masks, chunk)
     out = _call(args, q, k, v, mask, False)
     return out if dead is None else out.masked_fill(dead.transpose(1, 2), 0.0)
 
 
-def _attend_part(args: AttentionArgs, part: Part) -> Tensor:
+def _attend_batch(args: AttentionArgs, batch: DenseBatch) -> Tensor:
     """(batch, seqlen_q, heads, head_dim_v), in one call where PyTorch knows the mask."""
-    if part.bias is None and part.len_q is None and part.len_k is None and part.seqlen_k > 0:
-        is_square = args.purely_causal and part.seqlen_q == part.seqlen_k
+    if batch.bias is None and batch.len_q is None and batch.len_k is None and batch.seqlen_k > 0:
+        is_square = args.purely_causal and batch.seqlen_q == batch.seqlen_k
         if is_square or (args.window_left < 0 and args.window_right < 0):
-            return _call(args, part.q, part.k, part.v, None, is_square)
-    masks = Masks(args, part)
+            return _call(args, batch.q, batch.k, batch.v, None, is_square)
+    masks = DenseMask(args, batch)
     sequences = [
-        torch.cat([_attend_block(args, masks, block) for block in group], dim=1)
-        for _, group in itertools.groupby(blocks(args, part), lambda block: block.sequences)
+        torch.cat([_attend_chunk(args, masks, chunk) for chunk in group], dim=1)
+        for _, group in itertools.groupby(chunks(args, batch), lambda chunk: chunk.sequences)
     ]
     if not sequences:
-        return part.q.new_zeros((*part.q.shape[:3], args.head_dim_v))
+        return batch.q.new_zeros((*batch.q.shape[:3], args.head_dim_v))
     return torch.cat(sequences)
 
 
@@ -101,11 +102,11 @@ def attend(args: AttentionArgs) -> Tensor:
     out, _ = empty_results(args)
     if not covers_everything(args):
         out.zero_()
-    for part in parts_of(args):
-        value = _attend_part(args, part).to(out.dtype)
+    for batch in batches_of(args):
+        value = _attend_batch(args, batch).to(out.dtype)
         if covers_everything(args) and value.stride() == out.stride():
             return value
-        part.put_rows(out, value)
+        batch.put_rows(out, value)
     return out
 
 

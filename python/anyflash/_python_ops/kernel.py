@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from .. import _core, _records, _threads
 from .arguments import AttentionArgs, BackwardArgs, Gradients
-from .math import empty_results
-from .parts import INFINITY
+from .dense_mask import INFINITY
+from .results import empty_results
 
 _PACK = 8  # CUDA kernels move 16 bytes at a time
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _core, _records, _threads
-from .._guards import count_write
+from .._guards import BelowWriteCounts, count_write
 from . import without_core
 from .arguments import AttentionArgs
 from .attention import ROUTES, run_forward, take_options
@@ -124,8 +124,10 @@ def _append(call: KVCacheCall, k: Tensor, v: Tensor, positions: Tensor) -> None:
         rows = call.cache_batch_idx
         rows = torch.arange(call.batch, device=call.q.device) if rows is None else rows.long()
         where = (rows.unsqueeze(1).expand_as(positions), positions)
-    call.k_cache.index_put_(where, k)
-    call.v_cache.index_put_(where, v)
+    for cache, new in ((call.k_cache, k), (call.v_cache, v)):
+        count_write(cache)
+        with BelowWriteCounts():
+            cache.index_put_(where, new)
 
 
 def _append_by_kernel(

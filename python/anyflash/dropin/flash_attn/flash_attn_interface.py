@@ -13,7 +13,7 @@ from torch import Tensor
 
 import anyflash
 from anyflash import _numbers
-from anyflash._rng_state import draw_rng_state
+from anyflash.attention import attention_with_rng_state
 from anyflash.attention_probs import effective_dropout, signed_probabilities
 
 from ._autograd_functions import (  # noqa: F401  (clients import these names from here)
@@ -97,11 +97,11 @@ def _attend(
         )  # fmt: skip
     window = _numbers.window(window_size)
     kept = effective_dropout(dropout_p)
-    rng_state = draw_rng_state(q.device) if kept > 0.0 else None
-    out, softmax_lse = anyflash.attention(
-        q, k, v, dropout_p=kept, softmax_scale=softmax_scale, causal=causal, window_size=window,
-        softcap=softcap, alibi_slopes=alibi_slopes, deterministic=deterministic,
-        rng_state=rng_state, return_lse=True, **lengths,
+    of = lengths.get
+    out, softmax_lse, rng_state = attention_with_rng_state(
+        q, k, v, of("cu_seqlens_q"), of("cu_seqlens_k"), of("max_seqlen_q"), of("max_seqlen_k"),
+        None, None, of("block_table"), alibi_slopes, None, None, kept, softmax_scale, causal,
+        window, softcap, deterministic, None, True, None,
     )  # fmt: skip
     if dropout_p == 0.0:
         return out, softmax_lse, q.new_empty(0)
@@ -109,8 +109,9 @@ def _attend(
     if softmax_scale is not None:
         q, scale = _numbers.scaled(q, softmax_scale)
     pattern = signed_probabilities(
-        q, k, alibi_slopes=alibi_slopes, rng_state=rng_state, dropout_p=kept,
-        softmax_scale=scale, causal=causal, window_size=window, softcap=softcap, **lengths,
+        q, k, alibi_slopes=alibi_slopes, rng_state=rng_state if kept > 0.0 else None,
+        dropout_p=kept, softmax_scale=scale, causal=causal, window_size=window, softcap=softcap,
+        **lengths,
     )  # fmt: skip
     return out, softmax_lse, pattern
 
