@@ -92,7 +92,8 @@ def run_forward(
 
 
 def differentiable(args: AttentionArgs, causal: bool, backend: int) -> Tensor | None:
-    """out as PyTorch's own attention, which autograd records; None where the route is another.
+    """out as PyTorch's own attention, which autograd records; None where the route is another, or
+    nothing was to be recorded, since no sequence has keys.
 
     Raises:
         RuntimeError: what cannot be computed, or no back end of the order can.
@@ -106,7 +107,8 @@ def differentiable(args: AttentionArgs, causal: bool, backend: int) -> Tensor | 
     if route != "aten_sdpa":
         return None
     with WithoutAutocast():
-        return aten_sdpa.attend(args)
+        out = aten_sdpa.attend(args)
+    return out if out.requires_grad else None
 
 
 def _flash_attn_forward(
