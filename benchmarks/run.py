@@ -15,7 +15,17 @@ import platform
 import sys
 import traceback
 
-TOPICS = ("attention", "rotary", "norm", "cross_entropy", "mlp", "overhead", "startup", "install")
+TOPICS = (
+    "attention",
+    "sdpa",
+    "rotary",
+    "norm",
+    "cross_entropy",
+    "mlp",
+    "overhead",
+    "startup",
+    "install",
+)
 CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = CHECKOUT / "docs/benchmarks.md"
 BEGIN = "<!-- table: python -m benchmarks.run --only {} --docs -->"  # topics

@@ -31,6 +31,7 @@ from .fused_mlp import bias_activation, fused_mlp  # noqa: E402
 from .kvcache import attention_kvcache  # noqa: E402
 from .norm import layer_norm, rms_norm  # noqa: E402
 from .rotary import rotary  # noqa: E402
+from .sdpa import accelerate_from_environment, accelerate_sdpa  # noqa: E402
 
 if TYPE_CHECKING:
     from ._doctor import Report
@@ -39,9 +40,11 @@ _ops.register()
 _flops.register_operators()
 if backends.is_set("ANYFLASH_VERBOSE"):
     _loader.show_info()
+accelerate_from_environment()
 
 __all__ = [
     "__version__",
+    "accelerate_sdpa",
     "attention",
     "attention_kvcache",
     "backend",

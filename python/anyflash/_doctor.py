@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import torch
 
-from . import _loader, _machine, _threads
+from . import _loader, _machine, _threads, sdpa
 from ._core import torch_version
 from ._remedies import REMEDIES
 from .explain import explain
@@ -46,6 +46,7 @@ ENVIRONMENT = {
     "ANYFLASH_VERBOSE": "1: say what runs also where all is well",
     "ANYFLASH_CPU_ISA": "instruction set of the CPU kernels: none, avx2, avx512, avx512bf16, neon",
     "ANYFLASH_PROVIDER": "binary, python or auto: which operators to load",
+    "ANYFLASH_SDPA": "1: anyflash.accelerate_sdpa() at import anyflash",
     "ANYFLASH_DROPIN": "0: flash_attn is not ours; append: only where there is no other",
     "ANYFLASH_BUILD": "when installing; 0: no compiled operators, 1: an error without them",
     "ANYFLASH_CUDA": "when installing; 0: no CUDA kernels, 1: with them, without a GPU too",
@@ -198,6 +199,7 @@ def _torch(report: Report) -> dict[str, Any]:
         "cuda_available": torch.cuda.is_available(),
         "driver": driver,
         "threads": torch.get_num_threads(),
+        "sdpa_accelerated": sdpa.is_accelerated(),
     }
     if driver is None or state["cuda_available"]:
         return state
@@ -333,6 +335,8 @@ def _environment(report: Report) -> dict[str, str]:
         report.problem(error, "correct_variable")
     if backends.is_set("ANYFLASH_STRICT"):
         report.note("ANYFLASH_STRICT is set: a call that would fall back is an error.")
+    if backends.is_set("ANYFLASH_SDPA") and (reason := sdpa.obstacle()) is not None:
+        report.note(f"ANYFLASH_SDPA is set, but does nothing: {reason}.")
     return ours
 
 

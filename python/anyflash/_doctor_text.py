@@ -47,6 +47,8 @@ def heading(facts: dict[str, Any]) -> str:
         lines.append(f"operators   {'compiled' if compiled else 'Python'}{_kernels(operators)}")
     if not _failed(torch_facts):
         lines.append(f"torch       {_torch(torch_facts)}")
+        sdpa = "anyflash's kernels" if torch_facts["sdpa_accelerated"] else "PyTorch's own kernels"
+        lines.append(f"SDPA        {sdpa} on CPU tensors (anyflash.accelerate_sdpa)")
     if not _failed(facts["cpu"]):
         lines.append(f"CPU         {_cpu(facts['cpu'])}")
     for gpu in facts["gpus"] if isinstance(facts["gpus"], list) else ():

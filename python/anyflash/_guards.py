@@ -69,9 +69,9 @@ def isolated(function: Callable[..., Any]) -> Callable[..., Any]:
     autocast."""
 
     @functools.wraps(function)
-    def kernel(*args: Any) -> Any:
+    def kernel(*args: Any, **named: Any) -> Any:
         with BelowAutograd():
-            return function(*args)
+            return function(*args, **named)
 
     return kernel
 

@@ -1,0 +1,69 @@
+"""PyTorch's scaled_dot_product_attention of CPU tensors with anyflash.accelerate_sdpa, beside the
+same without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from benchmarks.measure import Row, interleaved
+
+import anyflash
+
+BATCH, HEADS, SEQLEN, HEAD_DIM = 2, 8, 1024, 64
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# The goals, as ratios: (forward, forward + backward).
+GOALS = {"fp32": (1.5, 1.4), "bf16": (2.5, 1.6)}
+CALLS = 1000  # of the tiny case in one timing
+
+
+def rows() -> Iterator[Row]:
+    torch.manual_seed(0)
+    for name, dtype in DTYPES.items():
+        for kind in ("full", "causal", "padded"):
+            for backward, goal in zip((False, True), GOALS[name]):
+                yield _row(name, dtype, kind, backward, goal)
+    yield _tiny()
+
+
+def _accelerated(function: Callable[[], object]) -> Callable[[], object]:
+    def run() -> None:
+        with anyflash.accelerate_sdpa():
+            function()
+
+    return run
+
+
+def _row(name: str, dtype: torch.dtype, kind: str, backward: bool, goal: float) -> Row:
+    shape = (BATCH, HEADS, SEQLEN, HEAD_DIM)
+    q, k, v = (torch.randn(shape).to(dtype).requires_grad_(backward) for _ in "qkv")
+    dout = torch.randn(shape).to(dtype)
+    mask = None
+    if kind == "padded":
+        mask = (torch.arange(SEQLEN) < torch.tensor([[SEQLEN], [700]]))[:, None, None]
+
+    def step() -> None:
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=kind == "causal")
+        if backward:
+            torch.autograd.grad(out, (q, k, v), dout)
+
+    times = [1e3 * t for t in interleaved(_accelerated(step), step)]
+    direction = "forward+backward" if backward else "forward"
+    label = f"scaled_dot_product_attention {name} {kind} b2 h8 s1024 d64, {direction} (ms)"
+    return Row.speed(label, *times, at_least=goal)
+
+
+def _tiny() -> Row:
+    """What a call costs that computes nothing to speak of: the way through Python."""
+    q = torch.randn(1, 2, 4, 16)
+
+    def calls() -> None:
+        for _ in range(CALLS):
+            F.scaled_dot_product_attention(q, q, q)
+
+    times = [1e6 * t / CALLS for t in interleaved(_accelerated(calls), calls)]
+    label = "scaled_dot_product_attention fp32 b1 h2 s4 d16, forward (us)"
+    return Row.excess(label, *times, at_most=20, unit="us")

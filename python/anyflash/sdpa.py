@@ -1,0 +1,298 @@
+"""accelerate_sdpa(): PyTorch's scaled_dot_product_attention of CPU tensors on anyflash's kernels.
+
+On a CPU the public function ends in two operators of aten, one per direction, which torch.compile
+calls too. Their CPU kernels are replaced here by functions that run anyflash's operators, or for
+what those have no kernel PyTorch's own, which is kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+from . import backends
+from ._guards import isolated
+from ._operators.attention import AttentionCall, BackwardCall
+from .explain import explain
+
+_FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
+_BACKWARD = f"{_FORWARD}_backward"
+_KERNEL_ALONE = backends.CODES["kernel"]  # as an order: what _runs_on_kernel answered for
+
+_lock = threading.Lock()
+_holders = 0  # accelerations that are not closed
+_overrides: _Overrides | None = None
+
+
+def obstacle() -> str | None:
+    """Why accelerate_sdpa() cannot work with this torch; None: nothing speaks against it."""
+    if hasattr(torch.library, "get_kernel") and hasattr(torch.ops.aten, _BACKWARD):
+        return None
+    return (
+        "accelerate_sdpa needs torch 2.9 or newer, where PyTorch's own kernel can be kept for what "
+        f"anyflash does not run; this is {torch.__version__}"
+    )
+
+
+def is_accelerated() -> bool:
+    """Whether scaled_dot_product_attention of CPU tensors runs on anyflash's kernels now."""
+    return _overrides is not None
+
+
+class SdpaAcceleration:
+    """What accelerate_sdpa() returned; `close()`, or the end of its `with` block, undoes it."""
+
+    def __init__(self) -> None:
+        global _holders, _overrides
+        if (reason := obstacle()) is not None:
+            raise RuntimeError(reason)
+        with _lock:
+            if _overrides is None:
+                _overrides = _Overrides()
+            _holders += 1
+        self.closed = False
+
+    def close(self) -> None:
+        """Undoes it, once; PyTorch's kernels are back when every acceleration is closed."""
+        global _holders, _overrides
+        with _lock:
+            if self.closed:
+                return
+            self.closed = True
+            _holders -= 1
+            if _holders == 0 and _overrides is not None:
+                _overrides.remove()
+                _overrides = None
+
+    def __enter__(self) -> SdpaAcceleration:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def accelerate_sdpa() -> SdpaAcceleration:
+    """Runs torch.nn.functional.scaled_dot_product_attention of CPU tensors on anyflash's kernels.
+
+    Forward and backward, eager and under torch.compile: (batch, heads, seqlen, head_dim) in fp16,
+    bf16 and fp32, with is_causal, attn_mask, scale and enable_gqa. What PyTorch itself computes
+    another way (dropout, a mask with a gradient) stays as it is, and so does what anyflash has no
+    kernel for, or passes over for PyTorch's in the order of back ends at hand (fp64,
+    `with anyflash.backend("sdpa")`, ...).
+
+    It counts from the call on, for all threads of the process, until the result is closed; several
+    may be open. ANYFLASH_SDPA=1 does it at `import anyflash`. nn.MultiheadAttention and
+    nn.TransformerEncoderLayer skip scaled_dot_product_attention in inference, so that fast path of
+    theirs (`torch.backends.mha`) is off meanwhile; nn.MultiheadAttention with need_weights=True
+    never calls it. Inductor's cpp_wrapper and AOTInductor call PyTorch's kernel past the
+    dispatcher and keep it. anyflash's own routes aten_cpu and aten_sdpa call the public operators,
+    and `backend="aten_cpu"` of one call may then end in a kernel of anyflash; `with
+    anyflash.backend("aten_cpu")` does not.
+
+    Returns:
+        An object with `close()`, and a context manager.
+
+    Raises:
+        RuntimeError: torch is older than 2.9 and cannot keep its own kernels.
+    """
+    return SdpaAcceleration()
+
+
+def accelerate_from_environment() -> None:
+    """ANYFLASH_SDPA=1; where it cannot be done, the import goes on and the logger says why."""
+    if backends.is_set("ANYFLASH_SDPA"):
+        try:
+            accelerate_sdpa()
+        except RuntimeError as error:
+            logging.getLogger("anyflash").warning("anyflash: ANYFLASH_SDPA: %s", error)
+
+
+class _Overrides:
+    """The kernels registered with PyTorch, and the fast path switched off, until remove()."""
+
+    def __init__(self) -> None:
+        kept = {name: _builtin(name) for name in (_FORWARD, _BACKWARD)}
+        self._library = torch.library.Library("aten", "IMPL")
+        for name, kernel in ((_FORWARD, _forward), (_BACKWARD, _backward)):
+            function = isolated(functools.partial(kernel, kept[name]))
+            self._library.impl(name, function, "CPU", allow_override=True)
+        self._fast_path = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+
+    def remove(self) -> None:
+        torch.backends.mha.set_fastpath_enabled(self._fast_path)
+        self._library._destroy()
+
+
+def _builtin(name: str) -> Callable[..., Any]:
+    """PyTorch's own CPU kernel of an operator of aten."""
+    kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    return functools.partial(kernel.call_boxed, keys)
+
+
+@functools.cache
+def _runs_on_kernel(
+    direction: int, dtype: torch.dtype, head_dim: int, features: tuple[str, ...], order: int
+) -> bool:
+    """Whether an order of back ends gives a problem to a kernel; direction 0 is the forward."""
+    answer = explain(
+        device="cpu",
+        dtype=dtype,
+        head_dim=head_dim,
+        features=features,
+        training=True,
+        backend=",".join(backends.order_names(order)),
+    )
+    return bool(answer.decisions[direction]["route"] == "kernel")
+
+
+def _window_right(
+    direction: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    mask: Tensor | None,
+) -> int | None:
+    """The window_size_right with which anyflash's kernel computes a call; None: it does not.
+
+    PyTorch's causal mask begins at the first key: row i sees the keys up to i. Ours ends at the
+    last one, so its distance from there is a window, which must end before the last key, because
+    one that reaches it is none.
+    """
+    seqlen_q, seqlen_k = q.size(2), k.size(2)
+    right = seqlen_q - seqlen_k if is_causal else -1
+    if is_causal and not 0 <= right < seqlen_k:
+        return None
+    if dropout_p != 0.0 or not q.stride(3) == k.stride(3) == v.stride(3) == 1:
+        return None
+    if mask is not None and mask.dtype not in (q.dtype, torch.float32):
+        return None
+    asked = {
+        "causal": right == 0,
+        "window": right > 0,
+        "bias": mask is not None,
+        "gqa": q.size(1) != k.size(1),
+    }
+    features = tuple(name for name, there in asked.items() if there)
+    order = backends.current_code() or backends.environment_code()
+    return right if _runs_on_kernel(direction, q.dtype, q.size(3), features, order) else None
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.size(3) ** -0.5 if scale is None else scale
+
+
+def _forward(
+    builtin: Callable[..., Any],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    right = _window_right(0, query, key, value, dropout_p, is_causal, attn_mask)
+    if right is None:
+        return builtin(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
+    call = AttentionCall(
+        q=query.transpose(1, 2),
+        k=key.transpose(1, 2),
+        v=value.transpose(1, 2),
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+        max_seqlen_q=0,
+        max_seqlen_k=0,
+        seqused_k=None,
+        leftpad_k=None,
+        block_table=None,
+        alibi_slopes=None,
+        bias=attn_mask,
+        sinks=None,
+        rng_state=None,
+        dropout_p=0.0,
+        softmax_scale=_scale(query, scale),
+        causal=False,
+        window_size_left=-1,
+        window_size_right=right,
+        softcap=0.0,
+        deterministic=False,
+        return_lse=True,  # whoever calls below autograd may differentiate by hand
+        backend=_KERNEL_ALONE,
+    )
+    out, lse, _ = torch.ops.anyflash._flash_attn_forward.default(*call)
+    return _in_layout_of(query, out.transpose(1, 2)), _as_aten_lse(lse, attn_mask is not None)
+
+
+def _backward(
+    builtin: Callable[..., Any],
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, ...]:
+    right = _window_right(1, query, key, value, dropout_p, is_causal, attn_mask)
+    if right is None:
+        tensors = (grad_out, query, key, value, out, logsumexp)
+        return builtin(*tensors, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
+    call = BackwardCall(
+        dout=grad_out.transpose(1, 2),
+        q=query.transpose(1, 2),
+        k=key.transpose(1, 2),
+        v=value.transpose(1, 2),
+        out=out.transpose(1, 2),
+        softmax_lse=logsumexp,
+        dsoftmax_lse=None,
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+        max_seqlen_q=0,
+        max_seqlen_k=0,
+        seqused_k=None,
+        leftpad_k=None,
+        alibi_slopes=None,
+        bias=attn_mask,
+        sinks=None,
+        rng_state=None,
+        dropout_p=0.0,
+        softmax_scale=_scale(query, scale),
+        causal=False,
+        window_size_left=-1,
+        window_size_right=right,
+        softcap=0.0,
+        deterministic=False,
+        bias_requires_grad=False,
+        sinks_requires_grad=False,
+        backend=_KERNEL_ALONE,
+    )
+    gradients = torch.ops.anyflash._flash_attn_backward.default(*call)[:3]
+    # PyTorch's are rows of all heads whatever the layout of q, and torch.compile relies on it.
+    return tuple(gradient.contiguous().transpose(1, 2) for gradient in gradients)
+
+
+def _in_layout_of(q: Tensor, out: Tensor) -> Tensor:
+    """out with the strides that PyTorch's would have: those of empty_like(q)."""
+    if out.stride() == q.stride() or out.stride() == torch.empty_like(q, device="meta").stride():
+        return out
+    return torch.empty_like(q).copy_(out)
+
+
+def _as_aten_lse(lse: Tensor, may_hide_rows: bool) -> Tensor:
+    """The log-sum-exp as PyTorch has it: a row's heads side by side, 0 where a row sees no key."""
+    lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
+    return lse.masked_fill_(lse.isposinf(), 0.0) if may_hide_rows else lse
