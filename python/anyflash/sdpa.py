@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
+import warnings
 from typing import Any, Callable
 
 import torch
@@ -120,7 +121,9 @@ class _Overrides:
         self._library = torch.library.Library("aten", "IMPL")
         for name, kernel in ((_FORWARD, _forward), (_BACKWARD, _backward)):
             function = isolated(functools.partial(kernel, kept[name]))
-            self._library.impl(name, function, "CPU", allow_override=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch 2.9 tells what allow_override asks for
+                self._library.impl(name, function, "CPU", allow_override=True)
         self._fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
 

@@ -382,11 +382,11 @@ def test_the_line_of_the_readme_for_a_script(tmp_path):
     lines = (REPOSITORY / "README.md").read_text().splitlines()
     line = next(x for x in lines if x.startswith("ANYFLASH_SDPA=1 python"))
     script = "import sys; from anyflash import sdpa; print(sdpa.is_accelerated(), sys.argv)"
-    (tmp_path / "script.py").write_text(script)
+    (tmp_path / "train.py").write_text(script)
     line = line.replace(" python ", f" {sys.executable} ")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     printed = subprocess.check_output(line, shell=True, cwd=tmp_path, text=True, env=environment)
-    assert printed == "True ['script.py', '--its', 'options']\n"
+    assert printed == "True ['train.py', '--its', 'options']\n"
 
 
 def test_the_doctor_says_whether_it_is_on(capsys, monkeypatch):
