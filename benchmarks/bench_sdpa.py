@@ -57,13 +57,16 @@ def _row(name: str, dtype: torch.dtype, kind: str, backward: bool, goal: float) 
 
 
 def _tiny() -> Row:
-    """What a call costs that computes nothing to speak of: the way through Python."""
+    """What a call costs that computes nothing to speak of, on one thread: the way through Python."""
     q = torch.randn(1, 2, 4, 16)
 
     def calls() -> None:
         for _ in range(CALLS):
             F.scaled_dot_product_attention(q, q, q)
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     times = [1e6 * t / CALLS for t in interleaved(_accelerated(calls), calls)]
-    label = "scaled_dot_product_attention fp32 b1 h2 s4 d16, forward (us)"
+    torch.set_num_threads(threads)
+    label = "scaled_dot_product_attention fp32 b1 h2 s4 d16, one thread, forward (us)"
     return Row.excess(label, *times, at_most=20, unit="us")
