@@ -57,7 +57,7 @@ def _row(name: str, dtype: torch.dtype, kind: str, backward: bool, goal: float) 
 
 
 def _tiny() -> Row:
-    """What a call costs that computes nothing to speak of, on one thread: the way through Python."""
+    """What a call costs that computes next to nothing: the way through Python, on one thread."""
     q = torch.randn(1, 2, 4, 16)
 
     def calls() -> None:
