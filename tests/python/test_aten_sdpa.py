@@ -129,6 +129,31 @@ def test_any_scale(scale, causal):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("case", ["no rows", "no keys", "no sequences", "hidden", "unused storage"])
+@pytest.mark.parametrize("bias_shape", [None, (), (1, 2, 1, 1)])
+def test_where_no_row_sees_a_key_the_gradients_are_zero(case, bias_shape, layout):
+    """Zero, not missing."""
+    rows, keys = 0 if case == "no rows" else 3, 0 if case == "no keys" else 2
+    sequences = 0 if case == "no sequences" else 1
+    q = torch.randn(sequences, rows, 2, 8, requires_grad=True)
+    k, v = (torch.randn(sequences, keys, 2, 8, requires_grad=True) for _ in "kv")
+    options = {}
+    if case == "hidden":
+        options = dict(seqused_k=torch.zeros(1, dtype=torch.int32))
+    if case == "unused storage":
+        q, k, v = (x.detach().squeeze(0).requires_grad_() for x in (q, k, v))
+        cu_seqlens = torch.zeros(1, dtype=torch.int32)
+        options = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
+    leaves = [q, k, v]
+    if bias_shape is not None:
+        options["bias"] = torch.randn(bias_shape, requires_grad=True)
+        leaves.append(options["bias"])
+    out = anyflash.attention(q, k, v, **options, backend="aten_sdpa")
+    assert out.shape == q.shape and not out.any()
+    for leaf, gradient in zip(leaves, torch.autograd.grad(out.sum(), leaves)):
+        assert gradient.shape == leaf.shape and not gradient.any()
+
+
 def test_other_devices_leave_training_to_pytorch(monkeypatch):
     """The way of a call on a device without routes of this library's, named by nobody."""
     from anyflash import _records

@@ -106,7 +106,14 @@ def differentiable(args: AttentionArgs, causal: bool, backend: int) -> Tensor | 
     if route != "aten_sdpa":
         return None
     with WithoutAutocast():
-        return aten_sdpa.attend(args)
+        out = aten_sdpa.attend(args)
+    return out if out.requires_grad else _with_zero_gradients(out, args)
+
+
+def _with_zero_gradients(out: Tensor, args: AttentionArgs) -> Tensor:
+    """out of rows that see no key, which no operator has computed from the inputs."""
+    inputs = (args.q, args.k, args.v, args.bias)
+    return out + sum(x.flatten()[:0].sum() for x in inputs if x is not None and x.requires_grad)
 
 
 def _flash_attn_forward(
