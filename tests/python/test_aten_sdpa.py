@@ -154,6 +154,17 @@ def test_where_no_row_sees_a_key_the_gradients_are_zero(case, bias_shape, layout
         assert gradient.shape == leaf.shape and not gradient.any()
 
 
+def test_dropout_trains_on_the_next_back_end():
+    """It draws its own bits; PyTorch's attention has others."""
+    q = torch.randn(1, 33, 2, 8, requires_grad=True)
+    found = []
+    for backend in ("aten_sdpa,math", "math"):
+        torch.manual_seed(0)
+        out = anyflash.attention(q, q, q, dropout_p=0.5, backend=backend)
+        found.append((out, *torch.autograd.grad(out.sum(), q)))
+    torch.testing.assert_close(*found)
+
+
 def test_other_devices_leave_training_to_pytorch(monkeypatch):
     """The way of a call on a device without routes of this library's, named by nobody."""
     from anyflash import _records
@@ -173,7 +184,10 @@ def test_other_devices_leave_training_to_pytorch(monkeypatch):
         OnMps, q, q, *[None] * 2, 0, 0, *[None] * 7, 0.0, 0.25, True, -1, -1, 0.0, False, False, 0
     )  # fmt: skip
     assert attention._may_leave_it_to_pytorch(call)
-    for named in (dict(return_lse=True), dict(deterministic=True), dict(block_table=q), dict(q=q)):
+    for named in (
+        dict(return_lse=True), dict(deterministic=True), dict(dropout_p=0.5), dict(block_table=q),
+        dict(q=q),
+    ):  # fmt: skip
         assert not attention._may_leave_it_to_pytorch(call._replace(**named)), named
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert _records.device_numbers(torch.device("cuda", 1)) == (_records.DEVICES.index("hip"), 1)

@@ -42,6 +42,9 @@ for case in CORRECTNESS:
     for name, x in found.items():
         assert_close(x, expected.exact[name], expected.low[name], f"{case.name} {name}")
 assert by_pytorch > 10, by_pytorch
+q = torch.randn(1, 9, 2, 8, requires_grad=True)
+anyflash.attention(q, q, q, dropout_p=0.5).sum().backward()  # draws its bits
+assert q.grad.isfinite().all()
 print(len(CORRECTNESS), anyflash.decide({"device": "cpu", "dtype": "fp32"})["route"])
 """
 
