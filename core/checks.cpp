@@ -178,11 +178,14 @@ void check_no_overlap(const TensorView& written, const char* written_name, const
 
 void check_same_device(const TensorView& reference, const char* reference_name,
                        const TensorView& tensor, const char* name) {
+  const bool same = same_device(reference, tensor);
+  AF_CHECK(same || reference.device != Device::other, name, ": expected the device of ",
+           reference_name, ", got ", device_text(tensor));
   const char* kind = reference.device == Device::cuda
                          ? "CUDA"
                          : name_of(reference.device, kDeviceNames, "one device");
-  AF_CHECK(same_device(reference, tensor), name, " must be on ", kind, ": expected ",
-           device_text(reference), " like ", reference_name, ", got ", device_text(tensor));
+  AF_CHECK(same, name, " must be on ", kind, ": expected ", device_text(reference), " like ",
+           reference_name, ", got ", device_text(tensor));
 }
 
 void check_last_dim_contiguous(const TensorView& tensor, const char* name) {

@@ -129,7 +129,8 @@ TensorView view_with_values(const OptionalTensor& tensor, std::vector<Tensor>& h
 }
 
 Tensor tensor_like(const Tensor& base, const TensorView& view) {
-  const auto* begin = static_cast<const char*>(base.const_data_ptr());
+  // As the core saw it: memory without kernels has no address there.
+  const auto* begin = static_cast<const char*>(view_of(base).data);
   const int64_t offset = (static_cast<const char*>(view.data) - begin) / bytes_of(view.dtype);
   return anyflash::view(base, {view.sizes, static_cast<size_t>(view.rank)},
                         {view.strides, static_cast<size_t>(view.rank)}, offset);

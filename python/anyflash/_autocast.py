@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._guards import is_any_autocast_enabled
+
 _TAKES_DEVICE = hasattr(torch, "get_autocast_dtype")  # torch 2.4: is_autocast_enabled(device_type)
-
-
-_is_any_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)  # torch 2.1
 
 
 def is_enabled(x: Tensor) -> bool:
     """True under autocast for x's device."""
-    if not _is_any_enabled():
+    if not is_any_autocast_enabled():
         return False
     device = x.device.type
     if _TAKES_DEVICE:

@@ -32,8 +32,22 @@ def _as_context_manager(guard: Any) -> Any:
     return hold
 
 
-#: What runs inside is not recorded by autograd.
-BelowAutograd = _as_context_manager(torch._C._AutoDispatchBelowAutograd)
+#: What runs inside keeps its dtypes under autocast.
+WithoutAutocast = _as_context_manager(torch._C._DisableAutocast)
+_below_autograd = _as_context_manager(torch._C._AutoDispatchBelowAutograd)
+is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)  # torch 2.1
+
+
+@contextlib.contextmanager
+def _below_autograd_and_autocast() -> Iterator[None]:
+    with _below_autograd(), WithoutAutocast():
+        yield
+
+
+def BelowAutograd() -> Any:  # noqa: N802  (a guard like the others)
+    """What runs inside is neither recorded by autograd nor touched by autocast: operators call
+    products of which they know the dtype."""
+    return _below_autograd_and_autocast() if is_any_autocast_enabled() else _below_autograd()
 
 
 def _below_write_counts() -> Any:
@@ -48,8 +62,6 @@ def _below_write_counts() -> Any:
 #: What runs inside neither is recorded by autograd nor counts as a write for it. For kernels that
 #: autograd's own have called.
 BelowWriteCounts = _as_context_manager(_below_write_counts())
-#: What runs inside keeps its dtypes under autocast.
-WithoutAutocast = _as_context_manager(torch._C._DisableAutocast)
 
 
 def isolated(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,7 +70,7 @@ def isolated(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def kernel(*args: Any) -> Any:
-        with BelowAutograd(), WithoutAutocast():
+        with BelowAutograd():
             return function(*args)
 
     return kernel

@@ -3,6 +3,7 @@
 pytest tests/python                            # the binary where it was built
 pytest tests/python -m providers --provider python
 pytest tests/python --device cuda           # the tests that compute something
+pytest tests/python/test_norm.py --device standin  # the same on stand_in_device.cpp
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from installations import (  # noqa: F401  (fixtures)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda", "standin"))
     parser.addoption("--provider", default=None, choices=("binary", "python"))
 
 
@@ -34,6 +35,10 @@ def pytest_configure(config):
         os.environ.pop(name, None)
     if config.getoption("--provider"):
         os.environ["ANYFLASH_PROVIDER"] = config.getoption("--provider")
+    if config.getoption("--device") == "standin":
+        import stand_in_device
+
+        stand_in_device.load()
 
 
 def pytest_collection_modifyitems(config, items):

@@ -21,6 +21,7 @@ from shared_lists import write_lists  # noqa: E402, F401
 ROUTES = {
     "cpu": (None, "kernel", "aten_cpu", "math"),
     "cuda": (None, "kernel", "aten_flash", "aten_efficient", "aten_cudnn", "math"),
+    "standin": (None, "aten_sdpa", "math"),
 }
 ALL_ROUTES = (None, "kernel", "aten_cpu", "aten_flash", "aten_efficient", "aten_cudnn", "math")
 
@@ -30,7 +31,7 @@ def torch_version() -> int:
     return int(major) * 100 + int(minor)
 
 
-def features_of(case: Case, *gradients: str) -> list[str]:
+def features_of(case: Case, *more: str) -> list[str]:
     """The features that a case needs, told from the case and not from the tensors."""
     longest_k = case.longest_k
     if case.paged:
@@ -51,27 +52,28 @@ def features_of(case: Case, *gradients: str) -> list[str]:
         "dropout": case.dropout > 0,
         "gqa": case.heads != case.heads_k,
         "unequal_head_dims": case.head_dim_v not in (0, case.head_dim),
-        "lse": True,
     }
-    return [name for name, there in have.items() if there] + list(gradients)
+    return [name for name, there in have.items() if there] + list(more)
 
 
-def problem_of(case: Case, direction: str, device: str, order: str | None, *gradients: str) -> dict:
-    """The value that `anyflash.decide` takes."""
+def problem_of(
+    case: Case, direction: str, device: str, order: str | None, *more: str, return_lse: bool = True
+) -> dict:
+    """The value that `anyflash.decide` takes. ``more``: features that the case does not tell."""
     sm = 0
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         sm = 10 * major + minor
     return {
         "op": "attention",
-        "device": device,
+        "device": "other" if device == "standin" else device,
         "sm": sm,
         "isa": _loader.cpu_isa() if device == "cpu" else "none",
         "direction": direction,
         "dtype": case.dtype,
         "head_dim": case.head_dim,
         "head_dim_v": case.head_dim_v or case.head_dim,
-        "features": features_of(case, *gradients),
+        "features": features_of(case, *["lse"] * return_lse, *more),
         "torch_version": torch_version(),
         "order": order.split(",") if order else ["kernel", "sdpa", "math"],
         "explicit": order is not None,

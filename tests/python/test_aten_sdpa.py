@@ -18,7 +18,7 @@ FORWARD, BACKWARD = (_defs.features(column) for column in ROUTE[-2:])
 
 
 def _fits(case, features) -> bool:
-    return {*features_of(case)} - {"lse"} <= features
+    return {*features_of(case)} <= features
 
 
 CASES = [case for case in CORRECTNESS if _fits(case, FORWARD)]

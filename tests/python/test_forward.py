@@ -64,11 +64,11 @@ def test_some_route_beside_math_is_exercised(device):
     for route in ROUTES[device][1:]:
         if route == "kernel" and not has_attention_kernels(device):
             continue
-        chosen = [
-            case.name
+        problems = {
+            case.name: problem_of(case, "forward", device, route, return_lse=route != "aten_sdpa")
             for case in CORRECTNESS
-            if anyflash.decide(problem_of(case, "forward", device, route))["route"] == route
-        ]
+        }
+        chosen = [n for n, p in problems.items() if anyflash.decide(p)["route"] == route]
         sm = problem_of(CORRECTNESS[0], "forward", device, route)["sm"]
         if route in ("aten_flash", "aten_cudnn") and sm < 80 + 10 * (route == "aten_cudnn"):
             continue

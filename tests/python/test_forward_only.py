@@ -156,6 +156,17 @@ def test_autocast_gives_a_call_the_dtype_of_its_cache(device, cache, rotary, new
     torch.testing.assert_close(caches[0].cpu(), right[2], **tolerance)
 
 
+@pytest.mark.parametrize("backend", ["math", "aten_sdpa"])
+def test_autocast_does_not_reach_into_an_operator(device, backend):
+    """What an operator multiplies has the dtype that it chose: here the cache's."""
+    q, caches, _, _ = _decode(device)
+    qkv = [x.float() for x in (q, *caches)]
+    expected = anyflash.attention_kvcache(*qkv, cache_seqlens=3, backend=backend)
+    with torch.autocast(device, dtype=HALF):
+        found = anyflash.attention_kvcache(*qkv, cache_seqlens=3, backend=backend)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("pages", [HALF, torch.float32], ids=str)
 def test_autocast_leaves_pages_where_they_are(device, pages):
     q, caches, _, _ = _decode(device)

@@ -190,7 +190,7 @@ def _norm_forward_samples(device):
             x, w, residual=r, x1=x1, bias=b, weight1=w1, bias1=b, masks=masks, p=0.5, zero=True
         ),
         "scaled": sample(
-            x.transpose(0, 1), w, residual=r.transpose(0, 1), rowscale=torch.rand(4, 3), rms=True
+            x.transpose(0, 1), w, residual=r.transpose(0, 1), rowscale=r[..., 0].T, rms=True
         ),
         "mixed": sample(x.bfloat16(), w, residual=r, bias=b.half(), out=2),
         "sum_unwanted": sample(x.bfloat16(), w, residual=r, sums=0),
@@ -214,7 +214,7 @@ def _norm_backward_samples(device):
         "parallel": sample(
             z, w, dy1=dy1, dz=x, bias=b, weight1=w1, bias1=b.half(), masks=masks, p=0.5
         ),
-        "scaled": sample(z, w, dz=dy1, rowscale=torch.rand(3, 4), x=x, rms=True),
+        "scaled": sample(z, w, dz=dy1, rowscale=x[..., 0], x=x, rms=True),
         "mixed": sample(z.transpose(0, 1).bfloat16().transpose(0, 1), w.half(), bias=b),
     }
 

@@ -339,8 +339,8 @@ def _may_leave_it_to_pytorch(call: AttentionCall) -> bool:
     is_named = first == backends.CODES["aten_sdpa"]
     if (has_routes and _core.library is not None and not is_named) or in_functorch():
         return False
-    is_ours = call.return_lse or call.deterministic or call.dropout_p > 0.0
-    return not is_ours and call.block_table is None
+    asks_more = call.return_lse or call.deterministic or call.dropout_p > 0.0
+    return not asks_more and call.block_table is None
 
 
 def _by_pytorch(call: AttentionCall) -> Tensor | None:
