@@ -155,8 +155,10 @@ def explain(words: str | torch.Tensor = "", *tensors: torch.Tensor, **facts: Any
 def _differentiates(problem: dict[str, Any]) -> bool:
     """Whether a backward of this library needs the forward's log-sum-exp; elsewhere PyTorch's own
     attention is left to autograd (_operators/attention.py)."""
+    if problem["op"] != "attention" or "paged" in problem["features"]:
+        return False
     has_routes = problem["device"] in ("cpu", "cuda") and problem["order"][0] != "aten_sdpa"
-    return problem["op"] == "attention" and (has_routes or "deterministic" in problem["features"])
+    return has_routes or "deterministic" in problem["features"]
 
 
 def _given(facts: dict[str, Any]) -> dict[str, Any]:

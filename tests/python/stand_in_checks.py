@@ -130,6 +130,18 @@ def test_what_pytorch_has_not_is_ours(asked):
         assert_close(gradient, expected.exact[name], expected.low[name], name)
 
 
+@pytest.mark.parametrize("backend", [None, "aten_sdpa"])
+def test_pages_have_no_backward_that_needs_a_log_sum_exp(backend):
+    case = next(c for c in CORRECTNESS if c.layout == "paged" and _is_by_pytorch(c))
+    inputs = inputs_of(case, NAME)
+    before = sdpa_calls()
+    q, k, v = (x.detach().requires_grad_() for x in inputs.qkv)
+    out = anyflash.attention(q, k, v, **inputs.options, backend=backend)
+    assert sdpa_calls() > before
+    with pytest.raises(RuntimeError, match="block_table: paged attention has no gradient"):
+        out.sum().backward()
+
+
 # ---- The public functions.
 
 

@@ -258,11 +258,13 @@ _asked = asked_gradients(AttentionCall._fields)
 _places = places_of_gradients(AttentionCall._fields)
 
 
-_RETURN_LSE = AttentionCall._fields.index("return_lse")
+_RETURN_LSE, _BLOCK_TABLE = map(AttentionCall._fields.index, ("return_lse", "block_table"))
 
 
 def _with_lse(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The call for a forward whose backward needs the log-sum-exp."""
+    """The call for a forward whose backward needs the log-sum-exp; over pages there is none."""
+    if arguments[_BLOCK_TABLE] is not None:
+        return arguments
     return (*arguments[:_RETURN_LSE], True, *arguments[_RETURN_LSE + 1 :])
 
 
