@@ -241,6 +241,18 @@ def test_aot_eager(name, needs_grad):
         torch.testing.assert_close(found, wanted)
 
 
+def test_compiled_inference_needs_no_log_sum_exp():
+    """Also where the names are known that trainers look for; their operators return one."""
+    import flash_attn  # noqa: F401
+
+    torch._dynamo.reset()
+    q = torch.randn(1, 5, 2, 8, device=NAME)
+    before = sdpa_calls()
+    out = torch.compile(lambda x: anyflash.attention(x, x, x), backend="aot_eager")(q)
+    assert sdpa_calls() > before
+    torch.testing.assert_close(out, anyflash.attention(q, q, q))
+
+
 # ---- Nobody waits for the device.
 
 
