@@ -126,6 +126,18 @@ def test_storage_of_no_keys(device, case, bounds):
                 assert not gradient.any(), route
 
 
+def test_strides_of_nothing_do_not_matter(device):
+    """contiguous() leaves them as they are."""
+    q = torch.empty(0, 8, 2, device=device).transpose(1, 2)
+    k = torch.empty(1, 0, 2, 16, device=device)[..., ::2]
+    none = _ints([0], device)
+    for route in _routes(device):
+        out = anyflash.attention(q, q, q, cu_seqlens_q=none, cu_seqlens_k=none, backend=route)
+        assert out.shape == q.shape, route
+        out = anyflash.attention(torch.ones(1, 3, 2, 8, device=device), k, k, backend=route)
+        assert not out.any(), route
+
+
 @pytest.mark.parametrize("name", ["aten_flash", "aten_efficient", "aten_cudnn"])
 @pytest.mark.parametrize("rows, keys, starts", [(3, 0, None), (0, 3, None), (3, 3, [0])])
 def test_empty_problems_never_reach_the_routines_of_gpus(name, rows, keys, starts):
