@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _loader, backends
+from . import _core, _loader, backends
 from ._core import torch_version
 from ._explain_words import DTYPES, FEATURE_WORDS, parse_words
 from ._records import DEVICES, device_numbers
@@ -157,8 +157,10 @@ def _differentiates(problem: dict[str, Any]) -> bool:
     attention is left to autograd (_operators/attention.py)."""
     if problem["op"] != "attention" or "paged" in problem["features"]:
         return False
-    has_routes = problem["device"] in ("cpu", "cuda") and problem["order"][0] != "aten_sdpa"
-    return has_routes or "deterministic" in problem["features"]
+    if "deterministic" in problem["features"]:
+        return True
+    has_routes = problem["device"] in ("cpu", "cuda") and _core.library is not None
+    return has_routes and problem["order"][0] != "aten_sdpa"
 
 
 def _given(facts: dict[str, Any]) -> dict[str, Any]:

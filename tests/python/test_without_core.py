@@ -103,5 +103,28 @@ def test_every_case_as_plain_operators(package):
     assert route == "aten_sdpa"
 
 
+EXPLAIN = """
+import torch, anyflash
+from anyflash import _core, explain
+
+assert _core.library is None
+q = torch.ones(1, 3, 2, 8, requires_grad=True)
+for options in ({}, dict(causal=True), dict(softcap=1.0), dict(return_lse=True)):
+    out = anyflash.attention(q, q, q, **options)
+    is_ours = "AttentionFunction" in type(out[0].grad_fn if options.get("return_lse") else
+                                          out.grad_fn).__name__
+    forward, backward = explain(q, q, q, **options).decisions
+    assert forward["route"] == backward["route"] == ("math" if is_ours else "aten_sdpa"), options
+forward, _ = explain("softcap lse training").decisions
+assert dict(forward["reasons"])["aten_sdpa"] == "does not support softcap, lse", forward
+assert [name for name, _ in explain("fp32").decisions[0]["reasons"]] == ["kernel"]
+assert [name for name, _ in explain("mlp").decisions[0]["reasons"]] == ["kernel"]
+"""
+
+
+def test_what_is_explained_is_what_runs(package):
+    _run(package, EXPLAIN)
+
+
 def test_what_does_not_fit_is_refused(package):
     assert _run(package, WRONG).startswith("refused")

@@ -61,10 +61,17 @@ def decide(problem: dict[str, Any]) -> dict[str, Any]:
     names = backends.parse_order(given) if isinstance(given, str) else tuple(given)
     row = next(e.fields for e in _defs.entries("routes") if e.fields[0] == "aten_sdpa")
     known = _defs.features(row[9] if problem.get("direction") == "backward" else row[8])
-    fits_sdpa = known >= {*problem.get("features", ())}
-    route = _route(str(problem.get("op", "attention")), names, fits_sdpa)
-    passed = names[: names.index(route)] if route in names else names
-    reasons = [(name, obstacle()) for name in passed if name == "kernel" or route != "aten_sdpa"]
+    lacks = [name for name in problem.get("features", ()) if name not in known]
+    op = str(problem.get("op", "attention"))
+    route = _route(op, names, not lacks)
+    reasons: list[tuple[str, str]] = []
+    for name in names:
+        if name == route or (name == "sdpa" and route == "aten_sdpa"):
+            break
+        if name in ("sdpa", "aten_sdpa") and op == "attention":
+            reasons.append(("aten_sdpa", f"does not support {', '.join(lacks)}"))
+        elif name == "kernel" or op == "attention":
+            reasons.append((name, obstacle()))
     return {"route": route, "instance": None, "measured": None, "reasons": reasons}
 
 
