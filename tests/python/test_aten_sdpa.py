@@ -154,6 +154,15 @@ def test_where_no_row_sees_a_key_the_gradients_are_zero(case, bias_shape, layout
         assert gradient.shape == leaf.shape and not gradient.any()
 
 
+def test_a_negative_scale_does_not_leave_the_range_of_fp16():
+    q = torch.full((1, 2, 1, 64), 200.0, dtype=torch.float16, requires_grad=True)
+    k = (torch.arange(3.0) / 1e6).half().view(1, 3, 1, 1).expand(1, 3, 1, 64)
+    v = torch.eye(3, dtype=torch.float16).view(1, 3, 1, 3)
+    out = anyflash.attention(q, k, v, softmax_scale=-100.0, backend="aten_sdpa")
+    expected = anyflash.attention(q, k, v, softmax_scale=-100.0, backend="math")
+    torch.testing.assert_close(out, expected)
+
+
 def test_dropout_trains_on_the_next_back_end():
     """It draws its own bits; PyTorch's attention has others."""
     q = torch.randn(1, 33, 2, 8, requires_grad=True)
