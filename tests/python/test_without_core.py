@@ -66,13 +66,32 @@ calls = {
     ),
     "seqused_k": lambda: anyflash.attention(dense, dense, dense, seqused_k=ints(9)),
     "strict": lambda: anyflash.attention(dense, dense, dense, backend="kernel"),
+    "batch": lambda: anyflash.attention(torch.cat([dense, dense]), dense, dense),
+    "batch of lengths": lambda: anyflash.attention(*[dense.expand(2, -1, -1, -1)] * 3,
+                                                   seqused_k=ints(1)),
+    "leftpad_k": lambda: anyflash.attention(dense, dense, dense, leftpad_k=ints(-1)),
+    "bias, too many keys": lambda: anyflash.attention(dense, dense, dense,
+                                                      bias=torch.zeros(4, 5)),
+    "bias, too many rows": lambda: anyflash.attention(dense, dense, dense,
+                                                      bias=torch.zeros(5, 4)),
+    "bias, too many sequences": lambda: anyflash.attention(dense, dense, dense,
+                                                           bias=torch.zeros(2, 1, 4, 4)),
+    "softmax_scale": lambda: anyflash.attention(dense, dense, dense, softmax_scale=float("nan")),
+    "sinks": lambda: anyflash.attention(dense, dense, dense, sinks=torch.zeros(1)),
+    "alibi_slopes": lambda: anyflash.attention(dense, dense, dense, alibi_slopes=torch.zeros(1)),
+    "block_table": lambda: anyflash.attention(
+        dense.expand(2, -1, -1, -1), dense, dense, block_table=ints(0, 0).view(1, 2),
+        seqused_k=ints(4, 4),
+    ),
 }
+computed = []
 for name, call in calls.items():
     try:
         call()
     except RuntimeError:
         continue
-    raise SystemExit(f"{name} was computed")
+    computed.append(name)
+assert not computed, computed
 print("refused", len(calls))
 """
 
