@@ -189,7 +189,7 @@ void check_same_device(const TensorView& reference, const char* reference_name,
 }
 
 void check_last_dim_contiguous(const TensorView& tensor, const char* name) {
-  AF_CHECK(tensor.stride(-1) == 1 || tensor.size(-1) <= 1,
+  AF_CHECK(tensor.stride(-1) == 1 || tensor.size(-1) <= 1 || tensor.numel() == 0,
            "Input tensor must have contiguous last dimension, got ", name, " with stride ",
            tensor.stride(-1));
 }

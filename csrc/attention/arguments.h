@@ -39,6 +39,10 @@ struct AttentionArgs : AttentionOptions {
   bool packed() const { return cu_seqlens_q.has_value(); }
   bool paged() const { return block_table.has_value(); }
   int64_t batch() const { return packed() ? cu_seqlens_q->size(0) - 1 : q.size(0); }
+  // Whether there is no score to compute.
+  bool empty() const {
+    return batch() == 0 || max_seqlen_k == 0 || q.numel() == 0 || k.numel() == 0;
+  }
   int64_t heads() const { return q.size(q.dim() - 2); }
   int64_t heads_k() const { return k.size(k.dim() - 2); }
   int64_t head_dim() const { return q.size(q.dim() - 1); }

@@ -11,9 +11,7 @@ namespace {
 Tensor by_head(const Tensor& x) { return transpose(x, 1, 2); }
 
 // Nothing to compute, or a scale that does not keep the order of the scores.
-bool is_for_math(const AttentionArgs& args) {
-  return args.q.numel() == 0 || args.k.numel() == 0 || args.softmax_scale <= 0;
-}
+bool is_for_math(const AttentionArgs& args) { return args.empty() || args.softmax_scale <= 0; }
 
 // out and the log-sum-exp. Not through the dispatcher: its results are of several types (aten.h).
 std::pair<Tensor, Tensor> call_forward(const AttentionArgs& args) {

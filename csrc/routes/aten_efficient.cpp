@@ -39,8 +39,7 @@ bool is_mask_right(const AttentionArgs& args) {
 // Nothing to compute, a scale that does not keep the order of the scores, a bias beside packed
 // sequences, which this attention does not take together, or what the kernels get wrong.
 bool is_for_math(const AttentionArgs& args) {
-  return args.q.numel() == 0 || args.k.numel() == 0 || args.max_seqlen_k == 0 ||
-         args.softmax_scale <= 0 || (args.packed() && args.bias) ||
+  return args.empty() || args.softmax_scale <= 0 || (args.packed() && args.bias) ||
          (has_causal_mask(args) && !is_mask_right(args));
 }
 

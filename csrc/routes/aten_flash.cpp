@@ -18,13 +18,9 @@ bool may_lose_keys(const AttentionArgs& args) {
          (args.packed() || args.seqused_k || args.max_seqlen_q > args.max_seqlen_k);
 }
 
-bool has_nothing_to_do(const AttentionArgs& args) {
-  return args.q.numel() == 0 || args.k.numel() == 0 || args.max_seqlen_k == 0;
-}
-
 // It looks for the largest score before it scales, so the scale must be positive.
 bool is_for_math(const AttentionArgs& args) {
-  return may_lose_keys(args) || has_nothing_to_do(args) || args.softmax_scale <= 0;
+  return may_lose_keys(args) || args.empty() || args.softmax_scale <= 0;
 }
 
 struct Window {

@@ -1,6 +1,7 @@
 #include "routes/batches.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "attention/results.h"
 #include "routes/padded.h"
@@ -34,6 +35,11 @@ ForwardResult forward_by_sequence(const AttentionArgs& args, const ForwardBatch&
 ForwardResult forward_padded(const AttentionArgs& args, const ForwardBatch& forward) {
   const Tensor out = new_out(args);
   const Tensor lse = new_lse(args);
+  if (args.batch() == 0) {
+    fill_(out, 0);
+    fill_(lse, std::numeric_limits<double>::infinity());
+    return {out, lse};
+  }
   if (out.numel() == 0 && lse.numel() == 0) return {out, lse};
   const PaddedProblem padded(args);
   const DenseBatch batch{0, padded.q, padded.k, padded.v, padded.lengths_q, padded.lengths_k};

@@ -81,7 +81,7 @@ Gradients backward_by_sequence(const AttentionArgs& args, const BackwardArgs& gr
 Gradients backward_padded(const AttentionArgs& args, const BackwardArgs& grad) {
   const SharedGradients shared(args, grad);
   const Tensor dq = zeros_like(args.q), dk = zeros_like(args.k), dv = zeros_like(args.v);
-  if (args.q.numel() > 0 && args.k.numel() > 0) {
+  if (args.batch() > 0 && args.q.numel() > 0 && args.k.numel() > 0) {
     const PaddedProblem padded(args);
     const DenseBatch batch{0, padded.q, padded.k, padded.v, padded.lengths_q, padded.lengths_k};
     OptionalTensor dlse;

@@ -48,7 +48,11 @@ Tensor merge_rows(const Tensor& x) {
   sizes[0] *= x.size(0);
   return reshape(x, sizes);
 }
-Tensor split_rows(const Tensor& x, int64_t inner) { return split_dim(x, 0, inner); }
+Tensor split_rows(const Tensor& x, int64_t outer, int64_t inner) {  // either may be 0
+  std::vector<int64_t> sizes{outer, inner};
+  sizes.insert(sizes.end(), x.sizes().begin() + 1, x.sizes().end());
+  return reshape(x, sizes);
+}
 
 // Effective key lengths, or unset where every key of dense storage is used.
 OptionalTensor key_lengths(const AttentionArgs& args) {
@@ -69,9 +73,11 @@ OptionalTensor key_lengths(const AttentionArgs& args) {
 // (pages, page, ..) -> (batch, max_blocks * page, ..). A table entry beyond the used length may be
 // anything: clamped, its rows are unused.
 Tensor gather_pages(const Tensor& x, const Tensor& table) {
+  const int64_t batch = table.size(0), rows = table.size(1) * x.size(1);
+  if (x.numel() == 0) return filled({batch, rows}, x, 2, 0);
   const Tensor inside =
       maximum(minimum(to_int64(table), scalar(x.size(0) - 1)), scalar(int64_t{0}));
-  return split_rows(merge_rows(index_select(x, flat(inside))), table.size(1) * x.size(1));
+  return split_rows(merge_rows(index_select(x, flat(inside))), batch, rows);
 }
 
 }  // namespace
@@ -104,7 +110,7 @@ RowMap::RowMap(const OptionalTensor& starts, const Tensor& lengths, const Option
 
 Tensor RowMap::pad(const Tensor& storage, double fill) const {
   if (storage.size(0) == 0) return filled({batch_, positions_}, storage, 1, fill);
-  return split_rows(fill_invalid(index_select(storage, to_padded_), padded_valid_, fill),
+  return split_rows(fill_invalid(index_select(storage, to_padded_), padded_valid_, fill), batch_,
                     positions_);
 }
 
@@ -162,7 +168,8 @@ void PaddedProblem::unpad_lse(const Tensor& destination, const Tensor& x) const 
 void PaddedProblem::unpad_key(const Tensor& destination, const Tensor& x) const {
   if (!key_rows_) return copy_(destination, x);
   const Tensor rows = key_rows_->unpad(x, 0);
-  copy_(destination, destination.dim() == 4 ? split_rows(rows, destination.size(1)) : rows);
+  copy_(destination,
+        destination.dim() == 4 ? split_rows(rows, destination.size(0), destination.size(1)) : rows);
 }
 
 }  // namespace anyflash

@@ -53,7 +53,8 @@ def heading(facts: dict[str, Any]) -> str:
         lines.append(f"CPU         {_cpu(facts['cpu'])}")
     for gpu in facts["gpus"] if isinstance(facts["gpus"], list) else ():
         kind = f"sm_{gpu['sm']}" if gpu["kind"] == "cuda" else gpu["kind"]
-        lines.append(f"GPU         {gpu['name']}, {kind}, {gpu['memory_gib']:.0f} GiB")
+        memory = f", {gpu['memory_gib']:.0f} GiB" if gpu["memory_gib"] else ""  # not told: MPS
+        lines.append(f"GPU         {gpu['name']}, {kind}{memory}")
     trial = facts["trial"]
     if trial and not _failed(trial):
         results = ", ".join(f"{device} {result}" for device, result in trial.items())

@@ -135,13 +135,13 @@ def _not_understood(word: str) -> str:
 
     dtypes = [alias for aliases in DTYPES.values() for alias in aliases]
     features = [alias for aliases in FEATURE_WORDS.values() for alias in aliases]
-    rest = ["cpu", "cuda", "training", "inference", "mlp"]
+    rest = [*_DEVICES, "training", "inference", "mlp"]
     close = difflib.get_close_matches(word, [*dtypes, *features, *_GPUS, *rest], n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return (
         f'explain: "{word}" is not understood.{hint} It knows '
         f"dtypes ({', '.join(DTYPES)}), features ({', '.join(FEATURE_WORDS)}), head_dim N, "
         "head_dim N/M, devices (cpu, avx512, cuda, sm_NN, T4, A100, H100, hip, mps, xpu, ...), "
-        "training, "
-        "inference, mlp, torch N.N, backend NAME; seqlen N, batch N, heads N change nothing"
+        "training, inference, mlp, torch N.N, backend NAME; seqlen N, batch N, heads N change "
+        "nothing"
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _loader, backends
+from . import _core, _loader, backends
 from ._core import torch_version
 from ._explain_words import DTYPES, FEATURE_WORDS, parse_words
 from ._records import DEVICES, device_numbers
@@ -155,8 +155,12 @@ def explain(words: str | torch.Tensor = "", *tensors: torch.Tensor, **facts: Any
 def _differentiates(problem: dict[str, Any]) -> bool:
     """Whether a backward of this library needs the forward's log-sum-exp; elsewhere PyTorch's own
     attention is left to autograd (_operators/attention.py)."""
-    has_routes = problem["device"] in ("cpu", "cuda") and problem["order"][0] != "aten_sdpa"
-    return problem["op"] == "attention" and (has_routes or "deterministic" in problem["features"])
+    if problem["op"] != "attention" or "paged" in problem["features"]:
+        return False
+    if "deterministic" in problem["features"]:
+        return True
+    has_routes = problem["device"] in ("cpu", "cuda") and _core.library is not None
+    return has_routes and problem["order"][0] != "aten_sdpa"
 
 
 def _given(facts: dict[str, Any]) -> dict[str, Any]:

@@ -129,6 +129,51 @@ def test_any_scale(scale, causal):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("case", ["no rows", "no keys", "no sequences", "hidden", "unused storage"])
+@pytest.mark.parametrize("bias_shape", [None, (), (1, 2, 1, 1)])
+def test_where_no_row_sees_a_key_the_gradients_are_zero(case, bias_shape, layout):
+    """Zero, not missing."""
+    rows, keys = 0 if case == "no rows" else 3, 0 if case == "no keys" else 2
+    sequences = 0 if case == "no sequences" else 1
+    q = torch.randn(sequences, rows, 2, 8, requires_grad=True)
+    k, v = (torch.randn(sequences, keys, 2, 8, requires_grad=True) for _ in "kv")
+    options = {}
+    if case == "hidden":
+        options = dict(seqused_k=torch.zeros(1, dtype=torch.int32))
+    if case == "unused storage":
+        q, k, v = (x.detach().squeeze(0).requires_grad_() for x in (q, k, v))
+        cu_seqlens = torch.zeros(1, dtype=torch.int32)
+        options = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
+    leaves = [q, k, v]
+    if bias_shape is not None:
+        options["bias"] = torch.randn(bias_shape, requires_grad=True)
+        leaves.append(options["bias"])
+    out = anyflash.attention(q, k, v, **options, backend="aten_sdpa")
+    assert out.shape == q.shape and not out.any()
+    for leaf, gradient in zip(leaves, torch.autograd.grad(out.sum(), leaves)):
+        assert gradient.shape == leaf.shape and not gradient.any()
+
+
+def test_a_negative_scale_does_not_leave_the_range_of_fp16():
+    q = torch.full((1, 2, 1, 64), 200.0, dtype=torch.float16, requires_grad=True)
+    k = (torch.arange(3.0) / 1e6).half().view(1, 3, 1, 1).expand(1, 3, 1, 64)
+    v = torch.eye(3, dtype=torch.float16).view(1, 3, 1, 3)
+    out = anyflash.attention(q, k, v, softmax_scale=-100.0, backend="aten_sdpa")
+    expected = anyflash.attention(q, k, v, softmax_scale=-100.0, backend="math")
+    torch.testing.assert_close(out, expected)
+
+
+def test_dropout_trains_on_the_next_back_end():
+    """It draws its own bits; PyTorch's attention has others."""
+    q = torch.randn(1, 33, 2, 8, requires_grad=True)
+    found = []
+    for backend in ("aten_sdpa,math", "math"):
+        torch.manual_seed(0)
+        out = anyflash.attention(q, q, q, dropout_p=0.5, backend=backend)
+        found.append((out, *torch.autograd.grad(out.sum(), q)))
+    torch.testing.assert_close(*found)
+
+
 def test_other_devices_leave_training_to_pytorch(monkeypatch):
     """The way of a call on a device without routes of this library's, named by nobody."""
     from anyflash import _records
@@ -148,7 +193,10 @@ def test_other_devices_leave_training_to_pytorch(monkeypatch):
         OnMps, q, q, *[None] * 2, 0, 0, *[None] * 7, 0.0, 0.25, True, -1, -1, 0.0, False, False, 0
     )  # fmt: skip
     assert attention._may_leave_it_to_pytorch(call)
-    for named in (dict(return_lse=True), dict(deterministic=True), dict(block_table=q), dict(q=q)):
+    for named in (
+        dict(return_lse=True), dict(deterministic=True), dict(dropout_p=0.5), dict(block_table=q),
+        dict(q=q),
+    ):  # fmt: skip
         assert not attention._may_leave_it_to_pytorch(call._replace(**named)), named
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert _records.device_numbers(torch.device("cuda", 1)) == (_records.DEVICES.index("hip"), 1)

@@ -98,6 +98,62 @@ def test_pages_hold_what_seqused_says(device, held):
             torch.testing.assert_close(out[rows].double(), alone, atol=1e-5, rtol=1e-5)
 
 
+_NO_KEYS = {
+    "empty pages": ((1, 2, 4, 16), (3, 0, 2, 16), dict(block_table=[[0, 2]], seqused_k=[0])),
+    "no pages": ((1, 2, 4, 16), (0, 4, 2, 16), dict(block_table=[[0, 2]], seqused_k=[0])),
+    "no table": ((1, 2, 4, 16), (3, 4, 2, 16), dict(block_table=[[]], seqused_k=[0])),
+    "no sequences": ((3, 4, 16), (5, 2, 16), dict(cu_seqlens_q=[0], cu_seqlens_k=[0])),
+    "no rows of theirs": ((3, 4, 16), (5, 2, 16), dict(cu_seqlens_q=[0, 0], cu_seqlens_k=[0, 5])),
+    "no keys of theirs": ((3, 4, 16), (5, 2, 16), dict(cu_seqlens_q=[0, 3], cu_seqlens_k=[0, 0])),
+}
+
+
+@pytest.mark.parametrize("bounds", ["tight", "generous"])
+@pytest.mark.parametrize("case", _NO_KEYS)
+def test_storage_of_no_keys(device, case, bounds):
+    query, key, lengths = _NO_KEYS[case]
+    options = {name: _ints(values, device) for name, values in lengths.items()}
+    if "cu_seqlens_q" in options:
+        longest = {"q": lengths["cu_seqlens_q"][-1], "k": lengths["cu_seqlens_k"][-1]}
+        more = 0 if bounds == "tight" else 7
+        options.update({f"max_seqlen_{x}": n + more for x, n in longest.items()})
+    for route in _routes(device):
+        leaves = [torch.randn(n, device=device, requires_grad=True) for n in (query, key, key)]
+        out = anyflash.attention(*leaves, **options, backend=route)
+        assert out.shape == leaves[0].shape and not out.any(), route
+        if "block_table" not in options:
+            for gradient in torch.autograd.grad(out.sum(), leaves):
+                assert not gradient.any(), route
+
+
+def test_strides_of_nothing_do_not_matter(device):
+    """contiguous() leaves them as they are."""
+    q = torch.empty(0, 8, 2, device=device).transpose(1, 2)
+    k = torch.empty(1, 0, 2, 16, device=device)[..., ::2]
+    none = _ints([0], device)
+    for route in _routes(device):
+        out = anyflash.attention(q, q, q, cu_seqlens_q=none, cu_seqlens_k=none, backend=route)
+        assert out.shape == q.shape, route
+        out = anyflash.attention(torch.ones(1, 3, 2, 8, device=device), k, k, backend=route)
+        assert not out.any(), route
+
+
+@pytest.mark.parametrize("name", ["aten_flash", "aten_efficient", "aten_cudnn"])
+@pytest.mark.parametrize("rows, keys, starts", [(3, 0, None), (0, 3, None), (3, 3, [0])])
+def test_empty_problems_never_reach_the_routines_of_gpus(name, rows, keys, starts):
+    """They refuse them, or take a grid of no blocks for an error."""
+    from anyflash._python_ops.arguments import AttentionArgs
+    from anyflash._python_ops.attention import ROUTES as modules
+
+    q, k = (torch.ones(*(() if starts else (1,)), n, 2, 8) for n in (rows, keys))
+    cu_seqlens = None if starts is None else _ints(starts, "cpu")
+    args = AttentionArgs(
+        q, k, k, cu_seqlens, cu_seqlens, rows, keys, *[None] * 7, 0.0, 1.0, -1, -1, 0.0, True
+    )  # fmt: skip
+    out, lse = modules[name].forward(args)
+    assert not out.any() and not lse.isfinite().any()
+
+
 def test_padded_storage_of_gappy_keys():
     """What a GPU computes, whose lengths are not read: the gathering of the Python operators."""
     from anyflash._python_ops import padded

@@ -42,6 +42,9 @@ for case in CORRECTNESS:
     for name, x in found.items():
         assert_close(x, expected.exact[name], expected.low[name], f"{case.name} {name}")
 assert by_pytorch > 10, by_pytorch
+q = torch.randn(1, 9, 2, 8, requires_grad=True)
+anyflash.attention(q, q, q, dropout_p=0.5).sum().backward()  # draws its bits
+assert q.grad.isfinite().all()
 print(len(CORRECTNESS), anyflash.decide({"device": "cpu", "dtype": "fp32"})["route"])
 """
 
@@ -63,13 +66,32 @@ calls = {
     ),
     "seqused_k": lambda: anyflash.attention(dense, dense, dense, seqused_k=ints(9)),
     "strict": lambda: anyflash.attention(dense, dense, dense, backend="kernel"),
+    "batch": lambda: anyflash.attention(torch.cat([dense, dense]), dense, dense),
+    "batch of lengths": lambda: anyflash.attention(*[dense.expand(2, -1, -1, -1)] * 3,
+                                                   seqused_k=ints(1)),
+    "leftpad_k": lambda: anyflash.attention(dense, dense, dense, leftpad_k=ints(-1)),
+    "bias, too many keys": lambda: anyflash.attention(dense, dense, dense,
+                                                      bias=torch.zeros(4, 5)),
+    "bias, too many rows": lambda: anyflash.attention(dense, dense, dense,
+                                                      bias=torch.zeros(5, 4)),
+    "bias, too many sequences": lambda: anyflash.attention(dense, dense, dense,
+                                                           bias=torch.zeros(2, 1, 4, 4)),
+    "softmax_scale": lambda: anyflash.attention(dense, dense, dense, softmax_scale=float("nan")),
+    "sinks": lambda: anyflash.attention(dense, dense, dense, sinks=torch.zeros(1)),
+    "alibi_slopes": lambda: anyflash.attention(dense, dense, dense, alibi_slopes=torch.zeros(1)),
+    "block_table": lambda: anyflash.attention(
+        dense.expand(2, -1, -1, -1), dense, dense, block_table=ints(0, 0).view(1, 2),
+        seqused_k=ints(4, 4),
+    ),
 }
+computed = []
 for name, call in calls.items():
     try:
         call()
     except RuntimeError:
         continue
-    raise SystemExit(f"{name} was computed")
+    computed.append(name)
+assert not computed, computed
 print("refused", len(calls))
 """
 
@@ -98,6 +120,29 @@ def test_every_case_as_plain_operators(package):
     count, route = _run(package, RUN).split()
     assert int(count) > 20
     assert route == "aten_sdpa"
+
+
+EXPLAIN = """
+import torch, anyflash
+from anyflash import _core, explain
+
+assert _core.library is None
+q = torch.ones(1, 3, 2, 8, requires_grad=True)
+for options in ({}, dict(causal=True), dict(softcap=1.0), dict(return_lse=True)):
+    out = anyflash.attention(q, q, q, **options)
+    is_ours = "AttentionFunction" in type(out[0].grad_fn if options.get("return_lse") else
+                                          out.grad_fn).__name__
+    forward, backward = explain(q, q, q, **options).decisions
+    assert forward["route"] == backward["route"] == ("math" if is_ours else "aten_sdpa"), options
+forward, _ = explain("softcap lse training").decisions
+assert dict(forward["reasons"])["aten_sdpa"] == "does not support softcap, lse", forward
+assert [name for name, _ in explain("fp32").decisions[0]["reasons"]] == ["kernel"]
+assert [name for name, _ in explain("mlp").decisions[0]["reasons"]] == ["kernel"]
+"""
+
+
+def test_what_is_explained_is_what_runs(package):
+    _run(package, EXPLAIN)
 
 
 def test_what_does_not_fit_is_refused(package):

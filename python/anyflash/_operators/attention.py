@@ -258,11 +258,13 @@ _asked = asked_gradients(AttentionCall._fields)
 _places = places_of_gradients(AttentionCall._fields)
 
 
-_RETURN_LSE = AttentionCall._fields.index("return_lse")
+_RETURN_LSE, _BLOCK_TABLE = map(AttentionCall._fields.index, ("return_lse", "block_table"))
 
 
 def _with_lse(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The call for a forward whose backward needs the log-sum-exp."""
+    """The call for a forward whose backward needs the log-sum-exp; over pages there is none."""
+    if arguments[_BLOCK_TABLE] is not None:
+        return arguments
     return (*arguments[:_RETURN_LSE], True, *arguments[_RETURN_LSE + 1 :])
 
 
@@ -299,8 +301,11 @@ DIFFERENTIABLE = {"_flash_attn_forward": apply_attention}
 
 def _has_known_name(call: AttentionCall) -> bool:
     """Whether the call is to go by the original library's operators: they can say it, and trainers
-    may look at it. What is written to a file has operators that C++ programs have too."""
+    may look at it. What is written to a file has operators that C++ programs have too. Inference
+    need not pay for the log-sum-exp, which those always return."""
     if is_exporting() or torch._C._get_tracing_state() is not None:
+        return False
+    if not (call.return_lse or _records_call(call)):
         return False
     if call.cu_seqlens_q is None and not (
         call.seqused_k is None and call.leftpad_k is None and call.block_table is None
@@ -356,12 +361,16 @@ def _by_pytorch(call: AttentionCall) -> Tensor | None:
     return differentiable(AttentionArgs(**given), causal, backend)
 
 
+def _records_call(call: AttentionCall) -> bool:
+    return needs_autograd(call.q, call.k, call.v, call.bias, call.sinks, call.alibi_slopes)
+
+
 def attend(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     """(out, softmax_lse, rng_state) of a public function's call; the last two are empty where
     PyTorch's own attention is recorded."""
     if is_seen():
         return _by_known_name(call) if _has_known_name(call) else _forward(*call)
-    if needs_autograd(call.q, call.k, call.v, call.bias, call.sinks, call.alibi_slopes):
+    if _records_call(call):
         if _may_leave_it_to_pytorch(call):
             out = _by_pytorch(call)
             if out is not None:

@@ -51,6 +51,11 @@ class AttentionArgs:
         return self.cu_seqlens_q is not None
 
     @property
+    def empty(self) -> bool:
+        """Whether there is no score to compute."""
+        return 0 in (self.batch, self.max_seqlen_k, self.q.numel(), self.k.numel())
+
+    @property
     def paged(self) -> bool:
         return self.block_table is not None
 

@@ -12,7 +12,7 @@ from .results import empty_results, promised_gradients
 
 def _is_for_math(args: AttentionArgs) -> bool:
     """Nothing to compute, or a scale that does not keep the order of the scores."""
-    return args.k.shape[1] == 0 or args.q.numel() == 0 or args.softmax_scale <= 0
+    return args.empty or args.softmax_scale <= 0
 
 
 def forward(args: AttentionArgs) -> tuple[Tensor, Tensor]:

@@ -85,8 +85,7 @@ def _is_beyond_first_generation(args: AttentionArgs) -> bool:
 def _is_for_math(args: AttentionArgs) -> bool:
     """Nothing to compute, a scale that does not keep the order of the scores, a bias beside packed
     sequences, or what the kernels get wrong."""
-    nothing = args.max_seqlen_k == 0 or args.q.numel() == 0 or args.k.numel() == 0
-    if nothing or args.softmax_scale <= 0 or (args.packed and args.bias is not None):
+    if args.empty or args.softmax_scale <= 0 or (args.packed and args.bias is not None):
         return True
     if _has_causal_mask(args) and not _is_mask_right(args):
         return True

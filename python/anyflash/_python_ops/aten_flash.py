@@ -23,8 +23,9 @@ def _one_sided(args: AttentionArgs) -> bool:
 
 
 def _is_for_math(args: AttentionArgs) -> bool:
-    """This attention looks for the largest score before it scales: the scale must be positive."""
-    return _one_sided(args) or args.softmax_scale <= 0
+    """This attention looks for the largest score before it scales: the scale must be positive. And
+    it refuses empty problems."""
+    return _one_sided(args) or args.empty or args.softmax_scale <= 0
 
 
 def _options(args: AttentionArgs) -> dict[str, Any]:

@@ -38,13 +38,13 @@ def _call(
     dtype, group = _compute_dtype(args), args.heads // args.heads_k
     if group > 1:
         k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
     scale, default = args.softmax_scale, args.head_dim**-0.5
     named: dict[str, Any] = {}
     if scale > 0 and scale != default and _core.torch_version() >= 201:
         named["scale"] = scale
     elif scale != default:  # negative ones too: -inf of a mask comes before the scale
         q = q * (scale / default)
-    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
     return scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, **named).transpose(1, 2)
 
 

@@ -92,8 +92,7 @@ def run_forward(
 
 
 def differentiable(args: AttentionArgs, causal: bool, backend: int) -> Tensor | None:
-    """out as PyTorch's own attention, which autograd records; None where the route is another, or
-    nothing was to be recorded, since no sequence has keys.
+    """out as PyTorch's own attention, which autograd records; None where the route is another.
 
     Raises:
         RuntimeError: what cannot be computed, or no back end of the order can.
@@ -108,7 +107,13 @@ def differentiable(args: AttentionArgs, causal: bool, backend: int) -> Tensor | 
         return None
     with WithoutAutocast():
         out = aten_sdpa.attend(args)
-    return out if out.requires_grad else None
+    return out if out.requires_grad else _with_zero_gradients(out, args)
+
+
+def _with_zero_gradients(out: Tensor, args: AttentionArgs) -> Tensor:
+    """out of rows that see no key, which no operator has computed from the inputs."""
+    inputs = (args.q, args.k, args.v, args.bias)
+    return out + sum(x.flatten()[:0].sum() for x in inputs if x is not None and x.requires_grad)
 
 
 def _flash_attn_forward(

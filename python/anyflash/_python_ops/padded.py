@@ -91,13 +91,20 @@ def _key_rows(args: AttentionArgs, total: int) -> RowMap | None:
     return RowMap(total, bounds, first, length, args.longest_k)
 
 
+def _from_pages(cache: Tensor, table: Tensor) -> Tensor:
+    """(batch, max_blocks * page_size, heads_k, ...). A table entry beyond the used length may be
+    anything: clamped, its rows are unused."""
+    if cache.shape[0] == 0:
+        return cache.new_zeros((table.shape[0], table.shape[1] * cache.shape[1], *cache.shape[2:]))
+    return cache[table.long().clamp(0, cache.shape[0] - 1)].flatten(1, 2)
+
+
 def padded_batch(args: AttentionArgs, slopes: Tensor | None, bias: Tensor | None) -> PaddedBatch:
     """The whole problem, without reading a length. slopes (batch or 1, heads); bias of four
     dimensions."""
     q, k, v = args.q, args.k, args.v
     if args.block_table is not None:
-        table = args.block_table.long().clamp(0, max(k.shape[0] - 1, 0))
-        k, v = k[table].flatten(1, 2), v[table].flatten(1, 2)
+        k, v = (_from_pages(x, args.block_table) for x in (k, v))
     rows = None
     if args.cu_seqlens_q is not None:
         bounds = args.cu_seqlens_q.long()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,10 +62,17 @@ def decide(problem: dict[str, Any]) -> dict[str, Any]:
     names = backends.parse_order(given) if isinstance(given, str) else tuple(given)
     row = next(e.fields for e in _defs.entries("routes") if e.fields[0] == "aten_sdpa")
     known = _defs.features(row[9] if problem.get("direction") == "backward" else row[8])
-    fits_sdpa = known >= {*problem.get("features", ())}
-    route = _route(str(problem.get("op", "attention")), names, fits_sdpa)
-    passed = names[: names.index(route)] if route in names else names
-    reasons = [(name, obstacle()) for name in passed if name == "kernel" or route != "aten_sdpa"]
+    lacks = [name for name in problem.get("features", ()) if name not in known]
+    op = str(problem.get("op", "attention"))
+    route = _route(op, names, not lacks)
+    reasons: list[tuple[str, str]] = []
+    for name in names:
+        if name == route or (name == "sdpa" and route == "aten_sdpa"):
+            break
+        if name in ("sdpa", "aten_sdpa") and op == "attention":
+            reasons.append(("aten_sdpa", f"does not support {', '.join(lacks)}"))
+        elif name == "kernel" or op == "attention":
+            reasons.append((name, obstacle()))
     return {"route": route, "instance": None, "measured": None, "reasons": reasons}
 
 
@@ -104,6 +112,33 @@ def check_fused_mlp(
     _check_bias(x, others.get("bias2"), weight2.shape[0])
 
 
+def _check_shapes(args: AttentionArgs) -> None:
+    """Shapes that broadcasting and slices would make fit."""
+    batch, heads = args.batch, args.heads
+    if not args.packed and not args.paged:
+        check(args.k.shape[0] == batch, f"k: expected batch {batch}, got {shape_text(args.k)}")
+    expected = {
+        "cu_seqlens_k": batch + 1, "seqused_k": batch, "leftpad_k": batch, "sinks": heads,
+    }  # fmt: skip
+    for name, size in expected.items():
+        x = getattr(args, name)
+        if x is not None:
+            check(x.shape == (size,), f"{name}: expected ({size},), got {shape_text(x)}")
+    table, slopes, bias = args.block_table, args.alibi_slopes, args.bias
+    if table is not None:
+        fits = table.dim() == 2 and table.shape[0] == batch
+        check(fits, f"block_table: expected ({batch}, blocks), got {shape_text(table)}")
+    if slopes is not None:
+        fits = slopes.shape in ((heads,), (batch, heads))
+        wanted = f"({heads},) or ({batch}, {heads})"
+        check(fits, f"alibi_slopes: expected {wanted}, got {shape_text(slopes)}")
+    if bias is not None:
+        full = (batch, heads, args.max_seqlen_q, args.max_seqlen_k)
+        sizes = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+        fits = len(sizes) == 4 and all(n in (1, size) for n, size in zip(sizes, full))
+        check(fits, f"bias: expected a shape that broadcasts to {full}, got {shape_text(bias)}")
+
+
 def _check_lengths(args: AttentionArgs) -> None:
     """Lengths on the CPU that slices would shorten without a word."""
     starts = (
@@ -123,6 +158,10 @@ def _check_lengths(args: AttentionArgs) -> None:
     if used is not None and used.device.type == "cpu":
         most = max(used.tolist(), default=0)
         check(most <= args.max_seqlen_k, f"seqused_k: at most {args.max_seqlen_k}, got {most}")
+    pads = args.leftpad_k
+    if pads is not None and pads.device.type == "cpu":
+        least = min(pads.tolist(), default=0)
+        check(least >= 0, f"leftpad_k: expected 0 or more, got {least}")
 
 
 def prepare(args: AttentionArgs, grad: BackwardArgs | None, causal: bool, backend: int) -> str:
@@ -143,7 +182,10 @@ def prepare(args: AttentionArgs, grad: BackwardArgs | None, causal: bool, backen
     check(fits, f"k: expected heads that divide q's and its head_dim, got {shapes}")
     is_drawn = not args.dropout_p > 0.0 or args.rng_state is not None
     check(is_drawn, f"rng_state: missing, dropout_p is {args.dropout_p}")
+    scale = args.softmax_scale
+    check(math.isfinite(scale), f"softmax_scale: expected a finite number, got {scale}")
     args.normalise(causal)
+    _check_shapes(args)
     _check_lengths(args)
     is_plain = args.softcap == 0.0 and args.dropout_p == 0.0 and not args.return_lse
     is_plain = is_plain and args.alibi_slopes is None and args.sinks is None
