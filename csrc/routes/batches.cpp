@@ -6,7 +6,6 @@
 #include "attention/results.h"
 #include "routes/padded.h"
 #include "routes/philox.h"
-#include "routes/runs.h"
 
 namespace anyflash {
 
@@ -21,12 +20,7 @@ ForwardResult forward_by_sequence(const AttentionArgs& args, const ForwardBatch&
   const Tensor lse = new_lse(args);
   clear_unowned_rows(args, out, lse);
   for (const Run& run : split_runs(args)) {
-    const DenseBatch batch{run.sequence,
-                           query_rows(args, run, args.q),
-                           key_rows(args, run, args.k),
-                           key_rows(args, run, args.v),
-                           std::nullopt,
-                           std::nullopt};
+    const DenseBatch batch = dense_batch(args, run);
     forward(args, batch, query_rows(args, run, out), lse_rows(args, run, lse));
   }
   return {out, lse};
@@ -58,6 +52,15 @@ ForwardResult forward_padded(const AttentionArgs& args, const ForwardBatch& forw
 }
 
 }  // namespace
+
+DenseBatch dense_batch(const AttentionArgs& args, const Run& run) {
+  return {run.sequence,
+          query_rows(args, run, args.q),
+          key_rows(args, run, args.k),
+          key_rows(args, run, args.v),
+          std::nullopt,
+          std::nullopt};
+}
 
 ForwardResult forward_in_batches(const AttentionArgs& args, const ForwardBatch& forward) {
   return args.q.is_cpu() ? forward_by_sequence(args, forward) : forward_padded(args, forward);

@@ -6,6 +6,7 @@
 
 #include "attention/arguments.h"
 #include "routes/dense_mask.h"
+#include "routes/runs.h"
 
 namespace anyflash {
 
@@ -13,6 +14,9 @@ namespace anyflash {
 // to no sequence may hold anything.
 using ForwardBatch = std::function<void(const AttentionArgs& args, const DenseBatch& batch,
                                         const Tensor& out, const Tensor& lse)>;
+
+// A run, whose lengths are plain numbers, as a batch.
+DenseBatch dense_batch(const AttentionArgs& args, const Run& run);
 
 // out and lse of a problem, batch by batch.
 ForwardResult forward_in_batches(const AttentionArgs& args, const ForwardBatch& forward);

@@ -61,12 +61,7 @@ Gradients backward_by_sequence(const AttentionArgs& args, const BackwardArgs& gr
   const Tensor dq = zeros_like(args.q), dk = zeros_like(args.k), dv = zeros_like(args.v);
   for (const Run& run : split_runs(args)) {
     if (run.k.length == 0) continue;
-    const DenseBatch batch{run.sequence,
-                           query_rows(args, run, args.q),
-                           key_rows(args, run, args.k),
-                           key_rows(args, run, args.v),
-                           std::nullopt,
-                           std::nullopt};
+    const DenseBatch batch = dense_batch(args, run);
     OptionalTensor dlse;
     if (grad.dlse) dlse = lse_rows(args, run, *grad.dlse);
     backward_dense(args, batch,

@@ -25,6 +25,14 @@ _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 _BACKWARD = f"{_FORWARD}_backward"
 _KERNEL_ALONE = backends.CODES["kernel"]  # as an order: what _runs_on_kernel answered for
 
+#: What both directions of a dense call say alike.
+_DENSE: dict[str, Any] = {
+    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k")),
+    **dict.fromkeys(("alibi_slopes", "sinks", "rng_state")),
+    **{"max_seqlen_q": 0, "max_seqlen_k": 0, "dropout_p": 0.0, "causal": False},
+    **{"window_size_left": -1, "softcap": 0.0, "deterministic": False, "backend": _KERNEL_ALONE},
+}
+
 _lock = threading.Lock()
 _holders = 0  # accelerations that are not closed
 _overrides: _Overrides | None = None
@@ -208,29 +216,15 @@ def _forward(
     if right is None:
         return builtin(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
     call = AttentionCall(
+        **_DENSE,
         q=query.transpose(1, 2),
         k=key.transpose(1, 2),
         v=value.transpose(1, 2),
-        cu_seqlens_q=None,
-        cu_seqlens_k=None,
-        max_seqlen_q=0,
-        max_seqlen_k=0,
-        seqused_k=None,
-        leftpad_k=None,
         block_table=None,
-        alibi_slopes=None,
         bias=attn_mask,
-        sinks=None,
-        rng_state=None,
-        dropout_p=0.0,
         softmax_scale=_scale(query, scale),
-        causal=False,
-        window_size_left=-1,
         window_size_right=right,
-        softcap=0.0,
-        deterministic=False,
         return_lse=True,  # whoever calls below autograd may differentiate by hand
-        backend=_KERNEL_ALONE,
     )
     out, lse, _ = torch.ops.anyflash._flash_attn_forward.default(*call)
     return _in_layout_of(query, out.transpose(1, 2)), _as_aten_lse(lse, attn_mask is not None)
@@ -255,6 +249,7 @@ def _backward(
         tensors = (grad_out, query, key, value, out, logsumexp)
         return builtin(*tensors, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
     call = BackwardCall(
+        **_DENSE,
         dout=grad_out.transpose(1, 2),
         q=query.transpose(1, 2),
         k=key.transpose(1, 2),
@@ -262,26 +257,11 @@ def _backward(
         out=out.transpose(1, 2),
         softmax_lse=logsumexp,
         dsoftmax_lse=None,
-        cu_seqlens_q=None,
-        cu_seqlens_k=None,
-        max_seqlen_q=0,
-        max_seqlen_k=0,
-        seqused_k=None,
-        leftpad_k=None,
-        alibi_slopes=None,
         bias=attn_mask,
-        sinks=None,
-        rng_state=None,
-        dropout_p=0.0,
         softmax_scale=_scale(query, scale),
-        causal=False,
-        window_size_left=-1,
         window_size_right=right,
-        softcap=0.0,
-        deterministic=False,
         bias_requires_grad=False,
         sinks_requires_grad=False,
-        backend=_KERNEL_ALONE,
     )
     gradients = torch.ops.anyflash._flash_attn_backward.default(*call)[:3]
     # PyTorch's are rows of all heads whatever the layout of q, and torch.compile relies on it.

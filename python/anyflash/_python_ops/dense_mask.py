@@ -3,6 +3,7 @@ sync."""
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,7 +19,7 @@ _SCORE_BYTES = 64 << 20  # of one chunk
 
 
 @dataclass
-class DenseBatch:
+class DenseBatch(abc.ABC):
     """Some sequences of a problem, padded where their lengths differ: q (batch, seqlen_q, heads,
     head_dim), k and v (batch, seqlen_k, heads_k, ...).
 
@@ -47,25 +48,25 @@ class DenseBatch:
     def seqlen_k(self) -> int:
         return self.k.shape[1]
 
+    @abc.abstractmethod
     def rows(self, tensor: Tensor) -> Tensor:
         """Of a tensor of out's shape, this batch's rows: (batch, seqlen_q, heads, head_dim_v)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def stats(self, tensor: Tensor) -> Tensor:
         """Of a tensor of lse's shape, this batch's entries: (batch, heads, seqlen_q)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def put_rows(self, target: Tensor, value: Tensor) -> None:
         """Writes what rows() reads."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def put_stats(self, target: Tensor, value: Tensor) -> None:
         """Writes what stats() reads."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def put_keys(self, target: Tensor, value: Tensor) -> None:
         """Writes (batch, seqlen_k, heads_k, ...) into a tensor of k's or v's shape."""
-        raise NotImplementedError
 
 
 class Chunk(NamedTuple):
