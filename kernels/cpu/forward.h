@@ -153,20 +153,24 @@ ANYFLASH_INLINE void as_rows(const float* out, int columns, int vectors, float* 
             reinterpret_cast<Word*>(staging), round_up(columns, kLanes));
 }
 
-// The reference of the sums is a product, rounded: far from 0 that is more than a sink or another
-// part of the keys may overlook.
+// What brings a lane's sums to the true largest score: their reference is a product, rounded, and
+// far from 0 that is more than a sink or another part of the keys may overlook.
+ANYFLASH_INLINE Float growth_to_max(const AttentionParams& p, Float max) {
+  const Exponents exponents = Exponents::of(max, exponent_scale(p));
+  const Float rounding =
+      multiply_add(finite_reference(max), exponents.factor, -exponents.reference);
+  const Int matters = maximum(rounding, -rounding) > broadcast(0x1p-12f);
+  return select(matters, exp2<6>(-rounding), broadcast(1.0f));
+}
+
 static __attribute__((noinline)) void refer_to_max(const AttentionParams& p, const Panel& panel) {
   for (int lane = 0; lane < panel.lanes.vectors * kLanes; lane += kLanes) {
-    const Float max = load(panel.max + lane);
-    const Exponents exponents = Exponents::of(max, exponent_scale(p));
-    const Float rounding =
-        multiply_add(finite_reference(max), exponents.factor, -exponents.reference);
-    if (!(largest_lane(maximum(rounding, -rounding)) > 0x1p-12f)) continue;
-    const Float grown = exp2<6>(-rounding);
-    store(panel.sum + lane, load(panel.sum + lane) * grown);
+    const Float growth = growth_to_max(p, load(panel.max + lane));
+    if (largest_lane(maximum(growth - 1.0f, 1.0f - growth)) == 0) continue;
+    store(panel.sum + lane, load(panel.sum + lane) * growth);
     for (int column = 0; column < p.head_dim_v; ++column) {
       float* at = panel.out + column * kPanel + lane;
-      store(at, load(at) * grown);
+      store(at, load(at) * growth);
     }
   }
 }
