@@ -10,11 +10,11 @@ namespace {
 
 // What costs as much as multiplying with so many rows (measured): to convert a key for an item of
 // `forward`, to read it in `decode`.
-constexpr int64_t kConversion = 20;
+constexpr int64_t kConversion = 12;
 constexpr int64_t kReading = 16;
 
 // Where reading is the work, cuts are cheap, and a share may be so much smaller.
-constexpr int64_t kReaders = 8;
+constexpr int64_t kReaders = 16;
 
 // Multiplications that a float of a part costs: it is written, read and weighted.
 constexpr int64_t kPart = 48;
@@ -22,6 +22,7 @@ constexpr int64_t kPart = 48;
 // What cuts may cost, as a part of the work: those with few threads pay it for nothing.
 constexpr double kCutsCost = 0.05;
 
+constexpr int64_t kFewRows = 64;        // of an item, so that reading is the work
 constexpr int64_t kSplitKeys = 256;     // at least, per item of `forward`
 constexpr int64_t kDecodeKeys = 16;     // at least, per item of `decode`
 constexpr int64_t kCombinedParts = 16;  // of rows, about, per combination
@@ -45,7 +46,7 @@ ForwardWork::ForwardWork(const ForwardKernels& kernels, const AttentionParams& p
   int64_t work = 0, worth = 0;
   for (const Block& block : all) {
     const int64_t own = cost(block.item, block.decode);
-    const bool reads = block.decode || block.rows() <= kernels_.item_rows / 2;
+    const bool reads = block.decode || block.rows() <= kFewRows;
     work += own;
     worth += reads ? own * kReaders : own;
     multiplications_ +=
@@ -58,18 +59,22 @@ ForwardWork::ForwardWork(const ForwardKernels& kernels, const AttentionParams& p
   if (threads == 1) return;
   double best = busy_part(costs(), threads);
   int64_t best_most = work, last = work;
-  for (int64_t parts = 2; parts <= 4 * threads && best < kBusyEnough; parts *= 2) {
+  const auto try_parts = [&](int64_t parts) {
     cut(all, last = work / parts);
     const std::vector<int64_t> finer = costs();
     const double spent = std::accumulate(finer.begin(), finer.end(), 0.0) +
                          static_cast<double>(workspace_floats_ * kPart);
+    if (spent > (1 + kCutsCost) * static_cast<double>(work)) return false;
     const double busy = busy_part(finer, threads) * static_cast<double>(work) / spent;
-    if (spent > (1 + kCutsCost) * static_cast<double>(work)) break;
     if (busy > best) {
       best = busy;
       best_most = last;
     }
-  }
+    return best < kBusyEnough;
+  };
+  int64_t parts = 2;
+  while (best < kBusyEnough && parts <= 4 * threads && try_parts(parts)) parts *= 2;
+  if (best < kBusyEnough) try_parts(3 * threads / 2);
   if (best_most != last) cut(all, best_most);
 }
 
@@ -128,22 +133,20 @@ void ForwardWork::cut(const std::vector<Block>& blocks, int64_t most) {
       add(block, std::min(parts, std::max<int64_t>(1, block.keys() / kDecodeKeys)));
       continue;
     }
-    const int64_t most_splits = std::max<int64_t>(1, block.keys() / kSplitKeys);
+    // Rows first: halves of them read the keys twice, parts of the keys have to be combined.
     const int64_t half = kernels_.item_rows / 2;
-    if (parts == 1 || block.rows() <= half) {
-      add(block, std::min(parts, most_splits));
-      continue;
-    }
-    // Rows first: two halves read the keys twice, parts of the keys have to be combined.
-    Block upper = block, lower = block;
-    upper.item.row_end = lower.item.row_begin = block.item.row_begin + half;
-    for (Block* piece : {&upper, &lower}) {
-      const Sequence sequence(*plan_.params, block.item.sequence);
-      const TileRange<int64_t> keys =
-          plan_.rows.keys(sequence.mask, piece->item.row_begin, piece->item.row_end);
-      piece->item.key_begin = keys.begin;
-      piece->item.key_end = keys.end;
-      add(*piece, std::min(ceil_div(parts, 2), most_splits));
+    const int64_t pieces = parts > 1 && block.rows() > half ? 2 : 1;
+    const int64_t step = pieces == 2 ? half : kernels_.item_rows;
+    const Sequence sequence(*plan_.params, block.item.sequence);
+    for (int64_t row = block.item.row_begin; row < block.item.row_end; row += step) {
+      Block piece = block;
+      piece.item.row_begin = row;
+      piece.item.row_end = std::min(block.item.row_end, row + step);
+      const TileRange<int64_t> keys = plan_.rows.keys(sequence.mask, row, piece.item.row_end);
+      piece.item.key_begin = keys.begin;
+      piece.item.key_end = keys.end;
+      const int64_t most_splits = std::max<int64_t>(1, piece.keys() / kSplitKeys);
+      add(piece, std::min(ceil_div(parts, pieces), most_splits));
     }
   }
   const auto longer = [](const Work& a, const Work& b) { return a.cost > b.cost; };

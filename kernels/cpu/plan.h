@@ -15,7 +15,7 @@ constexpr int64_t kWorthAThread = 1 << 18;
 
 // Plans are cut for as many threads as get a share of so many multiplications (most of a
 // millisecond) and for this many at most. Finer cuts would slow those with few threads.
-constexpr int64_t kShare = 256 * kWorthAThread;
+constexpr int64_t kShare = 512 * kWorthAThread;
 constexpr int64_t kManyThreads = 128;
 
 // A plan that keeps its threads this busy is cut no finer.
