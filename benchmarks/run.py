@@ -18,6 +18,7 @@ import traceback
 TOPICS = (
     "attention",
     "sdpa",
+    "memory",
     "rotary",
     "norm",
     "cross_entropy",
