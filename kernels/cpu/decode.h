@@ -365,9 +365,11 @@ ANYFLASH_INLINE void decode_rows(const ForwardPlan& plan, const Item& item, char
   T* zeros = scratch.take<T>(columns);
   memset(zeros, 0, sizeof(T) * static_cast<size_t>(columns));
   Panel* panels = scratch.take<Panel>(num_panels);
-  memset(q, 0, sizeof(Query) * static_cast<size_t>(lanes) * head_dim);
+  if (item.row_end < kRows) memset(q, 0, sizeof(Query) * static_cast<size_t>(lanes) * head_dim);
   memset(out, 0, sizeof(float) * static_cast<size_t>(lanes) * columns);
-  memset(tiles, 0, sizeof(float) * static_cast<size_t>(num_panels) * kDecodeBlock * kPanel);
+  if (lanes % kLanes != 0) {  // lanes without a row are computed as well
+    memset(tiles, 0, sizeof(float) * static_cast<size_t>(num_panels) * kDecodeBlock * kPanel);
+  }
   for (int i = 0; i < num_panels; ++i) {
     describe_decode_lanes(plan, item, sequence, kRows, i * kPanel, panels[i].lanes);
     panels[i].max = scratch.take<float>(kPanel);
