@@ -23,7 +23,9 @@ from typing import Any
 from benchmarks.peers_engines import ENGINES
 from benchmarks.peers_measure import DTYPES
 from benchmarks.peers_table import Cell, combine, draw, markdown
-from benchmarks.run import CHECKOUT, write_page
+from benchmarks.run import CHECKOUT, processor, write_page
+
+from anyflash import _core
 
 PINS = CHECKOUT / "benchmarks/peers.txt"
 FOLDER = CHECKOUT / "out/peers"
@@ -61,7 +63,7 @@ def compile_peak() -> list[str]:
 
 def measure(engine: str, threads: int, options: list[str]) -> dict[str, Any]:
     """The rows of one process as they come, and what there is to say about it."""
-    part: dict[str, Any] = {"rows": [], "remarks": [], "version": None, "machine": None}
+    part: dict[str, Any] = {"rows": [], "remarks": [], "versions": []}
     command = [str(PYTHON), "-m", "benchmarks.peers_measure", engine, "--threads", str(threads)]
     ours = ("ANYFLASH_", "PYTHON", "VIRTUAL_ENV")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
@@ -78,7 +80,7 @@ def measure(engine: str, threads: int, options: list[str]) -> dict[str, Any]:
         timer.start()
         for line in process.stdout or ():
             record = json.loads(line)
-            if "version" in record:
+            if "versions" in record:
                 part |= record
             elif "refused" in record:
                 part["remarks"].append(f"{engine}, {record['dtype']}: {record['refused']}")
@@ -149,8 +151,8 @@ def measure_all(small: bool) -> dict[str, Any]:
     shutil.rmtree(FOLDER / "parts")
     remarks += [remark for part in parts for remark in part["remarks"]]
     return {
-        "machine": parts[-1]["machine"],
-        "versions": list(dict.fromkeys(part["version"] for part in parts if part["version"])),
+        "machine": f"{processor()} ({_core.cpu_isa()}), {counts[-1]} cores",
+        "versions": sorted({version for part in parts for version in part["versions"]}),
         "remarks": list(dict.fromkeys(remarks)),
         "rows": [row for part in parts for row in part["rows"]],
     }

@@ -2,8 +2,8 @@
 
 python -m benchmarks.peers_measure ENGINE --threads N [--peak LIBRARY] [--dtypes ...] [--small]
 
-Writes a JSON object a line: first what was measured with, then one for every cell, or for every
-dtype that the engine refuses.
+Writes a JSON object a line: first the versions, then one for every cell, or for every dtype that
+the engine refuses.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import torch
 from benchmarks.measure import interleaved
 from benchmarks.peers_engines import ENGINES, Call, Engine, Sdpa
 from benchmarks.peers_table import Cell
-from benchmarks.run import machine
 from torch import Tensor
 
 import anyflash
@@ -39,7 +38,7 @@ DECODE_HEADS = ((32, 32), (32, 8))
 DECODE = ((1, 4096), (1, 32768), (8, 4096), (16, 1024))  # batch, keys
 
 PAUSE = 3e-3  # seconds, for threads that spin after a call
-SECONDS, ROUNDS = 0.15, 3  # for a cell at the least
+SECONDS, ROUNDS = 0.25, 3  # for a cell at the least
 MULTIPLY_ADDS = 1_000_000  # steps of peak.cpp: some milliseconds
 
 
@@ -167,7 +166,7 @@ def main() -> None:
     engines: dict[str, Engine] = {"sdpa": Sdpa(options.threads)}
     if options.engine not in engines:
         engines[options.engine] = ENGINES[options.engine](options.threads)
-    write({"version": engines[options.engine].version(), "machine": machine()})
+    write({"versions": [engine.version() for engine in engines.values()]})
     limits = Limits(options.peak, options.threads)
     with torch.inference_mode():
         for dtype in options.dtypes:

@@ -56,10 +56,8 @@ def measure(topics: list[str], out: pathlib.Path) -> int:
     return 1 if failed else 0
 
 
-def machine() -> str:
-    """Processor, cores and torch in one line."""
-    import torch
-
+def processor() -> str:
+    """Its name, where the system tells one."""
     model = platform.processor() or platform.machine()
     info = pathlib.Path("/proc/cpuinfo")
     if info.is_file():
@@ -69,7 +67,14 @@ def machine() -> str:
             if line.startswith("model name")
         ]
         model = names[0] if names else model
-    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return model
+
+
+def machine() -> str:
+    """Processor, threads and torch in one line."""
+    import torch
+
+    return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def markdown(rows: list[dict[str, object]]) -> str:
