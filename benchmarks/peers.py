@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.peers_engines import ENGINES
 from benchmarks.peers_measure import DTYPES
-from benchmarks.peers_table import Cell, combine, draw, markdown
+from benchmarks.peers_table import Cell, combine, count, draw, markdown
 from benchmarks.run import CHECKOUT, processor, write_page
 
 from anyflash import _core
@@ -92,7 +92,7 @@ def measure(engine: str, threads: int, options: list[str]) -> dict[str, Any]:
     if process.returncode:
         after = f"after {Cell(**part['rows'][-1]['cell'])}" if part["rows"] else "at its start"
         part["remarks"].append(
-            f"{engine}, {threads} threads: broke off {after} with status {process.returncode}"
+            f"{engine}, {count(threads)}: broke off {after} with status {process.returncode}"
         )
         show(part["remarks"][-1])
     return part
@@ -166,7 +166,7 @@ def text(run: dict[str, Any], small: bool) -> str:
     ]
     lines = [f"{run['machine']}; {', '.join(run['versions'])}", ""]
     if small:
-        lines += ["A part of the grid:", *(f"  {r.cell}, {r.threads} threads" for r in results), ""]
+        lines += ["A part of the grid:", *(f"  {r}" for r in results), ""]
     lines += [markdown(results, engines, WEAKEST)]
     if run["remarks"]:
         lines += ["", "Not measured:", "", *(f"- {remark}" for remark in run["remarks"])]

@@ -40,6 +40,7 @@ DECODE = ((1, 4096), (1, 32768), (8, 4096), (16, 1024))  # batch, keys
 PAUSE = 3e-3  # seconds, for threads that spin after a call
 SECONDS, ROUNDS = 0.25, 3  # for a cell at the least
 MULTIPLY_ADDS = 1_000_000  # steps of peak.cpp: some milliseconds
+READ = 1 << 27  # floats
 
 
 def cells(dtype: str, threads: int, small: bool) -> Iterator[Cell]:
@@ -92,7 +93,7 @@ class Limits:
     def __init__(self, library: str | None, threads: int) -> None:
         self.threads = threads
         self.peak = ctypes.CDLL(library) if library else None
-        self.memory = torch.ones(1 << 27)
+        self.memory = torch.ones(READ)
 
     def of(self, cell: Cell) -> tuple[Callable[[], Any], float] | None:
         """(a call, its work in the unit of cell.work); None where there is none to tell."""

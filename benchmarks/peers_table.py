@@ -76,6 +76,9 @@ class Result(NamedTuple):
     failed: dict[str, str]
     share: float | None
 
+    def __str__(self) -> str:
+        return f"{self.cell}, {count(self.threads)}"
+
     @property
     def best(self) -> str:
         """The fastest engine."""
@@ -85,6 +88,10 @@ class Result(NamedTuple):
     def ratio(self) -> float:
         """Beside the fastest engine."""
         return self.ratios[self.best]
+
+
+def count(threads: int) -> str:
+    return "1 thread" if threads == 1 else f"{threads} threads"
 
 
 def combine(rows: Rows) -> list[Result]:
@@ -134,12 +141,11 @@ def markdown(results: list[Result], engines: list[str], weakest: int) -> str:
         lines.append(f"| {' | '.join(fields)} |")
     lines += ["", f"The {weakest} weakest cells:", ""]
     for r in sorted((r for r in results if r.ratios), key=lambda r: r.ratio)[:weakest]:
-        threads = "1 thread" if r.threads == 1 else f"{r.threads} threads"
-        lines.append(f"- {r.cell}, {threads}: {r.ratio:.2f}x of {r.best}")
+        lines.append(f"- {r}: {r.ratio:.2f}x of {r.best}")
     failures = [(r, name, why) for r in results for name, why in r.failed.items()]
     if failures:
         lines += ["", "Failed:", ""]
-        lines += [f"- {r.cell}, {r.threads} threads: {name}: {why}" for r, name, why in failures]
+        lines += [f"- {r}: {name}: {why}" for r, name, why in failures]
     return "\n".join(lines)
 
 
@@ -156,8 +162,8 @@ def draw(results: list[Result], engines: list[str], path: pathlib.Path) -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "anyflash", "svg.fonttype": "none"})
     import matplotlib.pyplot as plt
 
-    blocks = [(t, d) for t in sorted({r.threads for r in results}) for d in (False, True)]
-    blocks = [(b, [r for r in results if (r.threads, r.cell.decode) == b]) for b in blocks]
+    keys = sorted({(r.threads, r.cell.decode) for r in results})
+    blocks = [(key, [r for r in results if (r.threads, r.cell.decode) == key]) for key in keys]
     heights = [len({r.cell.line for r in same}) + 2 for _, same in blocks]
     figure, grid = plt.subplots(
         len(blocks),
@@ -169,7 +175,7 @@ def draw(results: list[Result], engines: list[str], path: pathlib.Path) -> None:
         constrained_layout=True,
     )
     for axes, ((threads, decode), same) in zip(grid, blocks):
-        what = f"{'decode' if decode else 'prefill'}, {threads} thread{'s' * (threads > 1)}"
+        what = f"{'decode' if decode else 'prefill'}, {count(threads)}"
         for axis, name in zip(axes, engines):
             values = {r.cell: r.ratios[name] for r in same if name in r.ratios}
             failed = [r.cell for r in same if name in r.failed]
