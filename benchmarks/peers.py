@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.peers_engines import ENGINES
 from benchmarks.peers_measure import DTYPES
-from benchmarks.peers_table import Cell, combine, count, draw, markdown
+from benchmarks.peers_table import Cell, Result, combine, count, draw, markdown
 from benchmarks.run import CHECKOUT, processor, write_page
 
 from anyflash import _core
@@ -30,6 +30,7 @@ from anyflash import _core
 PINS = CHECKOUT / "benchmarks/peers.txt"
 FOLDER = CHECKOUT / "out/peers"
 PYTHON = FOLDER / "env/bin/python"
+PARTS = FOLDER / "parts"
 RESULTS = CHECKOUT / "out/peers.json"
 PICTURE = CHECKOUT / "docs/peers.svg"
 BEGIN = "<!-- table: make bench-peers -->"
@@ -112,10 +113,9 @@ def show_row(row: dict[str, Any]) -> None:
 
 def remembered(name: str, options: list[str], engine: str, threads: int) -> dict[str, Any]:
     """The part of a run that was broken off, if it measured the same; else measures it."""
-    path = FOLDER / f"parts/{name}.json"
-    libraries = sorted((CHECKOUT / "python/anyflash").glob("*.so"))
-    crc = [zlib.crc32(file.read_bytes()) for file in (PINS, *libraries)]
-    same = {"options": options, "crc": crc}
+    path = PARTS / f"{name}.json"
+    files = (*CHECKOUT.glob("benchmarks/peers*.*"), *CHECKOUT.glob("python/anyflash/*.so"))
+    same = {"options": options} | {file.name: zlib.crc32(file.read_bytes()) for file in files}
     if path.exists() and (part := json.loads(path.read_text()))["same"] == same:
         show(f"{name}: measured before")
         return part
@@ -138,7 +138,7 @@ def measure_all(small: bool) -> dict[str, Any]:
         if engine == "sdpa":
             continue
         if reason := install(*kind.packages):
-            remarks.append(f"{engine}: not installed: {reason.splitlines()[-1]}")
+            remarks.append(f"{engine}: not installed: {reason.splitlines()[-1].strip()}")
             show(remarks[-1])
             continue
         for threads in counts:
@@ -148,29 +148,33 @@ def measure_all(small: bool) -> dict[str, Any]:
         if left := sorted(set(DTYPES) - seen):
             rest = [*options, "--dtypes", *left]
             parts.append(remembered(f"sdpa-{threads}", rest, "sdpa", threads))
-    shutil.rmtree(FOLDER / "parts")
     remarks += [remark for part in parts for remark in part["remarks"]]
     return {
         "machine": f"{processor()} ({_core.cpu_isa()}), {counts[-1]} cores",
         "versions": sorted({version for part in parts for version in part["versions"]}),
         "remarks": list(dict.fromkeys(remarks)),
+        "small": small,
         "rows": [row for part in parts for row in part["rows"]],
     }
 
 
-def text(run: dict[str, Any], small: bool) -> str:
+def text(run: dict[str, Any]) -> str:
     """What the page says: the machine, the versions, the table, what is missing."""
     results = combine(run["rows"])
-    engines = [
-        name for name in ENGINES if any(name in r.ratios or name in r.failed for r in results)
-    ]
     lines = [f"{run['machine']}; {', '.join(run['versions'])}", ""]
-    if small:
-        lines += ["A part of the grid:", *(f"  {r}" for r in results), ""]
-    lines += [markdown(results, engines, WEAKEST)]
+    if run["small"]:
+        columns = list(dict.fromkeys(r.cell.column for r in results))
+        head_dims = sorted({r.cell.head_dim for r in results})
+        lines += [f"A part of the grid: head dims {head_dims}, {', '.join(columns)}.", ""]
+    lines += [markdown(results, named(results), WEAKEST)]
     if run["remarks"]:
         lines += ["", "Not measured:", "", *(f"- {remark}" for remark in run["remarks"])]
     return "\n".join(lines)
+
+
+def named(results: list[Result]) -> list[str]:
+    """The engines that have something to show."""
+    return [name for name in ENGINES if any(name in {**r.ratios, **r.failed} for r in results)]
 
 
 def main() -> int:
@@ -180,14 +184,19 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="a part of the grid")
     parser.add_argument("--redraw", action="store_true", help="nothing is measured")
     options = parser.parse_args()
-    run = json.loads(RESULTS.read_text()) if options.redraw else measure_all(options.small)
-    print(text(run, options.small))
+    if options.redraw:
+        run = json.loads(RESULTS.read_text())
+    else:
+        run = measure_all(options.small)
+        if not options.small:
+            RESULTS.write_text(json.dumps(run) + "\n")
+        shutil.rmtree(PARTS)
+    print(text(run))
     if options.small:
         return 0
-    RESULTS.write_text(json.dumps(run) + "\n")
     results = combine(run["rows"])
-    draw(results, [name for name in ENGINES if any(name in r.ratios for r in results)], PICTURE)
-    return write_page(BEGIN, text(run, small=False))
+    draw(results, named(results), PICTURE)
+    return write_page(BEGIN, text(run))
 
 
 if __name__ == "__main__":
