@@ -12,6 +12,8 @@ import pathlib
 import statistics
 from typing import Any, NamedTuple
 
+GOAL = 1.1  # times as fast as the fastest engine, in every cell
+
 Rows = list[dict[str, Any]]
 
 
@@ -123,11 +125,12 @@ def combine(rows: Rows) -> list[Result]:
 
 
 def markdown(results: list[Result], engines: list[str], weakest: int) -> str:
-    """The table: worst and median ratio over the cells of a kind; then the weakest cells."""
+    """Worst and median ratio over the cells of a kind, our share of the limit for each head dim;
+    then the weakest cells."""
     kinds: dict[tuple[int, str], list[Result]] = collections.defaultdict(list)
     for result in results:
         kinds[result.threads, result.cell.kind].append(result)
-    heads = ["threads", "what", "cells", *engines, "the fastest of them", "of the limit"]
+    heads = ["threads", "what", "cells", *engines, "the fastest of them", "of the limit, %"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for (threads, kind), same in sorted(kinds.items(), key=lambda item: item[0][0]):
         fields = [str(threads), kind, str(len(same))]
@@ -136,11 +139,12 @@ def markdown(results: list[Result], engines: list[str], weakest: int) -> str:
             failed = sum(name in r.failed for r in same)
             fields[-1] += f" (**{failed} failed**)" if failed else ""
         fields.append(_worst_and_median([r.ratio for r in same if r.ratios]))
-        shares = [r.share for r in same if r.share is not None]
-        fields.append(f"{statistics.median(shares):.0%}" if shares else "")
+        fields.append(_share_by_head_dim(same))
         lines.append(f"| {' | '.join(fields)} |")
-    lines += ["", f"The {weakest} weakest cells:", ""]
-    for r in sorted((r for r in results if r.ratios), key=lambda r: r.ratio)[:weakest]:
+    compared = sorted((r for r in results if r.ratios), key=lambda r: r.ratio)
+    below = sum(r.ratio < GOAL for r in compared)
+    lines += ["", f"{below} of {len(compared)} cells are below {GOAL}x; the weakest:", ""]
+    for r in compared[:weakest]:
         lines.append(f"- {r}: {r.ratio:.2f}x of {r.best}")
     failures = [(r, name, why) for r in results for name, why in r.failed.items()]
     if failures:
@@ -151,6 +155,16 @@ def markdown(results: list[Result], engines: list[str], weakest: int) -> str:
 
 def _worst_and_median(ratios: list[float]) -> str:
     return f"{min(ratios):.2f}, {statistics.median(ratios):.2f}" if ratios else ""
+
+
+def _share_by_head_dim(results: list[Result]) -> str:
+    """The median share for each head dim."""
+    shares: dict[int, list[float]] = collections.defaultdict(list)
+    for r in results:
+        if r.share is not None:
+            shares[r.cell.head_dim].append(r.share)
+    medians = (f"{100 * statistics.median(several):.0f}" for several in shares.values())
+    return ", ".join(medians)
 
 
 def draw(results: list[Result], engines: list[str], path: pathlib.Path) -> None:
