@@ -25,7 +25,7 @@ from benchmarks.peers_measure import DTYPES
 from benchmarks.peers_table import Cell, Result, combine, count, draw, markdown
 from benchmarks.run import CHECKOUT, processor, write_page
 
-from anyflash import _core
+from anyflash import _loader
 
 PINS = CHECKOUT / "benchmarks/peers.txt"
 FOLDER = CHECKOUT / "out/peers"
@@ -150,7 +150,7 @@ def measure_all(small: bool) -> dict[str, Any]:
             parts.append(remembered(f"sdpa-{threads}", rest, "sdpa", threads))
     remarks += [remark for part in parts for remark in part["remarks"]]
     return {
-        "machine": f"{processor()} ({_core.cpu_isa()}), {counts[-1]} cores",
+        "machine": f"{processor()} ({_loader.cpu_isa()}), {counts[-1]} cores",
         "versions": sorted({version for part in parts for version in part["versions"]}),
         "remarks": list(dict.fromkeys(remarks)),
         "small": small,

@@ -31,11 +31,11 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 0.05, "fp16": 5e-3}
 HEAD_DIMS = (64, 96, 128, 256)
 # batch, heads, seqlen: fewer heads for longer sequences, but one for each thread.
 PREFILL = (
-    (8, 12, 128), (4, 8, 256), (2, 8, 512), (1, 8, 1024), (1, 2, 2048), (1, 2, 4096), (1, 1, 8192),
+    (8, 12, 128), (4, 8, 256), (2, 8, 512), (1, 8, 1024), (1, 2, 2048), (1, 1, 4096), (1, 1, 8192),
 )  # fmt: skip
 DECODE_HEAD_DIM = 128
 DECODE_HEADS = ((32, 32), (32, 8))
-DECODE = ((1, 4096), (1, 32768), (8, 4096), (16, 1024))  # batch, keys
+DECODE = ((1, 1024), (1, 32768), (4, 4096), (16, 1024))  # batch, keys
 
 PAUSE = 3e-3  # seconds, for threads that spin after a call
 SECONDS, ROUNDS = 0.25, 3  # for a cell at the least
