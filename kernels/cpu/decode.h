@@ -340,8 +340,8 @@ ANYFLASH_INLINE void decode_rows_of_item(const ForwardPlan& plan, const Item& it
   const T* value_rows[2][kDecodeBlock];
   const auto find_rows = [&](int64_t first, int block) __attribute__((always_inline)) {
     const int count = static_cast<int>(smaller<int64_t>(kDecodeBlock, item.key_end - first));
-    find_key_rows(p, p.k, sequence, kv_head, first, count, key_rows[block]);
-    find_key_rows(p, p.v, sequence, kv_head, first, count, value_rows[block]);
+    find_key_rows<T>(p, p.k, sequence, kv_head, first, count, key_rows[block]);
+    find_key_rows<T>(p, p.v, sequence, kv_head, first, count, value_rows[block]);
     for (int i = count; i < kDecodeBlock; ++i) {
       key_rows[block][i] = key_rows[block][count - 1];
       value_rows[block][i] = value_rows[block][count - 1];
