@@ -114,7 +114,7 @@ def show_row(row: dict[str, Any]) -> None:
 def remembered(name: str, options: list[str], engine: str, threads: int) -> dict[str, Any]:
     """The part of a run that was broken off, if it measured the same; else measures it."""
     path = PARTS / f"{name}.json"
-    files = (*CHECKOUT.glob("benchmarks/peers*.*"), *CHECKOUT.glob("python/anyflash/*.so"))
+    files = (*PINS.parent.glob("peers*"), *CHECKOUT.glob("python/anyflash/*.so"))
     same = {"options": options} | {file.name: zlib.crc32(file.read_bytes()) for file in files}
     if path.exists() and (part := json.loads(path.read_text()))["same"] == same:
         show(f"{name}: measured before")
