@@ -10,7 +10,8 @@ namespace anyflash::cpu::ANYFLASH_ISA {
 
 constexpr int kItemRows = kLanes == 16 ? 256 : 128;  // a block's conversion serves them all
 constexpr int kPanels = kItemRows / kPanel;
-constexpr int kSmallBlock = 16;  // keys per vector of rows, where one panel reads all keys
+constexpr int kSmallBlock =
+    24;  // keys per vector of rows, where one panel reads all keys: whole tiles
 
 // The online softmax of a panel, and its output so far.
 struct Panel {
