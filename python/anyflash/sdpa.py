@@ -11,18 +11,24 @@ import functools
 import logging
 import threading
 import warnings
-from typing import Any, Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Callable
 
 import torch
 from torch import Tensor
 
 from . import backends
+from ._after_import import AfterImport
 from ._guards import isolated
 from ._operators.attention import AttentionCall, BackwardCall
 from .explain import explain
 
+if TYPE_CHECKING:
+    from ._sdpa_pass import SdpaPass
+
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 _BACKWARD = f"{_FORWARD}_backward"
+_INDUCTOR = "torch._inductor.compile_fx"
 _KERNEL_ALONE = backends.CODES["kernel"]  # as an order: what _runs_on_kernel answered for
 
 #: What both directions of a dense call say alike.
@@ -98,9 +104,11 @@ def accelerate_sdpa() -> SdpaAcceleration:
     may be open. ANYFLASH_SDPA=1 does it at `import anyflash`. nn.MultiheadAttention and
     nn.TransformerEncoderLayer skip scaled_dot_product_attention in inference, so that fast path of
     theirs (`torch.backends.mha`) is off meanwhile; nn.MultiheadAttention with need_weights=True
-    never calls it. Inductor's cpp_wrapper and AOTInductor call PyTorch's kernel past the
-    dispatcher and keep it. anyflash's own routes aten_cpu and aten_sdpa call the public operators,
-    and `backend="aten_cpu"` of one call may then end in a kernel of anyflash; `with
+    never calls it. What Inductor's cpp_wrapper and AOTInductor write keeps the kernels it was
+    compiled with, now or later: it calls them past the dispatcher. A process that loads such a
+    package needs the operators of anyflash first: `import anyflash`, in C++ libanyflash_ops.so.
+    anyflash's own routes aten_cpu and aten_sdpa call the public operators, and
+    `backend="aten_cpu"` of one call may then end in a kernel of anyflash; `with
     anyflash.backend("aten_cpu")` does not.
 
     Returns:
@@ -122,21 +130,33 @@ def accelerate_from_environment() -> None:
 
 
 class _Overrides:
-    """The kernels registered with PyTorch, and the fast path switched off, until remove()."""
+    """The kernels registered with PyTorch, the pass of Inductor's, and the fast path switched off,
+    until remove()."""
 
     def __init__(self) -> None:
-        kept = {name: _builtin(name) for name in (_FORWARD, _BACKWARD)}
+        kept = {name: _builtin(name) for name in _KERNELS}
         self._library = torch.library.Library("aten", "IMPL")
-        for name, kernel in ((_FORWARD, _forward), (_BACKWARD, _backward)):
+        for name, kernel in _KERNELS.items():
             function = isolated(functools.partial(kernel, kept[name]))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch 2.9 tells what allow_override asks for
                 self._library.impl(name, function, "CPU", allow_override=True)
+        self._pass: SdpaPass | None = None
+        self._inductor = AfterImport(_INDUCTOR, self._add_pass)
         self._fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
 
+    def _add_pass(self, _: ModuleType) -> None:
+        from ._sdpa_pass import SdpaPass
+
+        operators = {getattr(torch.ops.aten, name).default: f for name, f in _KERNELS.items()}
+        self._pass = SdpaPass({op: functools.partial(f, op) for op, f in operators.items()})
+
     def remove(self) -> None:
         torch.backends.mha.set_fastpath_enabled(self._fast_path)
+        self._inductor.cancel()
+        if self._pass is not None:
+            self._pass.remove()
         self._library._destroy()
 
 
@@ -270,12 +290,18 @@ def _backward(
 
 def _in_layout_of(q: Tensor, out: Tensor) -> Tensor:
     """out with the strides that PyTorch's would have: those of empty_like(q)."""
-    if out.stride() == q.stride() or out.stride() == torch.empty_like(q, device="meta").stride():
+    if out.stride() == q.stride():
         return out
-    return torch.empty_like(q).copy_(out)
+    like = torch.empty_like(q)
+    return out if out.stride() == like.stride() else like.copy_(out)
 
 
 def _as_aten_lse(lse: Tensor, may_hide_rows: bool) -> Tensor:
     """The log-sum-exp as PyTorch has it: a row's heads side by side, 0 where a row sees no key."""
-    lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
-    return lse.masked_fill_(lse.isposinf(), 0.0) if may_hide_rows else lse
+    rows = lse.transpose(1, 2).contiguous()
+    if may_hide_rows:
+        rows = rows.masked_fill(rows.isposinf(), 0.0)
+    return rows.transpose(1, 2)
+
+
+_KERNELS: dict[str, Callable[..., Any]] = {_FORWARD: _forward, _BACKWARD: _backward}
