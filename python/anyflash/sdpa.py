@@ -24,11 +24,13 @@ from ._operators.attention import AttentionCall, BackwardCall
 from .explain import explain
 
 if TYPE_CHECKING:
+    from ._sdpa_jagged import JaggedOverride
     from ._sdpa_pass import SdpaPass
 
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 _BACKWARD = f"{_FORWARD}_backward"
 _INDUCTOR = "torch._inductor.compile_fx"
+_NESTED = "torch.nested._internal.ops"
 _KERNEL_ALONE = backends.CODES["kernel"]  # as an order: what _runs_on_kernel answered for
 
 #: What both directions of a dense call say alike.
@@ -98,7 +100,10 @@ def accelerate_sdpa() -> SdpaAcceleration:
     bf16 and fp32, with is_causal, attn_mask, scale and enable_gqa. What PyTorch itself computes
     another way (dropout, a mask with a gradient) stays as it is, and so does what anyflash has no
     kernel for, or passes over for PyTorch's in the order of back ends at hand (fp64,
-    `with anyflash.backend("sdpa")`, ...).
+    `with anyflash.backend("sdpa")`, ...). Jagged nested tensors, (batch, heads, jagged seqlen,
+    head_dim), run as one packed call, causal too, for which PyTorch has nothing on a CPU; for them
+    there is nothing to register a kernel with, so a function of torch.nested's is replaced, and
+    graphs of torch.compile keep what they were compiled with.
 
     It counts from the call on, for all threads of the process, until the result is closed; several
     may be open. ANYFLASH_SDPA=1 does it at `import anyflash`. nn.MultiheadAttention and
@@ -141,8 +146,11 @@ class _Overrides:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch 2.9 tells what allow_override asks for
                 self._library.impl(name, function, "CPU", allow_override=True)
-        self._pass: SdpaPass | None = None
-        self._inductor = AfterImport(_INDUCTOR, self._add_pass)
+        self._added: list[SdpaPass | JaggedOverride] = []
+        self._waiting = [
+            AfterImport(_INDUCTOR, self._add_pass),
+            AfterImport(_NESTED, self._add_jagged),
+        ]
         self._fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
 
@@ -150,13 +158,20 @@ class _Overrides:
         from ._sdpa_pass import SdpaPass
 
         operators = {getattr(torch.ops.aten, name).default: f for name, f in _KERNELS.items()}
-        self._pass = SdpaPass({op: functools.partial(f, op) for op, f in operators.items()})
+        added = SdpaPass({op: functools.partial(f, op) for op, f in operators.items()})
+        self._added.append(added)
+
+    def _add_jagged(self, nested: ModuleType) -> None:
+        from ._sdpa_jagged import JaggedOverride
+
+        self._added.append(JaggedOverride(nested, _runs_packed))
 
     def remove(self) -> None:
         torch.backends.mha.set_fastpath_enabled(self._fast_path)
-        self._inductor.cancel()
-        if self._pass is not None:
-            self._pass.remove()
+        for waiting in self._waiting:
+            waiting.cancel()
+        for added in self._added:
+            added.remove()
         self._library._destroy()
 
 
@@ -213,8 +228,19 @@ def _window_right(
         "gqa": q.size(1) != k.size(1),
     }
     features = tuple(name for name, there in asked.items() if there)
-    order = backends.current_code() or backends.environment_code()
-    return right if _runs_on_kernel(direction, q.dtype, q.size(3), features, order) else None
+    return right if _runs_on_kernel(direction, q.dtype, q.size(3), features, _order()) else None
+
+
+def _order() -> int:
+    return backends.current_code() or backends.environment_code()
+
+
+def _runs_packed(q: Tensor, k: Tensor, is_causal: bool) -> bool:
+    """Whether both directions of a packed call, (batch, heads, jagged seqlen, head_dim), are for a
+    kernel."""
+    asked = {"packed": True, "causal": is_causal, "gqa": q.size(1) != k.size(1)}
+    features = tuple(name for name, there in asked.items() if there)
+    return all(_runs_on_kernel(d, q.dtype, q.size(3), features, _order()) for d in (0, 1))
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
