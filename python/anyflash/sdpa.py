@@ -12,15 +12,17 @@ import logging
 import threading
 import warnings
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends
 from ._after_import import AfterImport
+from ._autograd import is_seen
 from ._guards import isolated
 from ._operators.attention import AttentionCall, BackwardCall
+from ._sdpa_mask import key_ranges
 from .explain import explain
 
 if TYPE_CHECKING:
@@ -35,8 +37,7 @@ _KERNEL_ALONE = backends.CODES["kernel"]  # as an order: what _runs_on_kernel an
 
 #: What both directions of a dense call say alike.
 _DENSE: dict[str, Any] = {
-    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k")),
-    **dict.fromkeys(("alibi_slopes", "sinks", "rng_state")),
+    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "sinks", "rng_state")),
     **{"max_seqlen_q": 0, "max_seqlen_k": 0, "dropout_p": 0.0, "causal": False},
     **{"window_size_left": -1, "softcap": 0.0, "deterministic": False, "backend": _KERNEL_ALONE},
 }
@@ -97,13 +98,16 @@ def accelerate_sdpa() -> SdpaAcceleration:
     """Runs torch.nn.functional.scaled_dot_product_attention of CPU tensors on anyflash's kernels.
 
     Forward and backward, eager and under torch.compile: (batch, heads, seqlen, head_dim) in fp16,
-    bf16 and fp32, with is_causal, attn_mask, scale and enable_gqa. What PyTorch itself computes
-    another way (dropout, a mask with a gradient) stays as it is, and so does what anyflash has no
-    kernel for, or passes over for PyTorch's in the order of back ends at hand (fp64,
-    `with anyflash.backend("sdpa")`, ...). Jagged nested tensors, (batch, heads, jagged seqlen,
-    head_dim), run as one packed call, causal too, for which PyTorch has nothing on a CPU; for them
-    there is nothing to register a kernel with, so a function of torch.nested's is replaced, and
-    graphs of torch.compile keep what they were compiled with.
+    bf16 and fp32, with is_causal, attn_mask, scale and enable_gqa. A mask that says where the keys
+    of a sequence begin and end is taken for these numbers, and what it hides is not read. What
+    PyTorch itself computes another way (dropout, a mask with a gradient) stays as it is, and so
+    does what anyflash has no kernel for, or passes over for PyTorch's in the order of back ends at
+    hand (fp64, `with anyflash.backend("sdpa")`, ...).
+
+    Jagged nested tensors, (batch, heads, jagged seqlen, head_dim), run as one packed call, causal
+    too, for which PyTorch has nothing on a CPU. For them there is nothing to register a kernel
+    with, so a function of torch.nested's is replaced, and graphs of torch.compile keep what they
+    were compiled with.
 
     It counts from the call on, for all threads of the process, until the result is closed; several
     may be open. ANYFLASH_SDPA=1 does it at `import anyflash`. nn.MultiheadAttention and
@@ -198,7 +202,16 @@ def _runs_on_kernel(
     return bool(answer.decisions[direction]["route"] == "kernel")
 
 
-def _window_right(
+class _Masking(NamedTuple):
+    """How anyflash's operators say what is visible in a call, by their names."""
+
+    seqused_k: Tensor | None
+    leftpad_k: Tensor | None
+    bias: Tensor | None
+    window_size_right: int
+
+
+def _masking(
     direction: int,
     q: Tensor,
     k: Tensor,
@@ -206,8 +219,8 @@ def _window_right(
     dropout_p: float,
     is_causal: bool,
     mask: Tensor | None,
-) -> int | None:
-    """The window_size_right with which anyflash's kernel computes a call; None: it does not.
+) -> _Masking | None:
+    """With what anyflash's kernel computes a call; None: it does not.
 
     PyTorch's causal mask begins at the first key: row i sees the keys up to i. Ours ends at the
     last one, so its distance from there is a window, which must end before the last key, because
@@ -219,16 +232,23 @@ def _window_right(
         return None
     if dropout_p != 0.0 or not q.stride(3) == k.stride(3) == v.stride(3) == 1:
         return None
-    if mask is not None and mask.dtype not in (q.dtype, torch.float32):
-        return None
+    masking = _Masking(None, None, mask, right)
+    if mask is not None:
+        if mask.dtype not in (q.dtype, torch.float32):
+            return None
+        if not (is_causal or is_seen()) and (ranges := key_ranges(mask, q, k)) is not None:
+            window = 0 if ranges.is_causal else -1
+            masking = _Masking(ranges.seqused_k, ranges.leftpad_k, None, window)
     asked = {
-        "causal": right == 0,
-        "window": right > 0,
-        "bias": mask is not None,
+        "causal": masking.window_size_right == 0,
+        "window": masking.window_size_right > 0,
+        "bias": masking.bias is not None,
         "gqa": q.size(1) != k.size(1),
+        "seqused_k": masking.seqused_k is not None,
+        "leftpad_k": masking.leftpad_k is not None,
     }
     features = tuple(name for name, there in asked.items() if there)
-    return right if _runs_on_kernel(direction, q.dtype, q.size(3), features, _order()) else None
+    return masking if _runs_on_kernel(direction, q.dtype, q.size(3), features, _order()) else None
 
 
 def _order() -> int:
@@ -258,18 +278,17 @@ def _forward(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    right = _window_right(0, query, key, value, dropout_p, is_causal, attn_mask)
-    if right is None:
+    masking = _masking(0, query, key, value, dropout_p, is_causal, attn_mask)
+    if masking is None:
         return builtin(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
     call = AttentionCall(
         **_DENSE,
+        **masking._asdict(),
         q=query.transpose(1, 2),
         k=key.transpose(1, 2),
         v=value.transpose(1, 2),
         block_table=None,
-        bias=attn_mask,
         softmax_scale=_scale(query, scale),
-        window_size_right=right,
         return_lse=True,  # whoever calls below autograd may differentiate by hand
     )
     out, lse, _ = torch.ops.anyflash._flash_attn_forward.default(*call)
@@ -290,12 +309,13 @@ def _backward(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, ...]:
-    right = _window_right(1, query, key, value, dropout_p, is_causal, attn_mask)
-    if right is None:
+    masking = _masking(1, query, key, value, dropout_p, is_causal, attn_mask)
+    if masking is None:
         tensors = (grad_out, query, key, value, out, logsumexp)
         return builtin(*tensors, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
     call = BackwardCall(
         **_DENSE,
+        **masking._asdict(),
         dout=grad_out.transpose(1, 2),
         q=query.transpose(1, 2),
         k=key.transpose(1, 2),
@@ -303,9 +323,7 @@ def _backward(
         out=out.transpose(1, 2),
         softmax_lse=logsumexp,
         dsoftmax_lse=None,
-        bias=attn_mask,
         softmax_scale=_scale(query, scale),
-        window_size_right=right,
         bias_requires_grad=False,
         sinks_requires_grad=False,
     )

@@ -1,0 +1,68 @@
+"""Masks that say where the keys of a sequence begin and end, as leftpad_k and seqused_k say it.
+
+A batch of unequal lengths, or a cache that is longer than what it holds, comes to
+scaled_dot_product_attention as a mask over all keys. Kernels that know the ends need not read it,
+nor what it hides: seen, a decode step over half of a cache takes a sixth of the time.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Elements of the keys below which looking at a mask costs more than it saves.
+_FEWEST = 1 << 16
+
+
+class KeyRanges(NamedTuple):
+    """Of each sequence the keys from leftpad_k to seqused_k are visible, (batch,) int32 both; with
+    is_causal, to its query i those up to i + seqused_k - seqlen_q."""
+
+    leftpad_k: Tensor
+    seqused_k: Tensor
+    is_causal: bool
+
+
+def key_ranges(mask: Tensor, q: Tensor, k: Tensor) -> KeyRanges | None:
+    """What a mask says of a call; None: it is no such mask, or looking at it does not pay.
+
+    Args:
+        mask: (seqlen_q, seqlen_k) or (batch, heads, seqlen_q, seqlen_k), or what broadcasts to
+            them: 0 where a key is visible, -inf where not; other masks are none of these.
+        q: (batch, heads, seqlen_q, head_dim).
+        k: (batch, heads_k, seqlen_k, head_dim).
+    """
+    batch, seqlen_k = k.size(0), k.size(2)
+    if mask.dim() == 2:
+        mask = mask[None, None]
+    if k.numel() < _FEWEST or not _is_one(mask, 1) or mask.size(3) != seqlen_k:
+        return None
+    rows = mask[:, 0, :1] if _is_one(mask, 2) else mask[:, 0]
+    last = rows[:, -1]
+    visible = last == 0.0
+    if not torch.equal(visible, last != -torch.inf):
+        return None
+    place = torch.arange(seqlen_k)
+    count = visible.sum(1, keepdim=True)
+    begin = visible.byte().argmax(1, keepdim=True)
+    end = begin + count
+    if not torch.equal(visible, (place >= begin) & (place < end)):
+        return None
+    is_causal = not torch.equal(rows[:, 0], last)
+    if rows.size(1) > 1:
+        seqlen_q = rows.size(1)
+        expected = last[:, None]
+        if is_causal:
+            reach = end[:, None] + torch.arange(1 - seqlen_q, 1)[:, None]
+            expected = expected.where(place < reach, -torch.inf)
+        if not torch.equal(rows, expected.expand_as(rows)):
+            return None
+    leftpad_k, seqused_k = (x[:, 0].int().expand(batch).contiguous() for x in (begin, end))
+    return KeyRanges(leftpad_k, seqused_k, is_causal)
+
+
+def _is_one(mask: Tensor, dim: int) -> bool:
+    """Whether a dimension holds the same again and again."""
+    return mask.size(dim) == 1 or mask.stride(dim) == 0
