@@ -4,13 +4,10 @@ same without it."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
-from benchmarks.measure import Row, interleaved
-
-import anyflash
+from benchmarks.measure import Row, accelerated, interleaved
 
 BATCH, HEADS, SEQLEN, HEAD_DIM = 2, 8, 1024, 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -29,14 +26,6 @@ def rows() -> Iterator[Row]:
     yield _tiny()
 
 
-def _accelerated(function: Callable[[], object]) -> Callable[[], object]:
-    def run() -> None:
-        with anyflash.accelerate_sdpa():
-            function()
-
-    return run
-
-
 def _row(name: str, dtype: torch.dtype, kind: str, backward: bool, goal: float) -> Row:
     shape = (BATCH, HEADS, SEQLEN, HEAD_DIM)
     q, k, v = (torch.randn(shape).to(dtype).requires_grad_(backward) for _ in "qkv")
@@ -50,7 +39,7 @@ def _row(name: str, dtype: torch.dtype, kind: str, backward: bool, goal: float) 
         if backward:
             torch.autograd.grad(out, (q, k, v), dout)
 
-    times = [1e3 * t for t in interleaved(_accelerated(step), step)]
+    times = [1e3 * t for t in interleaved(accelerated(step), step)]
     direction = "forward+backward" if backward else "forward"
     label = f"scaled_dot_product_attention {name} {kind} b2 h8 s1024 d64, {direction} (ms)"
     return Row.speed(label, *times, at_least=goal)
@@ -66,7 +55,7 @@ def _tiny() -> Row:
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    times = [1e6 * t / CALLS for t in interleaved(_accelerated(calls), calls)]
+    times = [1e6 * t / CALLS for t in interleaved(accelerated(calls), calls)]
     torch.set_num_threads(threads)
     label = "scaled_dot_product_attention fp32 b1 h2 s4 d16, one thread, forward (us)"
     return Row.excess(label, *times, at_most=20, unit="us")

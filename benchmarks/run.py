@@ -18,6 +18,7 @@ import traceback
 TOPICS = (
     "attention",
     "sdpa",
+    "models",
     "rotary",
     "norm",
     "cross_entropy",
