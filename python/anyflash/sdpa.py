@@ -8,6 +8,7 @@ what those have no kernel PyTorch's own, which is kept.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import threading
 import warnings
@@ -37,10 +38,21 @@ _KERNEL_ALONE = backends.CODES["kernel"]  # as an order: what _runs_on_kernel an
 
 #: What both directions of a dense call say alike.
 _DENSE: dict[str, Any] = {
-    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "sinks", "rng_state")),
     **{"max_seqlen_q": 0, "max_seqlen_k": 0, "dropout_p": 0.0, "causal": False},
     **{"window_size_left": -1, "softcap": 0.0, "deterministic": False, "backend": _KERNEL_ALONE},
 }
+
+
+def _unfilled(kind: Any, **named: Any) -> Any:
+    """A dense call without what differs from one to the next."""
+    return kind(**{**dict.fromkeys(kind._fields), **_DENSE, **named})
+
+
+# Made once: it costs microseconds. Whoever calls below autograd may differentiate by hand, so lse.
+_FORWARD_CALL: AttentionCall = _unfilled(AttentionCall, return_lse=True)
+_BACKWARD_CALL: BackwardCall = _unfilled(
+    BackwardCall, bias_requires_grad=False, sinks_requires_grad=False
+)
 
 _lock = threading.Lock()
 _holders = 0  # accelerations that are not closed
@@ -186,16 +198,23 @@ def _builtin(name: str) -> Callable[..., Any]:
     return functools.partial(kernel.call_boxed, keys)
 
 
+#: What a call may ask for beside head_dim and dtype: (causal, window, bias, gqa, key lengths,
+#: packed).
+_FEATURES = (("causal",), ("window",), ("bias",), ("gqa",), ("seqused_k", "leftpad_k"), ("packed",))
+
+
 @functools.cache
 def _runs_on_kernel(
-    direction: int, dtype: torch.dtype, head_dim: int, features: tuple[str, ...], order: int
+    direction: int, dtype: torch.dtype, head_dim: int, asked: tuple[bool, ...], order: int
 ) -> bool:
-    """Whether an order of back ends gives a problem to a kernel; direction 0 is the forward."""
+    """Whether an order of back ends gives a problem to a kernel; direction 0 is the forward, asked
+    in the order of _FEATURES."""
+    features = itertools.chain.from_iterable(itertools.compress(_FEATURES, asked))
     answer = explain(
         device="cpu",
         dtype=dtype,
         head_dim=head_dim,
-        features=features,
+        features=tuple(features),
         training=True,
         backend=",".join(backends.order_names(order)),
     )
@@ -239,16 +258,15 @@ def _masking(
         if not (is_causal or is_seen()) and (ranges := key_ranges(mask, q, k)) is not None:
             window = 0 if ranges.is_causal else -1
             masking = _Masking(ranges.seqused_k, ranges.leftpad_k, None, window)
-    asked = {
-        "causal": masking.window_size_right == 0,
-        "window": masking.window_size_right > 0,
-        "bias": masking.bias is not None,
-        "gqa": q.size(1) != k.size(1),
-        "seqused_k": masking.seqused_k is not None,
-        "leftpad_k": masking.leftpad_k is not None,
-    }
-    features = tuple(name for name, there in asked.items() if there)
-    return masking if _runs_on_kernel(direction, q.dtype, q.size(3), features, _order()) else None
+    asked = (
+        masking.window_size_right == 0,
+        masking.window_size_right > 0,
+        masking.bias is not None,
+        q.size(1) != k.size(1),
+        masking.seqused_k is not None,
+        False,
+    )
+    return masking if _runs_on_kernel(direction, q.dtype, q.size(3), asked, _order()) else None
 
 
 def _order() -> int:
@@ -258,9 +276,8 @@ def _order() -> int:
 def _runs_packed(q: Tensor, k: Tensor, is_causal: bool) -> bool:
     """Whether both directions of a packed call, (batch, heads, jagged seqlen, head_dim), are for a
     kernel."""
-    asked = {"packed": True, "causal": is_causal, "gqa": q.size(1) != k.size(1)}
-    features = tuple(name for name, there in asked.items() if there)
-    return all(_runs_on_kernel(d, q.dtype, q.size(3), features, _order()) for d in (0, 1))
+    asked = (is_causal, False, False, q.size(1) != k.size(1), False, True)
+    return all(_runs_on_kernel(d, q.dtype, q.size(3), asked, _order()) for d in (0, 1))
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
@@ -281,15 +298,12 @@ def _forward(
     masking = _masking(0, query, key, value, dropout_p, is_causal, attn_mask)
     if masking is None:
         return builtin(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
-    call = AttentionCall(
-        **_DENSE,
+    call = _FORWARD_CALL._replace(
         **masking._asdict(),
         q=query.transpose(1, 2),
         k=key.transpose(1, 2),
         v=value.transpose(1, 2),
-        block_table=None,
         softmax_scale=_scale(query, scale),
-        return_lse=True,  # whoever calls below autograd may differentiate by hand
     )
     out, lse, _ = torch.ops.anyflash._flash_attn_forward.default(*call)
     return _in_layout_of(query, out.transpose(1, 2)), _as_aten_lse(lse, attn_mask is not None)
@@ -313,8 +327,7 @@ def _backward(
     if masking is None:
         tensors = (grad_out, query, key, value, out, logsumexp)
         return builtin(*tensors, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
-    call = BackwardCall(
-        **_DENSE,
+    call = _BACKWARD_CALL._replace(
         **masking._asdict(),
         dout=grad_out.transpose(1, 2),
         q=query.transpose(1, 2),
@@ -322,10 +335,7 @@ def _backward(
         v=value.transpose(1, 2),
         out=out.transpose(1, 2),
         softmax_lse=logsumexp,
-        dsoftmax_lse=None,
         softmax_scale=_scale(query, scale),
-        bias_requires_grad=False,
-        sinks_requires_grad=False,
     )
     gradients = torch.ops.anyflash._flash_attn_backward.default(*call)[:3]
     # PyTorch's are rows of all heads whatever the layout of q, and torch.compile relies on it.
@@ -342,10 +352,13 @@ def _in_layout_of(q: Tensor, out: Tensor) -> Tensor:
 
 def _as_aten_lse(lse: Tensor, may_hide_rows: bool) -> Tensor:
     """The log-sum-exp as PyTorch has it: a row's heads side by side, 0 where a row sees no key."""
-    rows = lse.transpose(1, 2).contiguous()
     if may_hide_rows:
-        rows = rows.masked_fill(rows.isposinf(), 0.0)
-    return rows.transpose(1, 2)
+        lse = lse.masked_fill(lse.isposinf(), 0.0)
+    batch, heads, seqlen = lse.shape
+    if heads == 1 or seqlen == 1:
+        return lse
+    strides = (seqlen * heads, 1, heads)
+    return lse.new_empty_strided((batch, heads, seqlen), strides).copy_(lse)
 
 
 _KERNELS: dict[str, Callable[..., Any]] = {_FORWARD: _forward, _BACKWARD: _backward}
