@@ -23,6 +23,8 @@ def rows() -> Iterator[Row]:
         for kind in ("full", "causal", "padded"):
             for backward, goal in zip((False, True), GOALS[name]):
                 yield _row(name, dtype, kind, backward, goal)
+        yield _cache(name, dtype)
+        yield _jagged(name, dtype)
     yield _tiny()
 
 
@@ -43,6 +45,33 @@ def _row(name: str, dtype: torch.dtype, kind: str, backward: bool, goal: float) 
     direction = "forward+backward" if backward else "forward"
     label = f"scaled_dot_product_attention {name} {kind} b2 h8 s1024 d64, {direction} (ms)"
     return Row.speed(label, *times, at_least=goal)
+
+
+def _cache(name: str, dtype: torch.dtype) -> Row:
+    """A token after 1024 others, whose mask hides the rest of a preallocated cache."""
+    q = torch.randn(8, 12, 1, HEAD_DIM).to(dtype)
+    k, v = (torch.randn(8, 12, 2048, HEAD_DIM).to(dtype) for _ in "kv")
+    mask = (torch.arange(2048) <= SEQLEN).expand(8, 1, 1, 2048)
+
+    def step() -> None:
+        F.scaled_dot_product_attention(q, k, v, mask)
+
+    times = [1e3 * t for t in interleaved(accelerated(step), step)]
+    label = f"scaled_dot_product_attention {name} b8 h12 s1 d64 over half a cache of 2048 (ms)"
+    return Row.speed(label, *times, at_least=2)
+
+
+def _jagged(name: str, dtype: torch.dtype) -> Row:
+    """Sequences of 32 to 1024 tokens as a nested tensor."""
+    sequences = [torch.randn(n, HEADS, HEAD_DIM).to(dtype) for n in range(32, 1025, 62)]
+    x = torch.nested.nested_tensor(sequences, layout=torch.jagged).transpose(1, 2)
+
+    def step() -> None:
+        F.scaled_dot_product_attention(x, x, x)
+
+    times = [1e3 * t for t in interleaved(accelerated(step), step)]
+    label = f"scaled_dot_product_attention {name} jagged, 17 sequences of 32..1024, h8 d64 (ms)"
+    return Row.speed(label, *times, at_least=2)
 
 
 def _tiny() -> Row:

@@ -349,6 +349,23 @@ def test_encoder_layers(training, padded):
 
 
 @needs_kernels
+def test_an_encoder_with_padding():
+    """Its fast path makes nested tensors of padded batches, and never calls the function."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    x = torch.randn(2, 9, 32)
+    padding = torch.arange(9).expand(2, 9) >= torch.tensor([[9], [5]])
+    with torch.no_grad():
+        wanted, called = operators_of(lambda: encoder(x, src_key_padding_mask=padding))
+        assert called == []
+        with anyflash.accelerate_sdpa():
+            found, called = operators_of(lambda: encoder(x, src_key_padding_mask=padding))
+    torch.testing.assert_close(found[~padding], wanted[~padding], atol=1e-5, rtol=1e-5)
+    assert called == OURS[:1] * 2
+
+
+@needs_kernels
 def test_multihead_attention():
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(32, 4, batch_first=True).eval()
