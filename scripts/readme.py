@@ -41,7 +41,7 @@ ROWS = {
 IN_README = [name for name in ROWS if "bf16" in name]
 # Rows of rates, with and without accelerate_sdpa: (the package, what its model does).
 MODELS = {
-    "transformers GPT-2 4 x 512 bf16, batch 8, 32 tokens up to 1024 (tokens/s)": (
+    "transformers GPT-2 4 x 512 bf16, batch 8, 64 tokens up to 1024 (tokens/s)": (
         "transformers", "a small GPT-2 writes, context 1024, batch 8"),
     "transformers GPT-2 4 x 512 bf16, the same padded, static cache (tokens/s)": (
         "transformers", "the same, padded prompts and a static cache"),

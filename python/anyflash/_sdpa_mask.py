@@ -37,14 +37,16 @@ def key_ranges(mask: Tensor, q: Tensor, k: Tensor) -> KeyRanges | None:
     batch, seqlen_k = k.size(0), k.size(2)
     if mask.dim() == 2:
         mask = mask[None, None]
-    if k.numel() < _FEWEST or not _is_one(mask, 1) or mask.size(3) != seqlen_k:
+    if k.numel() < _FEWEST or mask.dim() != 4:
+        return None
+    if not _is_one(mask, 1) or mask.size(3) != seqlen_k:
         return None
     rows = mask[:, 0, :1] if _is_one(mask, 2) else mask[:, 0]
     last = rows[:, -1]
     visible = last == 0.0
     if not torch.equal(visible, last != -torch.inf):
         return None
-    place = torch.arange(seqlen_k)
+    place = torch.arange(seqlen_k, device=mask.device)
     count = visible.sum(1, keepdim=True)
     begin = visible.byte().argmax(1, keepdim=True)
     end = begin + count
@@ -55,7 +57,8 @@ def key_ranges(mask: Tensor, q: Tensor, k: Tensor) -> KeyRanges | None:
         seqlen_q = rows.size(1)
         expected = last[:, None]
         if is_causal:
-            reach = end[:, None] + torch.arange(1 - seqlen_q, 1)[:, None]
+            back = torch.arange(1 - seqlen_q, 1, device=mask.device)
+            reach = end[:, None] + back[:, None]
             expected = expected.where(place < reach, -torch.inf)
         if not torch.equal(rows, expected.expand_as(rows)):
             return None

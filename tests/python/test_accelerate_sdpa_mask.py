@@ -100,6 +100,17 @@ def test_small_ones_are_not_looked_at(monkeypatch):
 
 
 @needs_kernels
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_default_device_is_for_others(causal):
+    q, k, v = tensors(2, 5, 5)
+    mask = additive(visible([(0, 5), (2, 5)], 5, 5, causal))
+    wanted = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    with anyflash.accelerate_sdpa(), torch.device("meta"):
+        found = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    torch.testing.assert_close(found, wanted)
+
+
+@needs_kernels
 @settings(max_examples=60, deadline=None)
 @given(problems(), st.sampled_from(list(TOLERANCES)), st.booleans())
 def test_values_and_gradients(problem, dtype, as_bool):
