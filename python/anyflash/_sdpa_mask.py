@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Elements of the keys below which looking at a mask costs more than it saves.
-_FEWEST = 1 << 16
+#: Elements of the keys, times rows of queries and some more, below which looking at a mask, about a
+#: tenth of a millisecond, costs more than it saves.
+_LEAST_WORK = 1 << 23
 
 
 class KeyRanges(NamedTuple):
@@ -37,33 +38,35 @@ def key_ranges(mask: Tensor, q: Tensor, k: Tensor) -> KeyRanges | None:
     batch, seqlen_k = k.size(0), k.size(2)
     if mask.dim() == 2:
         mask = mask[None, None]
-    if k.numel() < _FEWEST or mask.dim() != 4:
+    if k.numel() * (q.size(2) + 32) < _LEAST_WORK or mask.dim() != 4:
         return None
     if not _is_one(mask, 1) or mask.size(3) != seqlen_k:
         return None
     rows = mask[:, 0, :1] if _is_one(mask, 2) else mask[:, 0]
     last = rows[:, -1]
-    visible = last == 0.0
-    if not torch.equal(visible, last != -torch.inf):
-        return None
+    # A guess, then the mask as it would be: what is neither 0 nor -inf, or has holes, differs.
+    begin = last.argmax(1, keepdim=True)  # the first 0
+    end = begin + (seqlen_k - last.isneginf().sum(1, keepdim=True))
     place = torch.arange(seqlen_k, device=mask.device)
-    count = visible.sum(1, keepdim=True)
-    begin = visible.byte().argmax(1, keepdim=True)
-    end = begin + count
-    if not torch.equal(visible, (place >= begin) & (place < end)):
+    expected = _additive((place >= begin) & (place < end), last)
+    if not torch.equal(expected, last):
         return None
-    is_causal = not torch.equal(rows[:, 0], last)
+    is_causal = rows.size(1) > 1 and not torch.equal(rows[:, 0], last)
     if rows.size(1) > 1:
-        seqlen_q = rows.size(1)
-        expected = last[:, None]
+        expected = expected[:, None]
         if is_causal:
-            back = torch.arange(1 - seqlen_q, 1, device=mask.device)
+            back = torch.arange(1 - rows.size(1), 1, device=mask.device)
             reach = end[:, None] + back[:, None]
             expected = expected.where(place < reach, -torch.inf)
-        if not torch.equal(rows, expected.expand_as(rows)):
+        if not torch.equal(expected.expand_as(rows), rows):
             return None
     leftpad_k, seqused_k = (x[:, 0].int().expand(batch).contiguous() for x in (begin, end))
     return KeyRanges(leftpad_k, seqused_k, is_causal)
+
+
+def _additive(visible: Tensor, like: Tensor) -> Tensor:
+    """0 where a key is visible, -inf where not, in the dtype of another mask."""
+    return torch.full_like(like, -torch.inf).masked_fill_(visible, 0.0)
 
 
 def _is_one(mask: Tensor, dim: int) -> bool:

@@ -21,7 +21,7 @@ BERT |= {"num_attention_heads": 4, "hidden_dropout_prob": 0.0, "attention_probs_
 VIT = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "image_size": 32}
 VIT |= {"num_attention_heads": 4, "patch_size": 8}
 WHISPER = {**models.WHISPER[2], "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-LENGTHS = (128, 5, 99, 128)
+LENGTHS = (128, 5, 99, 128, 64, 1, 77, 30)
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 decoders = pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def training(model: nn.Module, run):
 @pytest.mark.parametrize("side", [None, "left", "right"])
 def test_decoders(kind, config, dtype, side):
     model = make(f"{kind}Model" if kind == "GPT2LMHead" else f"{kind}LM", config, dtype)
-    ids = models.tokens(4, 128)
+    ids = models.tokens(8, 128)
     mask = None if side is None else models.padding(LENGTHS, 128, side)
 
     def run():
@@ -71,7 +71,7 @@ def test_decoders(kind, config, dtype, side):
 @pytest.mark.parametrize("padded", [False, True])
 def test_generate(kind, config, cache, padded):
     model = make(f"{kind}Model" if kind == "GPT2LMHead" else f"{kind}LM", config, torch.float32)
-    ids = models.tokens(4, 128)
+    ids = models.tokens(8, 128)
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     if cache == "static":
         options |= {"cache_implementation": cache, "disable_compile": True}
@@ -83,7 +83,7 @@ def test_generate(kind, config, cache, padded):
 @dtypes
 def test_encoder(dtype):
     model = make("BertModel", BERT, dtype)
-    ids, mask = models.tokens(4, 128), models.padding(LENGTHS, 128, "right")
+    ids, mask = models.tokens(8, 128), models.padding(LENGTHS, 128, "right")
 
     def run():
         return model(ids, attention_mask=mask).last_hidden_state * mask[..., None]
