@@ -3,7 +3,7 @@ same without it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,15 @@ def _row(name: str, dtype: torch.dtype, kind: str, backward: bool, goal: float) 
     return Row.speed(label, *times, at_least=goal)
 
 
+def _on_one_thread(function: Callable[[], object]) -> list[float]:
+    """Seconds of the function, accelerated and not."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times = interleaved(accelerated(function), function)
+    torch.set_num_threads(threads)
+    return times
+
+
 def _cache(name: str, dtype: torch.dtype) -> Row:
     """A token after 1024 others, whose mask hides the rest of a preallocated cache."""
     q = torch.randn(8, 12, 1, HEAD_DIM).to(dtype)
@@ -56,8 +65,10 @@ def _cache(name: str, dtype: torch.dtype) -> Row:
     def step() -> None:
         F.scaled_dot_product_attention(q, k, v, mask)
 
-    times = [1e3 * t for t in interleaved(accelerated(step), step)]
-    label = f"scaled_dot_product_attention {name} b8 h12 s1 d64 over half a cache of 2048 (ms)"
+    times = [1e3 * t for t in _on_one_thread(step)]
+    label = (
+        f"scaled_dot_product_attention {name} b8 h12 s1 d64, half a cache of 2048, 1 thread (ms)"
+    )
     return Row.speed(label, *times, at_least=2)
 
 
@@ -82,9 +93,6 @@ def _tiny() -> Row:
         for _ in range(CALLS):
             F.scaled_dot_product_attention(q, q, q)
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    times = [1e6 * t / CALLS for t in interleaved(accelerated(calls), calls)]
-    torch.set_num_threads(threads)
+    times = [1e6 * t / CALLS for t in _on_one_thread(calls)]
     label = "scaled_dot_product_attention fp32 b1 h2 s4 d16, one thread, forward (us)"
     return Row.excess(label, *times, at_most=20, unit="us")

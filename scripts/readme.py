@@ -132,6 +132,10 @@ def figures() -> str:
     return "\n".join(lines)
 
 
+def _rate(x: float) -> str:
+    return f"{x:.3g}" if x < 100 else f"{x:.0f}"
+
+
 def models() -> str:
     """Models of other packages, before and after accelerate_sdpa."""
     machine, rows = measured()
@@ -139,7 +143,7 @@ def models() -> str:
     for name, (package, job) in MODELS.items():
         unit = name[name.rindex("(") + 1 : -1]
         after, before = rows[name]
-        cells = (f"{package}: {job}", f"{before:.3g} {unit}", f"{after:.3g}")
+        cells = (f"{package}: {job}", f"{_rate(before)} {unit}", _rate(after))
         lines.append(f"| {' | '.join(cells)} | **{after / before:.1f}x** |")
     return "\n".join(lines)
 
