@@ -11,7 +11,7 @@ namespace anyflash::cpu::ANYFLASH_ISA {
 
 template <class T>
 ANYFLASH_INLINE ForwardKernels forward_kernels() {
-  return {kItemRows,     decode_rows<T>(),        forward_scratch_bytes<T>, forward_item<T>,
+  return {kItemRows,     kMaxDecodeRows + 1,      forward_scratch_bytes<T>, forward_item<T>,
           can_decode<T>, decode_scratch_bytes<T>, decode_item<T>,           combine_parts<T>};
 }
 

@@ -134,8 +134,8 @@ static void backward_item(const BackwardPlan& plan, const BackwardItem& item, ch
   // The scores of far rows are to be those that far_rows() saw, to the last bit.
   const bool few_rows = num_rows <= kFewRows && plan.reference.data == nullptr;
   const T *k_rows[kMaxChunk], *v_rows[kMaxChunk];
-  find_key_rows(p, p.k, sequence, kv_head, item.key_begin, keys, k_rows);
-  find_key_rows(p, p.v, sequence, kv_head, item.key_begin, keys, v_rows);
+  find_key_rows<T>(p, p.k, sequence, kv_head, item.key_begin, keys, k_rows);
+  find_key_rows<T>(p, p.v, sequence, kv_head, item.key_begin, keys, v_rows);
   if (!few_rows) {
     words_along_rows<Product>(k_rows, keys, head_dim, chunk.k);
     if (Product::kPerWord > 1) {

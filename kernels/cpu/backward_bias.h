@@ -90,9 +90,9 @@ static void bias_item(const BackwardPlan& plan, const BiasItem& item, char* memo
         for (int64_t first = begin; first < end; first += kBlock) {
           const int count = static_cast<int>(smaller<int64_t>(kBlock, end - first));
           const T* rows[kBlock];
-          find_key_rows(p, p.k, sequence, kv_head, first, count, rows);
+          find_key_rows<T>(p, p.k, sequence, kv_head, first, count, rows);
           words_along_rows<Product>(rows, count, head_dim, k);
-          find_key_rows(p, p.v, sequence, kv_head, first, count, rows);
+          find_key_rows<T>(p, p.v, sequence, kv_head, first, count, rows);
           words_along_rows<Product>(rows, count, head_dim_v, v);
           const GradientBlock block{k, v, first, count};
           const float factor = score_products<Product>(p, sequence, panel, block, tiles);

@@ -47,7 +47,7 @@ static void far_rows(const BackwardPlan& plan, const Item& item, char* memory) {
   for (int64_t first = some.begin; some_far && first < some.end; first += kBlock) {
     const int keys = static_cast<int>(smaller<int64_t>(kBlock, some.end - first));
     const T* rows[kBlock];
-    find_key_rows(p, p.k, sequence, kv_head, first, keys, rows);
+    find_key_rows<T>(p, p.k, sequence, kv_head, first, keys, rows);
     words_along_rows<Product>(rows, keys, static_cast<int>(p.head_dim), block.keys);
     multiply<Product, Start::zero, true>(
         panel.lanes.vectors,

@@ -1,24 +1,23 @@
 // Attention of a few rows against many keys: vectors along head_dim, straight from where the keys
 // lie.
 //
-// Reading the keys is the work, so they are read once, in the order of memory: an item walks a
-// range of keys for all key heads whose rows are neighbours there, in blocks of kDecodeBlock keys,
-// and while one head's rows are used, the next head's (or the next block's) are prefetched row for
-// row.
+// Reading the keys is the work, so they are read once and in the order of memory, key by key with
+// all key heads that are neighbours there: a walk that hardware prefetchers follow, helped by a
+// software prefetch some rows ahead. Its products leave scores as tiles[key][lane], a lane for each
+// row of each key head, and meet probabilities as such; in between lies forward.h's softmax.
 #pragma once
 
 #include "kernels/cpu/forward.h"
 
 namespace anyflash::cpu::ANYFLASH_ISA {
 
-constexpr int kDecodeBlock = 16;  // keys
-static_assert(kDecodeBlock % kLanes == 0);
-
-// Rows from which on `forward`, with its rows along the lanes, is faster (measured).
-template <class T>
-constexpr int64_t decode_rows() {
-  return ProductOf<T>::Type::kPerWord == 2 ? 10 : 16;
-}
+// Measured, as keys_together() is.
+constexpr int kDecodeBlock = 32;     // keys
+constexpr int kAheadBytes = 8192;    // to prefetch ahead,
+constexpr int kMaxAhead = 64;        // in so many keys at most
+constexpr int kMaxKeysTogether = 4;  // whose values are added together
+// Rows of a key head; with more, `forward` with its rows along the lanes is faster.
+constexpr int kMaxDecodeRows = kLanes < 8 ? kLanes : 8;
 
 // q in the form that meets keys as they lie in memory: bf16 pairs where one instruction multiplies
 // them, else floats.
@@ -40,293 +39,351 @@ struct DecodeProduct<T, true> {
   }
 };
 
-// The rows of one block of keys for one key head, and those to prefetch meanwhile (null: none).
+// A block of keys or values: all key heads' columns of each row, and what to prefetch meanwhile.
 template <class T>
 struct BlockRows {
-  const T* const* rows;
-  int64_t head_offset;
-  const T* const* next;
-  int64_t next_offset;
+  // Of the first key head; behind the last key it is repeated, as far as anybody looks.
+  const T* rows[kDecodeBlock + kMaxAhead + kLanes + 1];
+  int count;  // keys
+  int ahead;  // keys
+  int64_t head_stride;
+
+  __attribute__((always_inline)) const T* row(int key, int head) const {
+    return rows[key] + head * head_stride;
+  }
+  __attribute__((always_inline)) const T* row_ahead(int key, int head) const {
+    return row(key + ahead, head);
+  }
 };
 
-// scores[r * kDecodeBlock + key] of kRows rows of q and all keys of a block, kKeys at a time; keys
-// behind the last repeat it.
-template <class T, class Product, int kRows, int kKeys = kLanes / kRows>
-ANYFLASH_INLINE void decode_scores(const typename Product::Query* q, int head_dim,
-                                   const BlockRows<T>& keys, int count, float* scores) {
-  static_assert(kRows * kKeys <= kLanes);  // sums, added up together
-  for (int key = 0; key < count; key += kKeys) {
+template <class T>
+ANYFLASH_INLINE void find_block(const AttentionParams& p, const Rows& x, const Sequence& sequence,
+                                const Item& item, int head_dim, int64_t first,
+                                BlockRows<T>& block) {
+  const int64_t bytes = item.num_spaces * head_dim * static_cast<int64_t>(sizeof(T));
+  block.head_stride = x.head_stride;
+  block.count = static_cast<int>(smaller<int64_t>(kDecodeBlock, item.key_end - first));
+  block.ahead = static_cast<int>(smaller<int64_t>(kMaxAhead, (kAheadBytes + bytes - 1) / bytes));
+  const int wanted = block.count + block.ahead + kLanes + 1;
+  const int found = static_cast<int>(smaller<int64_t>(wanted, item.key_end - first));
+  // Without dropout a row space is a key head's.
+  find_key_rows<T>(p, x, sequence, item.space, first, found, block.rows);
+  for (int i = found; i < wanted; ++i) block.rows[i] = block.rows[found - 1];
+}
+
+// tiles[panel][key][lane] for a block of keys.
+ANYFLASH_INLINE float* at_lane(float* tiles, int key, int lane) {
+  return tiles + (lane / kPanel * kDecodeBlock + key) * kPanel + lane % kPanel;
+}
+
+// Scores of kRows rows of q per key head and all keys of a block. (Functions of their own have the
+// registers for their loops.)
+template <class T, class Product, int kRows>
+static __attribute__((noinline)) void decode_scores(const typename Product::Query* q, int head_dim,
+                                                    int heads, const BlockRows<T>& keys,
+                                                    float* tiles) {
+  constexpr int kTogether = kLanes / kRows;  // rows of keys whose sums are added up together
+  const int64_t head_stride = keys.head_stride;
+  const T* k = keys.rows[0];
+  const T* ahead = keys.rows[keys.ahead];
+  const typename Product::Query* own_q = q;
+  float* to = tiles;
+  int key = 0, head = 0;
+  while (key < keys.count) {
     Float products[kLanes];
-    for (int i = 0; i < kLanes; ++i) products[i] = Float{};
-    for (int column = 0; column < head_dim; column += Product::kColumns) {
+    float* scores[kTogether];
 #pragma GCC unroll 16
-      for (int x = 0; x < kKeys; ++x) {
-        if (keys.next) __builtin_prefetch(keys.next[key + x] + keys.next_offset + column, 0, 2);
-        const T* k = keys.rows[key + x] + keys.head_offset + column;
+    for (int x = 0; x < kTogether; ++x) {  // behind the last key it goes on; nobody reads that
+      Float own[kRows];
+      for (int r = 0; r < kRows; ++r) own[r] = Float{};
+      for (int column = 0; column < head_dim; column += Product::kColumns) {
+        __builtin_prefetch(ahead + column, 0, 2);
         for (int r = 0; r < kRows; ++r) {
-          products[r * kKeys + x] =
-              Product::multiply_add(q + r * head_dim + column, k, products[r * kKeys + x]);
+          own[r] = Product::multiply_add(own_q + r * head_dim + column, k + column, own[r]);
         }
+      }
+      for (int r = 0; r < kRows; ++r) products[x * kRows + r] = own[r];
+      scores[x] = to;
+      k += head_stride;
+      ahead += head_stride;
+      own_q += kRows * head_dim;
+      to += kRows;
+      if (++head == heads) {
+        head = 0;
+        ++key;
+        k = keys.rows[key];
+        ahead = keys.rows[key + keys.ahead];
+        own_q = q;
+        to = tiles + key * kPanel;
+      } else if (head % (kPanel / kRows) == 0) {
+        to += (kDecodeBlock - 1) * kPanel;
       }
     }
     alignas(64) float reduced[kLanes];
     store(reduced, sums(products));
-    for (int r = 0; r < kRows; ++r) {
-      memcpy(scores + r * kDecodeBlock + key, reduced + r * kKeys, sizeof(float) * kKeys);
+    for (int x = 0; x < kTogether; ++x) {
+      memcpy(scores[x], reduced + x * kRows, sizeof(float) * kRows);
     }
   }
 }
 
-// out[r] = out[r] * scale[r] + sum over keys of p[r][key] * v[key], columns [column, + kVectors
-// vectors).
-template <class T, int kRows, int kVectors>
-ANYFLASH_INLINE void decode_values(const float* p, const BlockRows<T>& values, int count,
-                                   int column, float* out, int64_t out_row, const float* scale) {
-  Float total[kRows][kVectors];
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) {
-      total[r][v] = load(out + r * out_row + column + v * kLanes) * scale[r];
-    }
+// Scores of a panel become probabilities, and its rows of `out` what is left of them beside a new
+// largest score.
+template <class Product>
+static __attribute__((noinline)) void decode_softmax(const AttentionParams& p, const Panel& panel,
+                                                     int64_t first_key, int keys, int columns,
+                                                     float* tile, float* out) {
+  alignas(64) float maxima[kPanel], scale[kPanel];
+  find_maxima(tile, keys, panel.lanes.vectors, maxima);
+  finish_scores(p, panel.lanes, first_key, keys, tile, maxima);
+  softmax<Product, false>(panel, {nullptr, nullptr, tile, nullptr}, keys, maxima, exponent_scale(p),
+                          scale);
+  // Keys that a group of values lacks weigh nothing.
+  const int weights = (keys + Product::kPerWord - 1) / Product::kPerWord;
+  for (int key = weights; key < round_up(weights, kMaxKeysTogether); ++key) {
+    memset(tile + key * kPanel, 0, sizeof(float) * kPanel);
   }
-  for (int key = 0; key < count; ++key) {
-    if (values.next) {
-      prefetch_row(values.next[key] + values.next_offset + column, kVectors * kLanes);
-    }
-    const T* row = values.rows[key] + values.head_offset + column;
-    Float x[kVectors];
-    for (int v = 0; v < kVectors; ++v) x[v] = load(row + v * kLanes);
-    for (int r = 0; r < kRows; ++r) {
-      const Float weight = broadcast(p[r * kDecodeBlock + key]);
-      for (int v = 0; v < kVectors; ++v) total[r][v] = multiply_add(weight, x[v], total[r][v]);
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) {
-      store(out + r * out_row + column + v * kLanes, total[r][v]);
+  for (int lane = 0; lane < panel.lanes.rows; ++lane) {
+    if (scale[lane] == 1.0f) continue;
+    float* row = out + lane * columns;
+    for (int column = 0; column < columns; column += kLanes) {
+      store(row + column, load(row + column) * scale[lane]);
     }
   }
 }
 
-#if defined(__AVX512BF16__)
-// The same with two keys per product. An odd last key meets a weight of 0: there is a row behind
-// the last key (find_rows repeats it) and its weight is exp2(-inf).
-template <int kRows, int kVectors>
-ANYFLASH_INLINE void decode_value_pairs(const float* p, const BlockRows<Bf16>& values, int count,
-                                        int column, float* out, int64_t out_row,
-                                        const float* scale) {
-  Float total[kRows][kVectors];
+// Keys whose values are added to `out` together, so that it is loaded and stored less often: a
+// power of two, even where weights come in pairs.
+template <bool kPairs, int kRows>
+constexpr int keys_together() {
+  return kPairs ? (kRows >= 4 ? kMaxKeysTogether : 2) : kRows > 1 ? 2 : 1;
+}
+
+// out[r] += weights[key][r] * rows[key] of kKeys keys.
+template <class T, int kRows, int kKeys>
+static __attribute__((noinline)) void add_values(const float* weights,
+                                                 const T* const (&rows)[kKeys], const T* ahead,
+                                                 int columns, float* out) {
+  Float weight[kRows][kKeys];
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) {
-      total[r][v] = load(out + r * out_row + column + v * kLanes) * scale[r];
-    }
+    for (int key = 0; key < kKeys; ++key) weight[r][key] = broadcast(weights[key * kPanel + r]);
   }
-  Word weights[kRows][kDecodeBlock];
-  for (int r = 0; r < kRows; ++r) {
-    const Float even = load(p + r * kDecodeBlock);
-    // Lane i and its neighbour as a pair; the even lanes are read.
-    const Float odd = (Float)__builtin_shufflevector((Words)even, (Words)even, 1, 1, 3, 3, 5, 5, 7,
-                                                     7, 9, 9, 11, 11, 13, 13, 15, 15);
-    store_words(weights[r], bf16_pairs(even, odd));
-  }
-  for (int key = 0; key < count; key += 2) {
-    if (values.next) {
-      for (int i = key; i < key + 2; ++i) {
-        prefetch_row(values.next[i] + values.next_offset + column, kVectors * kLanes);
+  for (int column = 0; column < columns; column += kLanes) {
+    __builtin_prefetch(ahead + column, 0, 2);
+    Float x[kKeys];
+    for (int key = 0; key < kKeys; ++key) x[key] = load(rows[key] + column);
+    for (int r = 0; r < kRows; ++r) {
+      float* at = out + r * columns + column;
+      Float total = load(at);
+      for (int key = 0; key < kKeys; ++key) {
+        total = multiply_add(weight[r][key], x[key], total);
       }
-    }
-    const Bf16* row = values.rows[key] + values.head_offset + column;
-    const Bf16* next_row = values.rows[key + 1] + values.head_offset + column;
-    Words x[kVectors];
-    for (int v = 0; v < kVectors; v += 2) {
-      const WordsPair both = zipped_twice(row + v * kLanes, next_row + v * kLanes);
-      x[v] = both.first;
-      x[v + 1] = both.second;
-    }
-    for (int r = 0; r < kRows; ++r) {
-      const Words weight = broadcast(weights[r][key]);
-      for (int v = 0; v < kVectors; ++v) total[r][v] = bf16_dot(weight, x[v], total[r][v]);
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) {
-      store(out + r * out_row + column + v * kLanes, total[r][v]);
+      store(at, total);
     }
   }
 }
-#endif
 
-template <class T, int kRows>
-ANYFLASH_INLINE void decode_all_values(const float* p, const BlockRows<T>& values, int count,
-                                       int columns, float* out, const float* scale) {
+// The same with weights in pairs of keys.
+template <int kRows, int kKeys>
+static __attribute__((noinline)) void add_values(const Word* weights,
+                                                 const Bf16* const (&rows)[kKeys],
+                                                 const Bf16* ahead, int columns, float* out) {
+  Words weight[kRows][kKeys / 2];
+  for (int r = 0; r < kRows; ++r) {
+    for (int pair = 0; pair < kKeys / 2; ++pair) {
+      weight[r][pair] = broadcast(weights[pair * kPanel + r]);
+    }
+  }
   int column = 0;
 #if defined(__AVX512BF16__)
-  static_assert(kMaxVectors % 2 == 0 && kDecodeBlock == kLanes);
-  for (; column + kMaxVectors * kLanes <= columns; column += kMaxVectors * kLanes) {
-    decode_value_pairs<kRows, kMaxVectors>(p, values, count, column, out, columns, scale);
+  for (; column + 2 * kLanes <= columns; column += 2 * kLanes) {
+    __builtin_prefetch(ahead + column, 0, 2);
+    WordsPair x[kKeys / 2];
+    for (int pair = 0; pair < kKeys / 2; ++pair) {
+      x[pair] = zipped_twice(rows[2 * pair] + column, rows[2 * pair + 1] + column);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      float* at = out + r * columns + column;
+      Float first = load(at), second = load(at + kLanes);
+      for (int pair = 0; pair < kKeys / 2; ++pair) {
+        first = bf16_dot(weight[r][pair], x[pair].first, first);
+        second = bf16_dot(weight[r][pair], x[pair].second, second);
+      }
+      store(at, first);
+      store(at + kLanes, second);
+    }
   }
 #endif
-  for (; column + kMaxVectors * kLanes <= columns; column += kMaxVectors * kLanes) {
-    decode_values<T, kRows, kMaxVectors>(p, values, count, column, out, columns, scale);
-  }
   for (; column < columns; column += kLanes) {
-    decode_values<T, kRows, 1>(p, values, count, column, out, columns, scale);
-  }
-}
-
-template <int kCount>
-struct RowCount {
-  static constexpr int value = kCount;
-};
-
-// Rows in steps of 4, 2 and 1; three rows are a step of 4.
-template <class Step>
-ANYFLASH_INLINE void for_row_groups(int rows, Step step) {
-  for (int r = 0; r < rows;) {
-    const int left = rows - r;
-    if (left >= 3) {
-      step(r, RowCount<4>{});
-      r += 4;
-    } else if (left == 2) {
-      step(r, RowCount<2>{});
-      r += 2;
-    } else {
-      step(r, RowCount<1>{});
-      r += 1;
+    for (int r = 0; r < kRows; ++r) {
+      float* at = out + r * columns + column;
+      Float total = load(at);
+      for (int pair = 0; pair < kKeys / 2; ++pair) {
+        total = bf16_dot(weight[r][pair],
+                         zipped(rows[2 * pair] + column, rows[2 * pair + 1] + column), total);
+      }
+      store(at, total);
     }
   }
 }
 
-// The online softmax of the rows of one key head.
-struct DecodeRows {
-  float* out;    // [row][column of v]
-  float* sum;    // [row][kLanes]: partial sums, one per lane
-  float* max;    // [row], of the scores
-  float* scale;  // [row], for the block at hand
-};
-
-// Scores of one row and block become probabilities.
-ANYFLASH_INLINE void decode_softmax(const AttentionParams& p, const IntervalMask<int64_t>& mask,
-                                    int64_t query, float slope, int64_t first, int keys, int row,
-                                    const DecodeRows& rows, float* scores) {
-  const bool purely_causal = p.window_left < 0 && p.window_right == 0;
-  const bool scaled = only_scaled(p);
-  const Scales scales = Scales::of(p);
-  const auto begin =
-      static_cast<int32_t>(smaller<int64_t>(kDecodeBlock, mask.kv_begin(query) - first));
-  const auto end =
-      static_cast<int32_t>(smaller<int64_t>(keys, larger<int64_t>(0, mask.kv_end(query) - first)));
-  const auto first_distance =
-      static_cast<int32_t>(purely_causal ? first : first - query - mask.shift());
-  Int lane{};
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-
-  Float logits[kDecodeBlock / kLanes];
-  Float largest = broadcast(rows.max[row]);
-  for (int i = 0; i < kDecodeBlock / kLanes; ++i, lane = lane + kLanes) {
-    Float x = load(scores + i * kLanes);
-    if (p.softcap > 0) {
-      x = tanh(x * scales.argument) * scales.cap;
-    } else if (!scaled) {
-      x = x * scales.logit;
+// out[head][r] += the probabilities of a block of keys * values, some keys at a time: memory is
+// read as a stream, all but the last key's rows wait in `staged`, near enough, until that is met.
+template <class T, bool kPairs, int kRows>
+static __attribute__((noinline)) void decode_values(float* tiles, const BlockRows<T>& values,
+                                                    int heads, int columns, T* staged,
+                                                    const T* zeros, float* out) {
+  constexpr int kKeys = keys_together<kPairs, kRows>();
+  for (int key = 0; key < values.count; key += kKeys) {
+    const int count = values.count - key < kKeys ? values.count - key : kKeys;
+    for (int i = 0; i < count - 1; ++i) {
+      for (int head = 0; head < heads; ++head) {
+        const T* row = values.row(key + i, head);
+        const T* ahead = values.row_ahead(key + i, head);
+        T* to = staged + (i * heads + head) * columns;
+        for (int column = 0; column < columns; column += kLanes) {
+          __builtin_prefetch(ahead + column, 0, 2);
+          memcpy(to + column, row + column, sizeof(T) * kLanes);
+        }
+      }
     }
-    if (p.alibi_slopes) {
-      const Int away = lane + first_distance;
-      const Int distance = purely_causal ? away : (away < 0 ? away : -away);
-      x = multiply_add(broadcast(slope), __builtin_convertvector(distance, Float), x);
+    for (int head = 0; head < heads; ++head) {
+      const T* rows[kKeys];
+      for (int i = 0; i < kKeys; ++i) {
+        rows[i] = i < count - 1 ? staged + (i * heads + head) * columns
+                  : i < count   ? values.row(key + i, head)
+                                : zeros;
+      }
+      const T* ahead = values.row_ahead(key + count - 1, head);
+      float* own_out = out + head * kRows * columns;
+      if constexpr (kPairs) {
+        const float* weights = at_lane(tiles, key / 2, head * kRows);
+        add_values<kRows, kKeys>(reinterpret_cast<const Word*>(weights), rows, ahead, columns,
+                                 own_out);
+      } else {
+        add_values<T, kRows, kKeys>(at_lane(tiles, key, head * kRows), rows, ahead, columns,
+                                    own_out);
+      }
     }
-    x = select((lane >= begin) & (lane < end), x, broadcast(-kInfinity));
-    logits[i] = x;
-    largest = maximum(largest, x);
   }
-  const float max = largest_lane(largest);
-  const Float reference = finite_reference(broadcast(max));
-  const float factor = exponent_scale(p);
-  const Float scale = exp2<6>((broadcast(rows.max[row]) - reference) * factor);
-  Float sum = load(rows.sum + row * kLanes) * scale;
-  for (int i = 0; i < kDecodeBlock / kLanes; ++i) {
-    const Float x = exp2<6>((logits[i] - reference) * factor);
-    sum = sum + x;
-    store(scores + i * kLanes, x);
-  }
-  store(rows.sum + row * kLanes, sum);
-  rows.max[row] = max;
-  rows.scale[row] = scale[0];
 }
 
 template <class T>
 static bool can_decode(const ForwardPlan& plan) {
   const AttentionParams& p = *plan.params;
-  return p.head_dim % kLanes == 0 && p.head_dim_v % kLanes == 0 && !p.bias && p.dropout_p == 0;
+  return p.head_dim % kLanes == 0 && p.head_dim_v % kLanes == 0 && p.dropout_p == 0;
+}
+
+// Rows of a key head as they are computed.
+constexpr int padded_rows(int64_t rows) {
+  return rows <= 2 ? static_cast<int>(rows) : rows <= 4 ? 4 : 8;
 }
 
 template <class T>
 static int64_t decode_scratch_bytes(const ForwardPlan& plan, int64_t num_spaces) {
   const AttentionParams& p = *plan.params;
-  const int64_t row = p.head_dim + p.head_dim_v + kLanes + 1;
-  return 4 * (num_spaces * row + kDecodeBlock + 1) * round_up(decode_rows<T>(), 4) + 64 * 8;
+  const int64_t lanes = num_spaces * kMaxDecodeRows;
+  const int64_t panels = (lanes + kPanel - 1) / kPanel;
+  return 4 * (lanes * (p.head_dim + p.head_dim_v) + panels * (kDecodeBlock + 3) * kPanel +
+              (num_spaces * (kMaxKeysTogether - 1) + 1) * p.head_dim_v) +
+         panels * static_cast<int64_t>(sizeof(Panel)) + 64 * 8;
+}
+
+// Lanes of a panel of decode: the padded rows of one key head after the other's.
+static __attribute__((noinline)) void describe_decode_lanes(const ForwardPlan& plan,
+                                                            const Item& item,
+                                                            const Sequence& sequence,
+                                                            int rows_per_head, int first_lane,
+                                                            Lanes& lanes) {
+  const AttentionParams& p = *plan.params;
+  const int rest = static_cast<int>(item.num_spaces) * rows_per_head - first_lane;
+  lanes.rows = rest < kPanel ? rest : kPanel;
+  lanes.vectors = (lanes.rows + kLanes - 1) / kLanes;
+  describe_keys(plan.rows, sequence.mask, 0, item.row_end, lanes);
+  for (int i = 0; i < lanes.vectors * kLanes; ++i) {
+    const int lane = first_lane + (i < lanes.rows ? i : lanes.rows - 1);
+    const int64_t row = smaller<int64_t>(lane % rows_per_head, item.row_end - 1);
+    describe_lane(p, sequence, plan.rows.query(row),
+                  plan.rows.head(item.space + lane / rows_per_head, row), i, lanes);
+  }
 }
 
 template <class T>
-ANYFLASH_INLINE void write_decoded(const ForwardPlan& plan, const Item& item,
-                                   const Sequence& sequence, const DecodeRows& all, int rows,
-                                   int padded) {
+static __attribute__((noinline)) void write_decoded(const ForwardPlan& plan, const Item& item,
+                                                    const Sequence& sequence, const Panel* panels,
+                                                    int rows_per_head, const float* out) {
   const AttentionParams& p = *plan.params;
   const int columns = static_cast<int>(p.head_dim_v);
   float* partial = item.partial;
   for (int h = 0; h < item.num_spaces; ++h) {
-    for (int r = 0; r < rows; ++r) {
-      const float* row = all.out + (h * padded + r) * columns;
-      const float max = all.max[h * padded + r] * logit_scale(p);
-      const float total = sum(load(all.sum + (h * padded + r) * kLanes));
+    for (int r = 0; r < item.row_end; ++r) {
+      const int lane = h * rows_per_head + r;
+      const Panel& panel = panels[lane / kPanel];
+      const float* row = out + lane * columns;
+      const Float max = broadcast(panel.max[lane % kPanel]);
+      const Float growth = growth_to_max(p, max);
+      const Float total = broadcast(panel.sum[lane % kPanel]) * growth;
+      const Float largest = max * logit_scale(p);
       if (partial != nullptr) {
-        memcpy(partial, row, static_cast<size_t>(columns) * sizeof(float));
-        partial[columns] = max;
-        partial[columns + 1] = total;
+        for (int column = 0; column < columns; column += kLanes) {
+          store(partial + column, load(row + column) * growth);
+        }
+        partial[columns] = largest[0];
+        partial[columns + 1] = total[0];
         partial += partial_row_floats(p);
         continue;
       }
       const int64_t query = plan.rows.query(r), head = plan.rows.head(item.space + h, r);
       const Float sink = broadcast(p.sinks ? p.sinks[head] : -kInfinity);
-      const Statistics end = finish_softmax(p, broadcast(max), broadcast(total), sink);
-      T* out = query_row<T>(p, p.out, sequence, query, head);
+      const Statistics end = finish_softmax(p, largest, total, sink);
+      const Float factor = growth * end.factor;
+      T* to = query_row<T>(p, p.out, sequence, query, head);
       for (int column = 0; column < columns; column += kLanes) {
-        store(out + column, load(row + column) * end.factor);
+        store(to + column, load(row + column) * factor);
       }
       *statistic(p, p.lse, sequence, query, head) = end.lse[0];
     }
   }
 }
 
-template <class T, bool kPairs>
-ANYFLASH_INLINE void decode_rows_of_item(const ForwardPlan& plan, const Item& item, char* memory) {
+template <class T, bool kPairs, int kRows>
+ANYFLASH_INLINE void decode_rows(const ForwardPlan& plan, const Item& item, char* memory) {
   using Product = DecodeProduct<T, kPairs>;
   using Query = typename Product::Query;
+  using Probabilities = typename ProductOf<T>::Type;
   const AttentionParams& p = *plan.params;
   const Sequence sequence(p, item.sequence);
-  // Three rows are computed as four.
-  const int rows = static_cast<int>(item.row_end), padded = rows % 4 == 3 ? rows + 1 : rows;
   const int heads = static_cast<int>(item.num_spaces);
   const int head_dim = static_cast<int>(p.head_dim), columns = static_cast<int>(p.head_dim_v);
-  const int64_t kv_head = item.space * plan.rows.heads / (p.heads / p.heads_k);
+  const int lanes = heads * kRows, num_panels = (lanes + kPanel - 1) / kPanel;
 
   Scratch scratch{memory};
-  Query* q = scratch.take<Query>(heads * padded * head_dim);
-  float* scores = scratch.take<float>(padded * kDecodeBlock);
-  DecodeRows all{};
-  all.out = scratch.take<float>(heads * padded * columns);
-  all.sum = scratch.take<float>(heads * padded * kLanes);
-  all.max = scratch.take<float>(heads * padded);
-  all.scale = scratch.take<float>(padded);
-  if (padded > rows) memset(q, 0, sizeof(Query) * static_cast<size_t>(heads) * padded * head_dim);
-  memset(all.out, 0, sizeof(float) * static_cast<size_t>(heads) * padded * columns);
-  memset(all.sum, 0, sizeof(float) * static_cast<size_t>(heads) * padded * kLanes);
-  memset(all.scale, 0, sizeof(float) * static_cast<size_t>(padded));
-  for (int i = 0; i < heads * padded; ++i) all.max[i] = -kInfinity;
+  Query* q = scratch.take<Query>(lanes * head_dim);
+  float* out = scratch.take<float>(lanes * columns);
+  float* tiles = scratch.take<float>(num_panels * kDecodeBlock * kPanel);
+  T* staged = scratch.take<T>((kMaxKeysTogether - 1) * heads * columns);
+  T* zeros = scratch.take<T>(columns);
+  memset(zeros, 0, sizeof(T) * static_cast<size_t>(columns));
+  Panel* panels = scratch.take<Panel>(num_panels);
+  if (item.row_end < kRows) memset(q, 0, sizeof(Query) * static_cast<size_t>(lanes) * head_dim);
+  memset(out, 0, sizeof(float) * static_cast<size_t>(lanes) * columns);
+  if (lanes % kLanes != 0) {  // lanes without a row are computed as well
+    memset(tiles, 0, sizeof(float) * static_cast<size_t>(num_panels) * kDecodeBlock * kPanel);
+  }
+  for (int i = 0; i < num_panels; ++i) {
+    describe_decode_lanes(plan, item, sequence, kRows, i * kPanel, panels[i].lanes);
+    panels[i].max = scratch.take<float>(kPanel);
+    panels[i].sum = scratch.take<float>(kPanel);
+    for (int lane = 0; lane < kPanel; ++lane) {
+      panels[i].max[lane] = -kInfinity;
+      panels[i].sum[lane] = 0;
+    }
+  }
   for (int h = 0; h < heads; ++h) {
-    for (int r = 0; r < rows; ++r) {
+    for (int r = 0; r < item.row_end; ++r) {
       const T* from = query_row<const T>(p, p.q, sequence, plan.rows.query(r),
                                          plan.rows.head(item.space + h, r));
-      Query* to = q + (h * padded + r) * head_dim;
+      Query* to = q + (h * kRows + r) * head_dim;
       if constexpr (kPairs) {
         memcpy(to, from, sizeof(T) * static_cast<size_t>(head_dim));
       } else {
@@ -335,76 +392,43 @@ ANYFLASH_INLINE void decode_rows_of_item(const ForwardPlan& plan, const Item& it
     }
   }
 
-  // The rows of two blocks: the one at hand and the next. Behind the last key it is repeated.
-  const T* key_rows[2][kDecodeBlock];
-  const T* value_rows[2][kDecodeBlock];
-  const auto find_rows = [&](int64_t first, int block) __attribute__((always_inline)) {
-    const int count = static_cast<int>(smaller<int64_t>(kDecodeBlock, item.key_end - first));
-    find_key_rows(p, p.k, sequence, kv_head, first, count, key_rows[block]);
-    find_key_rows(p, p.v, sequence, kv_head, first, count, value_rows[block]);
-    for (int i = count; i < kDecodeBlock; ++i) {
-      key_rows[block][i] = key_rows[block][count - 1];
-      value_rows[block][i] = value_rows[block][count - 1];
+  BlockRows<T> block;
+  for (int64_t first = item.key_begin; first < item.key_end; first += kDecodeBlock) {
+    find_block<T>(p, p.k, sequence, item, head_dim, first, block);
+    decode_scores<T, Product, kRows>(q, head_dim, heads, block, tiles);
+    for (int i = 0; i < num_panels; ++i) {
+      decode_softmax<Probabilities>(p, panels[i], first, block.count, columns,
+                                    at_lane(tiles, 0, i * kPanel), out + i * kPanel * columns);
     }
-    return count;
-  };
-  int block = 0;
-  int count = item.key_begin < item.key_end ? find_rows(item.key_begin, 0) : 0;
-  for (int64_t first = item.key_begin; first < item.key_end; first += kDecodeBlock, block ^= 1) {
-    const bool last_block = first + kDecodeBlock >= item.key_end;
-    const int next_count = last_block ? 0 : find_rows(first + kDecodeBlock, block ^ 1);
-    for (int h = 0; h < heads; ++h) {
-      const int next_block = h + 1 < heads ? block : block ^ 1;
-      const int64_t next_head = h + 1 < heads ? h + 1 : 0;
-      const bool prefetch = h + 1 < heads || !last_block;
-      const BlockRows<T> keys{key_rows[block], h * p.k.head_stride,
-                              prefetch ? key_rows[next_block] : nullptr,
-                              next_head * p.k.head_stride};
-      const BlockRows<T> values{value_rows[block], h * p.v.head_stride,
-                                prefetch ? value_rows[next_block] : nullptr,
-                                next_head * p.v.head_stride};
-      const auto of_rows = [](const BlockRows<T>& x, int r) __attribute__((always_inline)) {
-        return r == 0 ? x : BlockRows<T>{x.rows, x.head_offset, nullptr, 0};
-      };
-      const DecodeRows own{all.out + h * padded * columns, all.sum + h * padded * kLanes,
-                           all.max + h * padded, all.scale};
-      for_row_groups(rows, [&](int r, auto n) __attribute__((always_inline)) {
-        constexpr int kRows = decltype(n)::value;
-        const Query* own_q = q + (h * padded + r) * head_dim;
-        float* own_scores = scores + r * kDecodeBlock;
-        if (kRows == 1 && count <= kLanes / 4) {  // short sequences
-          decode_scores<T, Product, 1, kLanes / 4>(own_q, head_dim, of_rows(keys, r), count,
-                                                   own_scores);
-        } else {
-          decode_scores<T, Product, kRows>(own_q, head_dim, of_rows(keys, r), count, own_scores);
-        }
-      });
-      for (int r = 0; r < rows; ++r) {
-        const int64_t head = plan.rows.head(item.space + h, r);
-        const float slope =
-            p.alibi_slopes ? p.alibi_slopes[sequence.index * p.alibi_batch_stride + head] : 0.0f;
-        decode_softmax(p, sequence.mask, plan.rows.query(r), slope, first, count, r, own,
-                       scores + r * kDecodeBlock);
-      }
-      for_row_groups(rows, [&](int r, auto n) __attribute__((always_inline)) {
-        decode_all_values<T, decltype(n)::value>(scores + r * kDecodeBlock, of_rows(values, r),
-                                                 count, columns, own.out + r * columns,
-                                                 own.scale + r);
-      });
-    }
-    count = next_count;
+    find_block<T>(p, p.v, sequence, item, columns, first, block);
+    decode_values<T, Probabilities::kPerWord == 2, kRows>(tiles, block, heads, columns, staged,
+                                                          zeros, out);
   }
-  write_decoded<T>(plan, item, sequence, all, rows, padded);
+  write_decoded<T>(plan, item, sequence, panels, kRows, out);
+}
+
+template <class T, bool kPairs>
+ANYFLASH_INLINE void decode_any_rows(const ForwardPlan& plan, const Item& item, char* memory) {
+  switch (padded_rows(item.row_end)) {
+    case 1:
+      return decode_rows<T, kPairs, 1>(plan, item, memory);
+    case 2:
+      return decode_rows<T, kPairs, 2>(plan, item, memory);
+    case 4:
+      return decode_rows<T, kPairs, 4>(plan, item, memory);
+    default:
+      return decode_rows<T, kPairs, kMaxDecodeRows>(plan, item, memory);
+  }
 }
 
 template <class T>
 static void decode_item(const ForwardPlan& plan, const Item& item, char* memory) {
   if constexpr (ProductOf<T>::Type::kPerWord == 2) {
     if (plan.params->head_dim % (2 * kLanes) == 0) {
-      return decode_rows_of_item<T, true>(plan, item, memory);
+      return decode_any_rows<T, true>(plan, item, memory);
     }
   }
-  decode_rows_of_item<T, false>(plan, item, memory);
+  decode_any_rows<T, false>(plan, item, memory);
 }
 
 }  // namespace anyflash::cpu::ANYFLASH_ISA

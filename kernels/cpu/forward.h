@@ -8,9 +8,10 @@
 
 namespace anyflash::cpu::ANYFLASH_ISA {
 
-constexpr int kItemRows = 128;
+constexpr int kItemRows = kLanes == 16 ? 256 : 128;  // a block's conversion serves them all
 constexpr int kPanels = kItemRows / kPanel;
-constexpr int kSmallBlock = 16;  // keys per vector of rows, where one panel reads all keys
+constexpr int kSmallBlock =
+    24;  // keys per vector of rows, where one panel reads all keys: whole tiles
 
 // The online softmax of a panel, and its output so far.
 struct Panel {
@@ -101,15 +102,17 @@ ANYFLASH_INLINE void softmax(const Panel& panel, const BlockScratch& block, int 
   }
 }
 
-// Keys [first, first + keys) of the sequence, which begin at `block`.
+// Keys [first, first + keys) of the sequence, which begin at `block`. `ahead`: rows of k and of v.
 template <class Product>
 ANYFLASH_INLINE void attend(const AttentionParams& p, const Sequence& sequence, const Panel& panel,
-                            const BlockScratch& block, int64_t first, int keys) {
+                            const BlockScratch& block, int64_t first, int keys,
+                            const Prefetch (&ahead)[2]) {
   const int words = words_per_row<Product>(p.head_dim), columns = static_cast<int>(p.head_dim_v);
   alignas(64) float maxima[kPanel], scale[kPanel];
   multiply<Product, Start::zero, true>(
       panel.lanes.vectors,
-      {block.keys, words, 1, panel.q, kPanel, block.scores, kPanel, keys, words}, nullptr, maxima);
+      {block.keys, words, 1, panel.q, kPanel, block.scores, kPanel, keys, words, ahead[0]}, nullptr,
+      maxima);
   finish_scores(p, panel.lanes, first, keys, block.scores, maxima);
   if (p.dropout_p > 0) {
     dropout_mask(p, sequence, panel.lanes, first, keys, block.kept);
@@ -121,7 +124,7 @@ ANYFLASH_INLINE void attend(const AttentionParams& p, const Sequence& sequence, 
   multiply<Product, Start::scaled, false>(
       panel.lanes.vectors,
       {block.values, 1, columns, reinterpret_cast<Word*>(block.scores), kPanel, panel.out, kPanel,
-       columns, steps},
+       columns, steps, ahead[1]},
       scale);
 }
 
@@ -151,20 +154,24 @@ ANYFLASH_INLINE void as_rows(const float* out, int columns, int vectors, float* 
             reinterpret_cast<Word*>(staging), round_up(columns, kLanes));
 }
 
-// The reference of the sums is a product, rounded: far from 0 that is more than a sink or another
-// part of the keys may overlook.
+// What brings a lane's sums to the true largest score: their reference is a product, rounded, and
+// far from 0 that is more than a sink or another part of the keys may overlook.
+ANYFLASH_INLINE Float growth_to_max(const AttentionParams& p, Float max) {
+  const Exponents exponents = Exponents::of(max, exponent_scale(p));
+  const Float rounding =
+      multiply_add(finite_reference(max), exponents.factor, -exponents.reference);
+  const Int matters = maximum(rounding, -rounding) > broadcast(0x1p-12f);
+  return select(matters, exp2<6>(-rounding), broadcast(1.0f));
+}
+
 static __attribute__((noinline)) void refer_to_max(const AttentionParams& p, const Panel& panel) {
   for (int lane = 0; lane < panel.lanes.vectors * kLanes; lane += kLanes) {
-    const Float max = load(panel.max + lane);
-    const Exponents exponents = Exponents::of(max, exponent_scale(p));
-    const Float rounding =
-        multiply_add(finite_reference(max), exponents.factor, -exponents.reference);
-    if (!(largest_lane(maximum(rounding, -rounding)) > 0x1p-12f)) continue;
-    const Float grown = exp2<6>(-rounding);
-    store(panel.sum + lane, load(panel.sum + lane) * grown);
+    const Float growth = growth_to_max(p, load(panel.max + lane));
+    if (largest_lane(maximum(growth - 1.0f, 1.0f - growth)) == 0) continue;
+    store(panel.sum + lane, load(panel.sum + lane) * growth);
     for (int column = 0; column < p.head_dim_v; ++column) {
       float* at = panel.out + column * kPanel + lane;
-      store(at, load(at) * grown);
+      store(at, load(at) * growth);
     }
   }
 }
@@ -250,26 +257,29 @@ static void forward_item(const ForwardPlan& plan, const Item& item, char* memory
   seen.begin = larger(seen.begin, item.key_begin);
   seen.end = smaller(seen.end, item.key_end);
 
-  // Few rows: reading the keys is the work, in small blocks, each prefetched during the one before.
-  const bool few_rows = num_panels == 1;
-  const int block_keys =
-      few_rows ? kSmallBlock * panels[0].lanes.vectors : balanced_block(seen.end - seen.begin);
+  // With few rows, reading the keys is the work: in small blocks, the next is on its way earlier.
+  const int block_keys = num_panels == 1 ? kSmallBlock * panels[0].lanes.vectors
+                                         : balanced_block(seen.end - seen.begin);
   for (int64_t first = seen.begin; first < seen.end; first += block_keys) {
     const int count = static_cast<int>(smaller<int64_t>(block_keys, seen.end - first));
     const T* rows[kBlock];
-    find_key_rows(p, p.k, sequence, kv_head, first, count, rows);
+    find_key_rows<T>(p, p.k, sequence, kv_head, first, count, rows);
     words_along_rows<Product>(rows, count, head_dim, block.keys);
-    find_key_rows(p, p.v, sequence, kv_head, first, count, rows);
+    find_key_rows<T>(p, p.v, sequence, kv_head, first, count, rows);
     zipped_rows<Product>(rows, count, columns, columns, block.values);
-    if (few_rows) {
-      const int64_t next = first + block_keys;
-      const int ahead = static_cast<int>(smaller<int64_t>(block_keys, seen.end - next));
-      find_key_rows(p, p.k, sequence, kv_head, next, ahead, rows);
-      for (int i = 0; i < ahead; ++i) prefetch_row(rows[i], head_dim);
-      find_key_rows(p, p.v, sequence, kv_head, next, ahead, rows);
-      for (int i = 0; i < ahead; ++i) prefetch_row(rows[i], columns);
-    }
+    // The next block's rows, some during each panel.
+    const void* ahead[2][kBlock];
+    const int64_t next = first + count;
+    const auto next_count =
+        static_cast<int>(larger<int64_t>(0, smaller<int64_t>(block_keys, seen.end - next)));
+    find_key_rows<T>(p, p.k, sequence, kv_head, next, next_count, ahead[0]);
+    find_key_rows<T>(p, p.v, sequence, kv_head, next, next_count, ahead[1]);
     for (int i = 0; i < num_panels; ++i) {
+      const int begin = next_count * i / num_panels;
+      const int part = next_count * (i + 1) / num_panels - begin;
+      constexpr int kBytes = sizeof(T);
+      const Prefetch rows_ahead[2] = {{ahead[0] + begin, part, head_dim * kBytes},
+                                      {ahead[1] + begin, part, columns * kBytes}};
       // Keys outside of what the panel sees are left out; zipped values begin at even keys.
       const TileRange<int64_t>& some = panels[i].lanes.some;
       const int64_t skipped = larger<int64_t>(0, some.begin - first) & -Product::kPerWord;
@@ -279,7 +289,7 @@ static void forward_item(const ForwardPlan& plan, const Item& item, char* memory
       visible.keys += skipped * words;
       visible.values += skipped / Product::kPerWord * columns;
       attend<Product>(p, sequence, panels[i], visible, first + skipped,
-                      static_cast<int>(end - skipped));
+                      static_cast<int>(end - skipped), rows_ahead);
     }
   }
   for (int i = 0; i < num_panels; ++i) {

@@ -11,7 +11,7 @@ namespace anyflash::cpu::ANYFLASH_ISA {
 
 struct Fp32Product {
   static constexpr int kPerWord = 1;
-  static constexpr int kExp2Degree = 6;  // what the probabilities are worth
+  static constexpr int kExp2Degree = 5;  // what the probabilities are worth
   ANYFLASH_INLINE Float multiply_add(Words a, Words b, Float c) { return (Float)a * (Float)b + c; }
 };
 
@@ -33,6 +33,13 @@ constexpr int rows_in_registers(int vectors) { return vectors == 1 ? 8 : 6; }
 
 enum class Start { zero, add, scaled };  // C = A B, C + A B, C * scale + A B
 
+// Rows that the next product needs, brought into the second-level cache meanwhile.
+struct Prefetch {
+  const void* const* rows;
+  int count;
+  int bytes;  // of a row
+};
+
 // a[row * a_row + step * a_step], b[step * b_step + lane], c[row * c_row + lane]
 struct Operands {
   const Word* a;
@@ -44,6 +51,7 @@ struct Operands {
   int64_t c_row;
   int rows;
   int steps;
+  Prefetch ahead = {};
 };
 
 template <class Product, Start kStart, bool kMaximum, int kRows, int kVectors>
@@ -79,6 +87,15 @@ ANYFLASH_INLINE void register_tile(const Operands& m, int row, const Float* scal
   }
 }
 
+// A few rows per register tile: all at once, they would wait for free line buffers, and the product
+// with them.
+ANYFLASH_INLINE void prefetch_part(const Prefetch& ahead, int tile, int tiles) {
+  for (int i = ahead.count * tile / tiles; i < ahead.count * (tile + 1) / tiles; ++i) {
+    const char* row = static_cast<const char*>(ahead.rows[i]);
+    for (int byte = 0; byte < ahead.bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+  }
+}
+
 // The last `rows` rows, fewer than a full tile.
 template <class Product, Start kStart, bool kMaximum, int kRows, int kVectors>
 ANYFLASH_INLINE void last_rows(const Operands& m, int rows, const Float* scale, Float* maxima) {
@@ -104,7 +121,8 @@ static __attribute__((noinline)) void multiply(const Operands& operands, const f
     largest[v] = broadcast(-kInfinity);
   }
   int row = 0;
-  for (; row + kRows <= m.rows; row += kRows) {
+  for (int tile = 0, tiles = m.rows / kRows; tile < tiles; ++tile, row += kRows) {
+    prefetch_part(m.ahead, tile, tiles);
     register_tile<Product, kStart, kMaximum, kRows, kVectors>(m, row, scales, largest);
   }
   last_rows<Product, kStart, kMaximum, kRows - 1, kVectors>(m, m.rows - row, scales, largest);

@@ -63,10 +63,10 @@ ANYFLASH_INLINE float* statistic(const AttentionParams& p, const RowStatistics& 
 }
 
 // rows[i]: key `first + i` of the sequence, from whatever page it lies on.
-template <class T>
+template <class T, class Row>
 ANYFLASH_INLINE void find_key_rows(const AttentionParams& p, const Rows& x,
                                    const Sequence& sequence, int64_t kv_head, int64_t first,
-                                   int count, const T** rows) {
+                                   int count, Row* rows) {
   int64_t position = sequence.k_row + first;
   if (p.block_table == nullptr) {
     const T* row = row_of<const T>(x, p.cu_seqlens_k != nullptr, sequence.index, position, kv_head);

@@ -43,33 +43,43 @@ ANYFLASH_INLINE int bias_bytes(BiasType type) {
   return type == BiasType::boolean ? 1 : type == BiasType::fp32 ? 4 : 2;
 }
 
+// What one lane knows of its row.
+ANYFLASH_INLINE void describe_lane(const AttentionParams& p, const Sequence& sequence,
+                                   int64_t query, int64_t head, int lane, Lanes& lanes) {
+  const IntervalMask<int64_t>& mask = sequence.mask;
+  lanes.key_begin[lane] = static_cast<int32_t>(mask.kv_begin(query));
+  lanes.key_end[lane] = static_cast<int32_t>(larger<int64_t>(0, mask.kv_end(query)));
+  lanes.diagonal[lane] = static_cast<int32_t>(query + mask.shift());
+  if (p.alibi_slopes) {
+    lanes.slope[lane] = p.alibi_slopes[sequence.index * p.alibi_batch_stride + head];
+  }
+  if (p.bias) {
+    lanes.bias[lane] =
+        static_cast<const char*>(p.bias) +
+        bias_bytes(p.bias_type) * (sequence.index * p.bias_stride[0] + head * p.bias_stride[1] +
+                                   query * p.bias_stride[2]);
+  }
+}
+
+// Keys that some and that every row of [row_begin, row_end) sees.
+ANYFLASH_INLINE void describe_keys(const RowSpace& rows, const IntervalMask<int64_t>& mask,
+                                   int64_t row_begin, int64_t row_end, Lanes& lanes) {
+  lanes.some = rows.keys(mask, row_begin, row_end);
+  lanes.all = {mask.kv_begin(rows.query(row_end - 1)),
+               larger<int64_t>(0, mask.kv_end(rows.query(row_begin)))};
+}
+
 ANYFLASH_INLINE void describe_lanes(const AttentionParams& p, const RowSpace& space_of_rows,
                                     const Sequence& sequence, int64_t space, int64_t row_begin,
                                     int64_t row_end, Lanes& lanes) {
   lanes.rows = static_cast<int>(smaller<int64_t>(kPanel, row_end - row_begin));
   lanes.vectors = (lanes.rows + kLanes - 1) / kLanes;
-  const int64_t last_row = row_begin + lanes.rows - 1;
-  const IntervalMask<int64_t>& mask = sequence.mask;
-  lanes.some = space_of_rows.keys(mask, row_begin, row_begin + lanes.rows);
-  lanes.all = {mask.kv_begin(space_of_rows.query(last_row)),
-               larger<int64_t>(0, mask.kv_end(space_of_rows.query(row_begin)))};
+  describe_keys(space_of_rows, sequence.mask, row_begin, row_begin + lanes.rows, lanes);
   lanes.query = space_of_rows.query(row_begin);
   lanes.head = space_of_rows.head(space, row_begin);
   int64_t query = lanes.query, head = row_begin % space_of_rows.heads;
   for (int r = 0; r < lanes.vectors * kLanes; ++r) {
-    const int64_t head_of_all = space * space_of_rows.heads + head;
-    lanes.key_begin[r] = static_cast<int32_t>(mask.kv_begin(query));
-    lanes.key_end[r] = static_cast<int32_t>(larger<int64_t>(0, mask.kv_end(query)));
-    lanes.diagonal[r] = static_cast<int32_t>(query + mask.shift());
-    if (p.alibi_slopes) {
-      lanes.slope[r] = p.alibi_slopes[sequence.index * p.alibi_batch_stride + head_of_all];
-    }
-    if (p.bias) {
-      lanes.bias[r] =
-          static_cast<const char*>(p.bias) +
-          bias_bytes(p.bias_type) * (sequence.index * p.bias_stride[0] +
-                                     head_of_all * p.bias_stride[1] + query * p.bias_stride[2]);
-    }
+    describe_lane(p, sequence, query, space * space_of_rows.heads + head, r, lanes);
     if (r + 1 < lanes.rows && ++head == space_of_rows.heads) {
       head = 0;
       ++query;
@@ -221,6 +231,17 @@ ANYFLASH_INLINE void hide(const Lanes& lanes, int64_t first_key, int keys, float
   }
 }
 
+// The largest score of each lane.
+ANYFLASH_INLINE void find_maxima(const float* tile, int keys, int vectors, float* maxima) {
+  for (int lane = 0; lane < vectors * kLanes; lane += kLanes) {
+    Float largest = broadcast(-kInfinity);
+    for (int key = 0; key < keys; ++key) {
+      largest = maximum(largest, load(tile + key * kPanel + lane));
+    }
+    store(maxima + lane, largest);
+  }
+}
+
 // Dot products to what exponent_scale is for; `maxima` of each lane are found again where the tile
 // changed.
 ANYFLASH_INLINE void finish_scores(const AttentionParams& p, const Lanes& lanes, int64_t first_key,
@@ -229,15 +250,7 @@ ANYFLASH_INLINE void finish_scores(const AttentionParams& p, const Lanes& lanes,
   const bool inside = lanes.all.begin <= first_key && first_key + keys <= lanes.all.end;
   if (!scaled) change_scores(p, lanes, first_key, keys, tile, nullptr);
   if (!inside) hide(lanes, first_key, keys, tile);
-  if (!scaled || !inside) {
-    for (int lane = 0; lane < lanes.vectors * kLanes; lane += kLanes) {
-      Float largest = broadcast(-kInfinity);
-      for (int key = 0; key < keys; ++key) {
-        largest = maximum(largest, load(tile + key * kPanel + lane));
-      }
-      store(maxima + lane, largest);
-    }
-  }
+  if (!scaled || !inside) find_maxima(tile, keys, lanes.vectors, maxima);
 }
 
 // mask[key][lane]: all bits where the probability is kept. Rows of the panel are neighbouring

@@ -282,42 +282,58 @@ ANYFLASH_INLINE float largest_lane(Float x) {
 #endif
 }
 
-// ---- Functions. Polynomials: least maximal relative error with the constant term held at 1, so
-// that exp2(0) is 1 exactly and a block without a new maximum rescales by nothing.
+// ---- Functions.
 
-// 2^x for x < 128, relative error 8e-8 (kDegree 6) or 3e-6 (4); 0 below 2^-126, NaN for NaN.
+// The largest integers that are not above x.
+ANYFLASH_INLINE Float floor(Float x) {
+#if defined(__AVX512F__)
+  return (Float)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return (Float)_mm256_floor_ps((__m256)x);
+#elif defined(__aarch64__)
+  return (Float)vrndmq_f32((float32x4_t)x);
+#endif
+}
+
+// 2^x for x < 128, relative error 7e-8 (kDegree 6), 1.5e-7 (5) or 3e-6 (4); below 2^-126 less than
+// that, 0 for -inf, NaN for NaN.
+//
+// A polynomial in what x is above its floor: least maximal relative error of the rounded
+// coefficients with the constant term held at 1, so that exp2(0) is 1 exactly and a block without a
+// new maximum rescales by nothing.
 template <int kDegree>
 ANYFLASH_INLINE Float exp2(Float x) {
-  static_assert(kDegree == 4 || kDegree == 6);
+  static_assert(4 <= kDegree && kDegree <= 6);
 #if defined(__AVX512F__)
-  const Float f = (Float)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const Float whole = x - f;
+  const Float f = (Float)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
-  x = maximum(broadcast(-200.0f), x);
-  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
-  const Float magic = broadcast(12582912.0f);
-  const Float shifted = x + magic;
-  const Float whole = shifted - magic;
+  x = maximum(broadcast(-127.0f), x);  // from where the exponent below makes 0 of 1
+  const Float whole = floor(x);
   const Float f = x - whole;
 #endif
   Float p;
   if (kDegree == 6) {
-    p = multiply_add(broadcast(1.535336149e-04f), f, broadcast(1.339887499e-03f));
-    p = multiply_add(p, f, broadcast(9.618437364e-03f));
-    p = multiply_add(p, f, broadcast(5.550332470e-02f));
-    p = multiply_add(p, f, broadcast(2.402264791e-01f));
-    p = multiply_add(p, f, broadcast(6.931472029e-01f));
+    p = multiply_add(broadcast(2.156586706e-04f), f, broadcast(1.248230925e-03f));
+    p = multiply_add(p, f, broadcast(9.673774242e-03f));
+    p = multiply_add(p, f, broadcast(5.548618361e-02f));
+    p = multiply_add(p, f, broadcast(2.402290851e-01f));
+    p = multiply_add(p, f, broadcast(6.931470633e-01f));
+  } else if (kDegree == 5) {
+    p = multiply_add(broadcast(1.866951585e-03f), f, broadcast(9.017481469e-03f));
+    p = multiply_add(p, f, broadcast(5.579951406e-02f));
+    p = multiply_add(p, f, broadcast(2.401645929e-01f));
+    p = multiply_add(p, f, broadcast(6.931512952e-01f));
   } else {
-    p = multiply_add(broadcast(9.582852132e-3f), f, broadcast(5.59064295e-2f));
-    p = multiply_add(p, f, broadcast(2.402409866e-1f));
-    p = multiply_add(p, f, broadcast(6.931241927e-1f));
+    p = multiply_add(broadcast(1.342670340e-02f), f, broadcast(5.224243551e-02f));
+    p = multiply_add(p, f, broadcast(2.412802279e-01f));
+    p = multiply_add(p, f, broadcast(6.930448413e-01f));
   }
   p = multiply_add(p, f, broadcast(1.0f));
 #if defined(__AVX512F__)
-  return (Float)_mm512_scalef_ps((__m512)p, (__m512)whole);
+  return (Float)_mm512_scalef_ps((__m512)p, (__m512)x);  // takes the floor itself
 #else
-  const Float scaled = (Float)((Int)p + ((Int)shifted << 23));
-  return select(x <= broadcast(-125.5f), Float{}, scaled) + (x - x);  // x - x is NaN for NaN
+  return (Float)((Int)p + (__builtin_convertvector(whole, Int)
+                           << 23));  // of a NaN: nothing but its sign's bit
 #endif
 }
 

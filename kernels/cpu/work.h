@@ -90,13 +90,17 @@ struct ForwardKernels {
 };
 
 // The float accumulators of dq, a panel of rows each. The items that add to a panel, one per chunk
-// of keys, take turns in the order of the chunks; a panel's memory is taken at the first turn and
-// given back after the last, so that only row spaces at work need any.
+// of keys, each sum up their own part, and take turns in the order of the chunks at adding the sum
+// of those before. A panel's memory is given back once it is in the next one's sum, so that only
+// row spaces at work need any.
 struct GradientPanels;
 
-// Waits until `turn` items have passed the panel on, and returns its memory, (head_dim, panel
-// rows), uninitialised at turn 0.
+// The memory, (head_dim, panel rows), to which this thread adds until it passes the panel on:
+// uninitialised at turn 0, else zeros, at the last turn the sum of the turns before, for which it
+// waits.
 float* wait_for_turn(GradientPanels& panels, int64_t panel, int64_t turn);
+// Waits until those before have passed the panel on, and adds their sum; after the last turn there
+// is nothing to do.
 void pass_on(GradientPanels& panels, int64_t panel, bool last);
 
 // A log-sum-exp from which on its rounding is no longer small beside the logarithm of a sum of

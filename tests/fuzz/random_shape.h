@@ -60,6 +60,13 @@ class ShapeDrawer {
         decode ? random_.integer(1, 16) : random_.log_integer(1, random_.chance(0.1) ? 1200 : 300);
     s.seqlen_k = random_.log_integer(1, decode || random_.chance(0.2) ? 2000 : 300);
     if (!decode && random_.chance(0.4)) s.seqlen_k = s.seqlen_q;
+    if (decode && random_.chance(0.4)) {  // so many keys that items get parts of them
+      s.batch = 1;
+      s.seqlen_q = random_.integer(1, 3);
+      s.seqlen_k = random_.integer(4000, 30000);
+      if (random_.chance(0.7))
+        s.head_dim = s.head_dim_v = std::min<int64_t>(128, scope_.max_head_dim);
+    }
     reduce_work(decode);
     if (random_.chance(0.01)) s.seqlen_q = 0;
     if (random_.chance(0.02)) s.seqlen_k = 0;
