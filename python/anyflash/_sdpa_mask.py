@@ -2,7 +2,7 @@
 
 A batch of unequal lengths, or a cache that is longer than what it holds, comes to
 scaled_dot_product_attention as a mask over all keys. Kernels that know the ends need not read it,
-nor what it hides: seen, a decode step over half of a cache takes a sixth of the time.
+nor what it hides: seen, a decode step over half of a cache takes a fraction of the time.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Elements of the keys, times rows of queries and some more, below which looking at a mask, about a
-#: tenth of a millisecond, costs more than it saves.
+#: Elements of the keys, times rows of queries and some more, below which looking at a mask, a tenth
+#: or two of a millisecond, costs more than it saves.
 _LEAST_WORK = 1 << 23
 
 
@@ -38,7 +38,7 @@ def key_ranges(mask: Tensor, q: Tensor, k: Tensor) -> KeyRanges | None:
     batch, seqlen_k = k.size(0), k.size(2)
     if mask.dim() == 2:
         mask = mask[None, None]
-    if k.numel() * (q.size(2) + 32) < _LEAST_WORK or mask.dim() != 4:
+    if k.numel() * (q.size(2) + 32) < _LEAST_WORK or mask.dim() != 4 or mask.numel() == 0:
         return None
     if not _is_one(mask, 1) or mask.size(3) != seqlen_k:
         return None

@@ -93,6 +93,11 @@ def test_masks_that_say_more():
     assert key_ranges(torch.zeros(3, 7), q, k) is not None
 
 
+def test_no_queries():
+    q, k, _ = tensors(2, 0, 7)
+    assert key_ranges(torch.zeros(2, 1, 0, 7), q, k) is None
+
+
 def test_small_ones_are_not_looked_at(monkeypatch):
     q, k, _ = tensors(2, 3, 7)
     monkeypatch.setattr(_sdpa_mask, "_LEAST_WORK", k.numel() * 35 + 1)
