@@ -3,8 +3,8 @@
 # fails with an error of CUDA's driver as soon as it is causal.
 #
 # What is not causal is computed, in plain operations. For the causal call, back ends are tried in turn, and after those that
-# a CPU cannot have, cuDNN's is asked whether it can take tensors that are on the CPU; it looks for a GPU first. With a build
-# without CUDA the answer is "No viable backend for scaled_dot_product_attention was found." One would expect the math back
+# a CPU cannot have, cuDNN's is asked whether it can take tensors that are on the CPU; it looks for a GPU first. A build
+# without CUDA would say, by its code, that there is no viable back end. One would expect the math back
 # end, as for dense tensors, or that refusal.
 #
 #   jagged, full    off by 0
