@@ -7,6 +7,8 @@ import statistics
 import time
 from typing import Any, Callable
 
+import anyflash
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -36,6 +38,12 @@ class Row:
         return cls(name, ours, reference, ratio, f">= {at_least:g}x", ratio >= at_least)
 
     @classmethod
+    def rate(cls, name: str, ours: float, reference: float, at_least: float) -> Row:
+        """A row of rates whose goal is a ratio: ours is at least reference * at_least."""
+        ratio = ours / reference
+        return cls(name, ours, reference, ratio, f">= {at_least:g}x", ratio >= at_least)
+
+    @classmethod
     def share(cls, name: str, ours: float, reference: float, at_least: float) -> Row:
         """A row of rates whose goal is a share of the reference; ratio is that share."""
         ratio = ours / reference
@@ -60,6 +68,16 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def accelerated(function: Callable[[], Any]) -> Callable[[], Any]:
+    """The function with PyTorch's scaled_dot_product_attention on anyflash's kernels."""
+
+    def run() -> Any:
+        with anyflash.accelerate_sdpa():
+            return function()
+
+    return run
 
 
 def interleaved(

@@ -18,6 +18,7 @@ import traceback
 TOPICS = (
     "attention",
     "sdpa",
+    "models",
     "memory",
     "rotary",
     "norm",

@@ -36,7 +36,10 @@ Written by `make test-consumers`, on a CPU. Where the version is that of a packa
 package itself computes through `flash_attn`, unmodified (its device checks are told
 that there is a GPU), and is compared with its own eager or SDPA path; "calls of" are programs of
 ours that make the calls of a repository. A number says how many checks passed; `no`: skipped or
-refused, with the reason below; an empty cell: not applicable, or not checked.
+refused, with the reason below; an empty cell: not applicable, or not checked. Rows of
+`accelerate_sdpa` use PyTorch's attention instead, with and without
+`anyflash.accelerate_sdpa()`, in fp32 and bf16; checks of it are among those of
+sentence-transformers and diffusers too.
 
 transformers asks for a GPU before it calls `flash_attn`. Without one:
 

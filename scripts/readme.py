@@ -39,6 +39,19 @@ ROWS = {
         "bf16, window of 256 in 4096", "SDPA with a mask"),
 }  # fmt: skip
 IN_README = [name for name in ROWS if "bf16" in name]
+# Rows of rates, with and without accelerate_sdpa: (the package, what its model does).
+MODELS = {
+    "transformers GPT-2 4 x 512 bf16, batch 8, 64 tokens up to 1024 (tokens/s)": (
+        "transformers", "a small GPT-2 writes, context 1024, batch 8"),
+    "transformers GPT-2 4 x 512 bf16, the same padded, static cache (tokens/s)": (
+        "transformers", "the same, padded prompts and a static cache"),
+    "transformers BERT 6 x 384 bf16, batches of 32 sentences by length (tokens/s)": (
+        "transformers", "a small BERT embeds sentences"),
+    "timm vit_small_patch16_224 bf16, batch 8 (images/s)": (
+        "timm", "ViT-S/16 looks at images"),
+    "diffusers DiT 6 x 384 bf16, latents of 64 x 64 (steps/s)": (
+        "diffusers", "a small DiT denoises 64 x 64 latents"),
+}  # fmt: skip
 
 
 class Figure(NamedTuple):
@@ -57,19 +70,26 @@ class Figure(NamedTuple):
         return tuple(f"{ms:.1f}" if ms < 100 else f"{ms:.0f}" for ms in (self.ours, self.reference))
 
 
-def measured() -> tuple[str, dict[str, Figure]]:
-    """The machine, and the figures of ROWS."""
+def measured() -> tuple[str, dict[str, tuple[float, float]]]:
+    """The machine, and (ours, reference) of the rows of ROWS and MODELS."""
     text = BENCHMARKS.read_text()
     machine = re.search(r"^(.*threads, torch \d+\.\d+)", text, re.MULTILINE)
     cells = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    rows = {name[2:]: (float(ours), float(reference)) for name, ours, reference, *_ in cells
-            if name[2:] in ROWS}  # fmt: skip
-    return machine[1], {name: Figure(*ROWS[name], *rows[name]) for name in ROWS}
+    return machine[1], {name[2:]: (float(ours), float(reference))
+                        for name, ours, reference, *_ in cells
+                        if name[2:] in ROWS or name[2:] in MODELS}  # fmt: skip
+
+
+def attention_figures() -> dict[str, Figure]:
+    """Those of ROWS."""
+    _, rows = measured()
+    return {name: Figure(*ROWS[name], *rows[name]) for name in ROWS}
 
 
 def draw() -> str:
     """Bars: how many times as fast as PyTorch, on a logarithmic scale."""
-    machine, rows = measured()
+    machine, _ = measured()
+    rows = attention_figures()
     left, top, step, unit = 250, 70, 40, 74  # unit: the width of a factor of two
     height = top + step * len(rows) + 50
     picture = Picture(900, height)
@@ -103,12 +123,28 @@ def draw() -> str:
 
 def figures() -> str:
     """The figures of the README."""
-    _, rows = measured()
+    rows = attention_figures()
     lines = ["| bf16 on a CPU | anyflash | PyTorch | |", "| --- | --- | --- | --- |"]
     for row in (rows[name] for name in IN_README):
         ours, reference = row.times()
         cells = (row.label.replace("bf16, ", ""), f"{ours} ms", f"{reference} ms, {row.instead}")
         lines.append(f"| {' | '.join(cells)} | **{row.ratio:.1f}x** |")
+    return "\n".join(lines)
+
+
+def _rate(x: float) -> str:
+    return f"{x:.3g}" if x < 100 else f"{x:.0f}"
+
+
+def models() -> str:
+    """Models of other packages, before and after accelerate_sdpa."""
+    machine, rows = measured()
+    lines = [f"| bf16, {machine} | before | after | |", "| --- | --- | --- | --- |"]
+    for name, (package, job) in MODELS.items():
+        unit = name[name.rindex("(") + 1 : -1]
+        after, before = rows[name]
+        cells = (f"{package}: {job}", f"{_rate(before)} {unit}", _rate(after))
+        lines.append(f"| {' | '.join(cells)} | **{after / before:.1f}x** |")
     return "\n".join(lines)
 
 
@@ -127,7 +163,7 @@ def versions() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"figures": figures, "versions": versions}
+TABLES = {"figures": figures, "models": models, "versions": versions}
 
 
 def main() -> int:

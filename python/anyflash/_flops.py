@@ -3,18 +3,15 @@ scaled_dot_product_attention: a mask hides nothing, packed sequences count by th
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import inspect
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._after_import import AfterImport
 from ._operators.attention import AttentionCall, BackwardCall
 from ._operators.kvcache import KVCacheCall
 from ._operators.mlp import FusedMLPCall
@@ -121,11 +118,9 @@ def register(packet: Any, formula: Callable[..., int]) -> None:
         packet: torch.ops.NAMESPACE.NAME.
         formula: FLOPs of (*arguments, out_val, **named).
     """
-    if not _waiting and _MODULE not in sys.modules:
-        sys.meta_path.insert(0, _AfterImport())
     _waiting.append((packet, formula))
-    if _MODULE in sys.modules:
-        _hand_over(sys.modules[_MODULE])
+    if len(_waiting) == 1:
+        AfterImport(_MODULE, _hand_over)
 
 
 def _hand_over(flop_counter: ModuleType) -> None:
@@ -136,26 +131,3 @@ def _hand_over(flop_counter: ModuleType) -> None:
         packet, formula = _waiting.pop()
         if takes_tensors and packet not in flop_counter.flop_registry:
             register(packet, get_raw=True)(formula)
-
-
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds torch.utils.flop_counter as everybody else, once, and hands over what waits for it.
-    Importing it beforehand would cost every program a tenth of a second."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name != _MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            _hand_over(module)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec

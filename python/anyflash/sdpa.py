@@ -8,30 +8,51 @@ what those have no kernel PyTorch's own, which is kept.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import threading
 import warnings
-from typing import Any, Callable
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends
+from ._after_import import AfterImport
+from ._autograd import is_seen
 from ._guards import isolated
 from ._operators.attention import AttentionCall, BackwardCall
+from ._sdpa_mask import key_ranges
 from .explain import explain
+
+if TYPE_CHECKING:
+    from ._sdpa_jagged import JaggedOverride
+    from ._sdpa_pass import SdpaPass
 
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 _BACKWARD = f"{_FORWARD}_backward"
+_INDUCTOR = "torch._inductor.compile_fx"
+_NESTED = "torch.nested._internal.ops"
 _KERNEL_ALONE = backends.CODES["kernel"]  # as an order: what _runs_on_kernel answered for
 
 #: What both directions of a dense call say alike.
 _DENSE: dict[str, Any] = {
-    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k")),
-    **dict.fromkeys(("alibi_slopes", "sinks", "rng_state")),
     **{"max_seqlen_q": 0, "max_seqlen_k": 0, "dropout_p": 0.0, "causal": False},
     **{"window_size_left": -1, "softcap": 0.0, "deterministic": False, "backend": _KERNEL_ALONE},
 }
+
+
+def _unfilled(kind: Any, **named: Any) -> Any:
+    """A dense call without what differs from one to the next."""
+    return kind(**{**dict.fromkeys(kind._fields), **_DENSE, **named})
+
+
+# Made once: it costs microseconds. Whoever calls below autograd may differentiate by hand, so lse.
+_FORWARD_CALL: AttentionCall = _unfilled(AttentionCall, return_lse=True)
+_BACKWARD_CALL: BackwardCall = _unfilled(
+    BackwardCall, bias_requires_grad=False, sinks_requires_grad=False
+)
 
 _lock = threading.Lock()
 _holders = 0  # accelerations that are not closed
@@ -89,18 +110,26 @@ def accelerate_sdpa() -> SdpaAcceleration:
     """Runs torch.nn.functional.scaled_dot_product_attention of CPU tensors on anyflash's kernels.
 
     Forward and backward, eager and under torch.compile: (batch, heads, seqlen, head_dim) in fp16,
-    bf16 and fp32, with is_causal, attn_mask, scale and enable_gqa. What PyTorch itself computes
-    another way (dropout, a mask with a gradient) stays as it is, and so does what anyflash has no
-    kernel for, or passes over for PyTorch's in the order of back ends at hand (fp64,
-    `with anyflash.backend("sdpa")`, ...).
+    bf16 and fp32, with is_causal, attn_mask, scale and enable_gqa. A mask that says where the keys
+    of a sequence begin and end is taken for these numbers, and what it hides is not read. What
+    PyTorch itself computes another way (dropout, a mask with a gradient) stays as it is, and so
+    does what anyflash has no kernel for, or passes over for PyTorch's in the order of back ends at
+    hand (fp64, `with anyflash.backend("sdpa")`, ...).
+
+    Jagged nested tensors, (batch, heads, jagged seqlen, head_dim), run as one packed call, causal
+    too, for which PyTorch has nothing on a CPU. For them there is nothing to register a kernel
+    with, so a function of torch.nested's is replaced, and graphs of torch.compile keep what they
+    were compiled with.
 
     It counts from the call on, for all threads of the process, until the result is closed; several
     may be open. ANYFLASH_SDPA=1 does it at `import anyflash`. nn.MultiheadAttention and
     nn.TransformerEncoderLayer skip scaled_dot_product_attention in inference, so that fast path of
     theirs (`torch.backends.mha`) is off meanwhile; nn.MultiheadAttention with need_weights=True
-    never calls it. Inductor's cpp_wrapper and AOTInductor call PyTorch's kernel past the
-    dispatcher and keep it. anyflash's own routes aten_cpu and aten_sdpa call the public operators,
-    and `backend="aten_cpu"` of one call may then end in a kernel of anyflash; `with
+    never calls it. What Inductor's cpp_wrapper and AOTInductor write keeps the kernels it was
+    compiled with, now or later: it calls them past the dispatcher. A process that loads such a
+    package needs the operators of anyflash first: `import anyflash`, in C++ libanyflash_ops.so.
+    anyflash's own routes aten_cpu and aten_sdpa call the public operators, and
+    `backend="aten_cpu"` of one call may then end in a kernel of anyflash; `with
     anyflash.backend("aten_cpu")` does not.
 
     Returns:
@@ -122,21 +151,43 @@ def accelerate_from_environment() -> None:
 
 
 class _Overrides:
-    """The kernels registered with PyTorch, and the fast path switched off, until remove()."""
+    """The kernels registered with PyTorch, the pass of Inductor's, and the fast path switched off,
+    until remove()."""
 
     def __init__(self) -> None:
-        kept = {name: _builtin(name) for name in (_FORWARD, _BACKWARD)}
+        kept = {name: _builtin(name) for name in _KERNELS}
         self._library = torch.library.Library("aten", "IMPL")
-        for name, kernel in ((_FORWARD, _forward), (_BACKWARD, _backward)):
+        for name, kernel in _KERNELS.items():
             function = isolated(functools.partial(kernel, kept[name]))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch 2.9 tells what allow_override asks for
                 self._library.impl(name, function, "CPU", allow_override=True)
+        self._added: list[SdpaPass | JaggedOverride] = []
+        self._waiting = [
+            AfterImport(_INDUCTOR, self._add_pass),
+            AfterImport(_NESTED, self._add_jagged),
+        ]
         self._fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
 
+    def _add_pass(self, _: ModuleType) -> None:
+        from ._sdpa_pass import SdpaPass
+
+        operators = {getattr(torch.ops.aten, name).default: f for name, f in _KERNELS.items()}
+        added = SdpaPass({op: functools.partial(f, op) for op, f in operators.items()})
+        self._added.append(added)
+
+    def _add_jagged(self, nested: ModuleType) -> None:
+        from ._sdpa_jagged import JaggedOverride
+
+        self._added.append(JaggedOverride(nested, _runs_packed))
+
     def remove(self) -> None:
         torch.backends.mha.set_fastpath_enabled(self._fast_path)
+        for waiting in self._waiting:
+            waiting.cancel()
+        for added in self._added:
+            added.remove()
         self._library._destroy()
 
 
@@ -147,23 +198,39 @@ def _builtin(name: str) -> Callable[..., Any]:
     return functools.partial(kernel.call_boxed, keys)
 
 
+#: What a call may ask for beside head_dim and dtype: (causal, window, bias, gqa, key lengths,
+#: packed).
+_FEATURES = (("causal",), ("window",), ("bias",), ("gqa",), ("seqused_k", "leftpad_k"), ("packed",))
+
+
 @functools.cache
 def _runs_on_kernel(
-    direction: int, dtype: torch.dtype, head_dim: int, features: tuple[str, ...], order: int
+    direction: int, dtype: torch.dtype, head_dim: int, asked: tuple[bool, ...], order: int
 ) -> bool:
-    """Whether an order of back ends gives a problem to a kernel; direction 0 is the forward."""
+    """Whether an order of back ends gives a problem to a kernel; direction 0 is the forward, asked
+    in the order of _FEATURES."""
+    features = itertools.chain.from_iterable(itertools.compress(_FEATURES, asked))
     answer = explain(
         device="cpu",
         dtype=dtype,
         head_dim=head_dim,
-        features=features,
+        features=tuple(features),
         training=True,
         backend=",".join(backends.order_names(order)),
     )
     return bool(answer.decisions[direction]["route"] == "kernel")
 
 
-def _window_right(
+class _Masking(NamedTuple):
+    """How anyflash's operators say what is visible in a call, by their names."""
+
+    seqused_k: Tensor | None
+    leftpad_k: Tensor | None
+    bias: Tensor | None
+    window_size_right: int
+
+
+def _masking(
     direction: int,
     q: Tensor,
     k: Tensor,
@@ -171,8 +238,8 @@ def _window_right(
     dropout_p: float,
     is_causal: bool,
     mask: Tensor | None,
-) -> int | None:
-    """The window_size_right with which anyflash's kernel computes a call; None: it does not.
+) -> _Masking | None:
+    """With what anyflash's kernel computes a call; None: it does not.
 
     PyTorch's causal mask begins at the first key: row i sees the keys up to i. Ours ends at the
     last one, so its distance from there is a window, which must end before the last key, because
@@ -184,17 +251,33 @@ def _window_right(
         return None
     if dropout_p != 0.0 or not q.stride(3) == k.stride(3) == v.stride(3) == 1:
         return None
-    if mask is not None and mask.dtype not in (q.dtype, torch.float32):
-        return None
-    asked = {
-        "causal": right == 0,
-        "window": right > 0,
-        "bias": mask is not None,
-        "gqa": q.size(1) != k.size(1),
-    }
-    features = tuple(name for name, there in asked.items() if there)
-    order = backends.current_code() or backends.environment_code()
-    return right if _runs_on_kernel(direction, q.dtype, q.size(3), features, order) else None
+    masking = _Masking(None, None, mask, right)
+    if mask is not None:
+        if mask.dtype not in (q.dtype, torch.float32):
+            return None
+        if not (is_causal or is_seen()) and (ranges := key_ranges(mask, q, k)) is not None:
+            window = 0 if ranges.is_causal else -1
+            masking = _Masking(ranges.seqused_k, ranges.leftpad_k, None, window)
+    asked = (
+        masking.window_size_right == 0,
+        masking.window_size_right > 0,
+        masking.bias is not None,
+        q.size(1) != k.size(1),
+        masking.seqused_k is not None,
+        False,
+    )
+    return masking if _runs_on_kernel(direction, q.dtype, q.size(3), asked, _order()) else None
+
+
+def _order() -> int:
+    return backends.current_code() or backends.environment_code()
+
+
+def _runs_packed(q: Tensor, k: Tensor, is_causal: bool) -> bool:
+    """Whether both directions of a packed call, (batch, heads, jagged seqlen, head_dim), are for a
+    kernel."""
+    asked = (is_causal, False, False, q.size(1) != k.size(1), False, True)
+    return all(_runs_on_kernel(d, q.dtype, q.size(3), asked, _order()) for d in (0, 1))
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
@@ -212,19 +295,15 @@ def _forward(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    right = _window_right(0, query, key, value, dropout_p, is_causal, attn_mask)
-    if right is None:
+    masking = _masking(0, query, key, value, dropout_p, is_causal, attn_mask)
+    if masking is None:
         return builtin(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
-    call = AttentionCall(
-        **_DENSE,
+    call = _FORWARD_CALL._replace(
+        **masking._asdict(),
         q=query.transpose(1, 2),
         k=key.transpose(1, 2),
         v=value.transpose(1, 2),
-        block_table=None,
-        bias=attn_mask,
         softmax_scale=_scale(query, scale),
-        window_size_right=right,
-        return_lse=True,  # whoever calls below autograd may differentiate by hand
     )
     out, lse, _ = torch.ops.anyflash._flash_attn_forward.default(*call)
     return _in_layout_of(query, out.transpose(1, 2)), _as_aten_lse(lse, attn_mask is not None)
@@ -244,24 +323,19 @@ def _backward(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, ...]:
-    right = _window_right(1, query, key, value, dropout_p, is_causal, attn_mask)
-    if right is None:
+    masking = _masking(1, query, key, value, dropout_p, is_causal, attn_mask)
+    if masking is None:
         tensors = (grad_out, query, key, value, out, logsumexp)
         return builtin(*tensors, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)
-    call = BackwardCall(
-        **_DENSE,
+    call = _BACKWARD_CALL._replace(
+        **masking._asdict(),
         dout=grad_out.transpose(1, 2),
         q=query.transpose(1, 2),
         k=key.transpose(1, 2),
         v=value.transpose(1, 2),
         out=out.transpose(1, 2),
         softmax_lse=logsumexp,
-        dsoftmax_lse=None,
-        bias=attn_mask,
         softmax_scale=_scale(query, scale),
-        window_size_right=right,
-        bias_requires_grad=False,
-        sinks_requires_grad=False,
     )
     gradients = torch.ops.anyflash._flash_attn_backward.default(*call)[:3]
     # PyTorch's are rows of all heads whatever the layout of q, and torch.compile relies on it.
@@ -270,12 +344,21 @@ def _backward(
 
 def _in_layout_of(q: Tensor, out: Tensor) -> Tensor:
     """out with the strides that PyTorch's would have: those of empty_like(q)."""
-    if out.stride() == q.stride() or out.stride() == torch.empty_like(q, device="meta").stride():
+    if out.stride() == q.stride():
         return out
-    return torch.empty_like(q).copy_(out)
+    like = torch.empty_like(q)
+    return out if out.stride() == like.stride() else like.copy_(out)
 
 
 def _as_aten_lse(lse: Tensor, may_hide_rows: bool) -> Tensor:
     """The log-sum-exp as PyTorch has it: a row's heads side by side, 0 where a row sees no key."""
-    lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
-    return lse.masked_fill_(lse.isposinf(), 0.0) if may_hide_rows else lse
+    if may_hide_rows:
+        lse = lse.masked_fill(lse.isposinf(), 0.0)
+    batch, heads, seqlen = lse.shape
+    if heads == 1 or seqlen == 1:
+        return lse
+    strides = (seqlen * heads, 1, heads)
+    return lse.new_empty_strided((batch, heads, seqlen), strides).copy_(lse)
+
+
+_KERNELS: dict[str, Callable[..., Any]] = {_FORWARD: _forward, _BACKWARD: _backward}

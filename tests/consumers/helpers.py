@@ -7,9 +7,13 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import torch
+
+import anyflash
+
+DTYPES = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # with the tolerance of a small model
 
 
 def compare(actual: Any, expected: Any, tolerance: float = 1e-4) -> None:
@@ -33,6 +37,27 @@ def compare_training(actual: Any, expected: Any, ours: Any, theirs: Any, toleran
     found, wanted = gradients(ours), gradients(theirs)
     assert found.keys() == wanted.keys()
     compare(found, wanted, tolerance)
+
+
+def compare_accelerated(run: Callable[[], Any], dtype: torch.dtype, backward: bool = False) -> None:
+    """What run() returns, with anyflash.accelerate_sdpa and without: our kernels run in the first
+    case alone."""
+    expected, without = _watched(run)
+    with anyflash.accelerate_sdpa():
+        actual, ran = _watched(run)
+    compare(actual, expected, DTYPES[dtype])
+    kernels = {"anyflash::_flash_attn_forward"}
+    if backward:
+        kernels.add("anyflash::_flash_attn_backward")
+    assert (ran, without) == (kernels, set())
+
+
+def _watched(run: Callable[[], Any]) -> tuple[Any, set[str]]:
+    """What run() returns, and which operators of ours it called."""
+    with torch.autograd.profiler.profile() as profile:
+        result = run()
+    names = {event.name for event in profile.function_events}
+    return result, {name for name in names if name.startswith("anyflash::")}
 
 
 def leaves(*shapes: Sequence[int], dtype=torch.float32) -> list[torch.Tensor]:

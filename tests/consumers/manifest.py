@@ -20,6 +20,7 @@ ENVIRONMENTS = {
     "sentence-transformers": Environment(
         ("scikit-learn", "scipy"), alone=("sentence-transformers==6.2.0",)
     ),
+    "timm": Environment(alone=("timm==1.0.31", "torchvision==0.28.0")),
     # Built for torch 2.10: on a newer one its own C++ operators stay away, the rest is Python.
     "xformers": Environment(alone=("xformers==0.0.35",)),
     "trl": Environment(("accelerate==1.15.0", "datasets"), alone=("peft==0.21.2", "trl==1.16.0")),
@@ -55,6 +56,9 @@ CLIENTS = (
     *(Client("transformers, checkpointing, compile, vision, batching", "installed", e,
              "programs/transformers_more.py")
       for e in _TRANSFORMERS),
+    *(Client("transformers, accelerate_sdpa", "installed", e, "test_transformers_accelerated.py")
+      for e in _TRANSFORMERS),
+    Client("timm, accelerate_sdpa", "installed", "timm", "programs/timm_accelerated.py"),
     Client("sentence-transformers", "installed", "sentence-transformers",
            "programs/sentence_embeddings.py"),
     Client("diffusers", "installed", "venv", "test_diffusers.py"),

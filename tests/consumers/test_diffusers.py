@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import compare
+from helpers import DTYPES, compare, compare_accelerated
 
 pytest.importorskip("diffusers", minversion="0.36", reason="diffusers is not installed")
 from diffusers.models import attention_dispatch  # noqa: E402
@@ -74,3 +74,40 @@ def test_compile(backend):
 
 def _dispatch(q, k, v, backend):
     return attention_dispatch.dispatch_attention_fn(q * 1.0, k, v, backend=backend)
+
+
+TRANSFORMER = {
+    "num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 4, "out_channels": 8,
+    "num_layers": 2, "sample_size": 16, "patch_size": 2, "norm_type": "ada_norm_zero",
+    "num_embeds_ada_norm": 10,
+}  # fmt: skip
+UNET = {
+    "block_out_channels": (32, 64), "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 32,
+    "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 4, "sample_size": 16,
+}  # fmt: skip
+
+
+@pytest.mark.shows("forward", "backward")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["DiTTransformer2DModel", "UNet2DConditionModel"])
+def test_models_under_accelerate_sdpa(name, dtype):
+    """A step of a denoiser, whose attention is PyTorch's."""
+    torch.manual_seed(0)
+    config = TRANSFORMER if name.startswith("DiT") else UNET
+    model = getattr(pytest.importorskip("diffusers"), name)(**config).to(dtype).eval()
+    for parameter in model.parameters():  # some are zero at first, and hide what is before them
+        torch.nn.init.normal_(parameter, std=0.05)
+    latents = torch.randn(2, 4, 16, 16).to(dtype).requires_grad_()
+    words = torch.randn(2, 7, 32).to(dtype)
+    more = (
+        {"class_labels": torch.tensor([1, 2])}
+        if name.startswith("DiT")
+        else {"encoder_hidden_states": words}
+    )
+
+    def run():
+        out = model(latents, timestep=torch.tensor([5, 5]), **more).sample
+        return out, *torch.autograd.grad(out.float().square().mean(), latents)
+
+    compare_accelerated(run, dtype, backward=True)

@@ -1,7 +1,4 @@
-"""accelerate_sdpa: PyTorch's scaled_dot_product_attention on anyflash's CPU kernels.
-
-Whether a kernel of ours ran is read from the profiler, which sees every call of an operator.
-"""
+"""accelerate_sdpa: PyTorch's scaled_dot_product_attention on anyflash's CPU kernels."""
 
 from __future__ import annotations
 
@@ -10,14 +7,14 @@ import os
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import has_attention_kernels, run_python
+from sdpa_support import LAYOUTS, OURS, Problem, call, needs_kernels, operators_of, strides
+from support import run_python
 from torch import nn
 from tree import REPOSITORY
 
@@ -27,13 +24,8 @@ from anyflash import sdpa
 from anyflash.__main__ import main
 
 pytestmark = pytest.mark.providers
-needs_kernels = pytest.mark.skipif(not has_attention_kernels("cpu"), reason="no kernels here")
-if sdpa.obstacle() is not None:
-    pytest.skip("this torch cannot keep its own kernels", allow_module_level=True)
-
 ATEN = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATEN_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-OURS = ["anyflash::_flash_attn_forward", "anyflash::_flash_attn_backward"]
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -44,68 +36,8 @@ def nothing_stays_on():
     assert not sdpa.is_accelerated()
 
 
-def operators_of(function):
-    """What the function returns, and the operators of attention that it called."""
-    with torch.autograd.profiler.profile() as profile:
-        result = function()
-    names = [event.name for event in profile.function_events]
-    return result, [name for name in names if name.startswith("anyflash::")]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One call; mask: its shape, a letter of its kind before it."""
-
-    seqlen_q: int = 17
-    seqlen_k: int = 17
-    heads: int = 4
-    heads_k: int = 4
-    head_dim: int = 16
-    dtype: torch.dtype = torch.float32
-    causal: bool = False
-    scale: float | None = None
-    mask: str = ""  # "", bool, float, fp32
-    mask_shape: tuple[int, ...] = ()
-    hidden_row: bool = False
-    layout: str = (
-        "heads"  # first in memory; rows; slice of a packed projection; expanded: over heads
-    )
-
-    def tensors(self):
-        torch.manual_seed(0)
-        q = self._laid_out(self.seqlen_q, self.heads)
-        k, v = (self._laid_out(self.seqlen_k, self.heads_k) for _ in "kv")
-        return q, k, v, self._mask()
-
-    def _laid_out(self, seqlen, heads):
-        dim = self.head_dim
-        if self.layout == "heads":
-            x = torch.randn(2, heads, seqlen, dim)
-        elif self.layout == "rows":
-            x = torch.randn(2, seqlen, heads, dim).transpose(1, 2)
-        elif self.layout == "expanded":
-            x = torch.randn(2, 1, seqlen, dim).expand(2, heads, seqlen, dim)
-        else:
-            x = torch.randn(2, seqlen, 3, heads, dim)[:, :, 1].transpose(1, 2)
-        return x.to(self.dtype).requires_grad_()
-
-    def _mask(self):
-        if not self.mask:
-            return None
-        visible = torch.rand(self.mask_shape) > 0.3
-        visible[..., 0] = True
-        if self.hidden_row:
-            visible[..., 1, :] = False
-        if self.mask == "bool":
-            return visible
-        mask = torch.randn(self.mask_shape).masked_fill(~visible, -torch.inf)
-        return mask.to(torch.float32 if self.mask == "fp32" else self.dtype)
-
-
 MASKS = [(17, 17), (1, 17), (2, 1, 17, 17), (2, 1, 1, 17), (1, 4, 17, 1), (2, 4, 17, 17)]
 DTYPES = list(TOLERANCES)
-# Heads first in memory, rows first, a slice of a packed projection, one head for all.
-LAYOUTS = ("heads", "rows", "slice", "expanded")
 PROBLEMS = [
     *(Problem(dtype=dtype, causal=causal) for dtype in DTYPES for causal in (False, True)),
     *(Problem(dtype=dtype, mask="bool", mask_shape=shape) for dtype in DTYPES for shape in MASKS),
@@ -126,13 +58,6 @@ BY_PYTORCH = [
     Problem(seqlen_q=34, causal=True),
     Problem(head_dim=520),
 ]
-
-
-def call(problem, q, k, v, mask):
-    grouped = problem.heads != problem.heads_k
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=problem.causal, scale=problem.scale, enable_gqa=grouped
-    )
 
 
 def run(problem, tensors, dout):
@@ -168,11 +93,6 @@ def reference(problem, tensors, dout):
 def is_wrong_in_aten(problem):
     """Its causal mask comes before the scale: -inf times 0 or a negative number."""
     return problem.causal and problem.scale is not None and problem.scale <= 0
-
-
-def strides(x):
-    """Those that mean something."""
-    return [stride for size, stride in zip(x.shape, x.stride()) if size > 1]
 
 
 def check(problem):
@@ -402,36 +322,7 @@ def test_the_doctor_says_whether_it_is_on(capsys, monkeypatch):
     assert any("ANYFLASH_SDPA is set, but" in note["what"] for note in report.notes)
 
 
-# ---- Compilers, modules, models.
-
-
-@needs_kernels
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("layout", ["heads", "rows"])
-def test_compiled(backend, layout, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    problem = Problem(causal=True, layout=layout)
-    tensors = problem.tensors()
-    dout = torch.randn(tensors[0].shape)
-
-    def function(*tensors):
-        return call(problem, *tensors) * 2
-
-    def both(function):
-        out = function(*tensors)
-        return out, *torch.autograd.grad(out, tensors[:3], dout)
-
-    torch._dynamo.reset()
-    wanted = both(function)
-    compiled = torch.compile(function, backend=backend, fullgraph=True)
-    with anyflash.accelerate_sdpa():
-        found, called = operators_of(lambda: both(compiled))
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(*tensors), wanted[0])
-    torch.testing.assert_close(found, wanted)
-    assert called == OURS
-    assert operators_of(lambda: both(compiled))[1] == []  # the same graph, after the undo
-    torch._dynamo.reset()
+# ---- Modules.
 
 
 @needs_kernels
@@ -458,6 +349,23 @@ def test_encoder_layers(training, padded):
 
 
 @needs_kernels
+def test_an_encoder_with_padding():
+    """Its fast path makes nested tensors of padded batches, and never calls the function."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    x = torch.randn(2, 9, 32)
+    padding = torch.arange(9).expand(2, 9) >= torch.tensor([[9], [5]])
+    with torch.no_grad():
+        wanted, called = operators_of(lambda: encoder(x, src_key_padding_mask=padding))
+        assert called == []
+        with anyflash.accelerate_sdpa():
+            found, called = operators_of(lambda: encoder(x, src_key_padding_mask=padding))
+    torch.testing.assert_close(found[~padding], wanted[~padding], atol=1e-5, rtol=1e-5)
+    assert called == OURS[:1] * 2
+
+
+@needs_kernels
 def test_multihead_attention():
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(32, 4, batch_first=True).eval()
@@ -468,29 +376,3 @@ def test_multihead_attention():
             (found, _), called = operators_of(lambda: attention(x, x, x, need_weights=False))
     torch.testing.assert_close(found, wanted)
     assert called == OURS[:1]
-
-
-@needs_kernels
-@pytest.mark.parametrize("padded", [False, True])
-def test_a_model_of_transformers(padded):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, attn_implementation="sdpa",
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    tokens = torch.randint(50, (2, 11))
-    mask = torch.ones_like(tokens)
-    if padded:
-        mask[1, :4] = 0
-
-    def results():
-        loss = model(input_ids=tokens, attention_mask=mask, labels=tokens).loss
-        return loss, *torch.autograd.grad(loss, list(model.parameters()))
-
-    wanted = results()
-    with anyflash.accelerate_sdpa():
-        found, called = operators_of(results)
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
-    assert sorted(called) == sorted(OURS * 2)

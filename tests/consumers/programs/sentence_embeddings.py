@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import compare
+from helpers import DTYPES, compare, compare_accelerated
 
 from anyflash.integrations import transformers as integration
 
@@ -40,8 +40,8 @@ def folder(tmp_path_factory):
     return str(folder)
 
 
-def model(folder, attention):
-    settings = {"attn_implementation": attention, "dtype": torch.float32}
+def model(folder, attention, dtype=torch.float32):
+    settings = {"attn_implementation": attention, "dtype": dtype}
     transformer = Transformer(folder, model_kwargs=settings)
     return sentence_transformers.SentenceTransformer(
         modules=[transformer, Pooling(32)], device="cpu"
@@ -60,3 +60,11 @@ def test_it_flattens(folder):
 def test_encode(folder, attention):
     found, wanted = (model(folder, name).encode(SENTENCES) for name in (attention, "eager"))
     compare(torch.tensor(found), torch.tensor(wanted))
+
+
+@pytest.mark.shows("forward")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_encode_under_accelerate_sdpa(folder, dtype):
+    """With PyTorch's attention, padded."""
+    encoder = model(folder, "sdpa", dtype)
+    compare_accelerated(lambda: encoder.encode(SENTENCES, convert_to_tensor=True).float(), dtype)
