@@ -244,3 +244,32 @@ TEST_CASE("cpu attention: rows further apart than 32 bits can say", "[cpu_attent
     CHECK(found[0] == found[1]);
   }
 }
+
+// Problems of the fuzz test that some kernel once got wrong.
+TEST_CASE("cpu attention: shapes that once were wrong", "[cpu_attention]") {
+  struct Case {
+    const char* what;
+    fuzz::Shape shape;
+    uint64_t seed;
+  };
+  fuzz::Shape far_rows;  // the sum of a row's weights, where their reference is a rounded product
+  far_rows.heads = 6, far_rows.heads_k = 1;
+  far_rows.head_dim = 8, far_rows.head_dim_v = 143;
+  far_rows.seqlen_q = 123, far_rows.seqlen_k = 20;
+  far_rows.softmax_scale = -0.711;
+  far_rows.window_right = 15;
+  far_rows.alibi = fuzz::Slopes::heads;
+  far_rows.bias_type = BiasType::fp32, far_rows.bias_size = 1.127e8;
+  far_rows.backward = true;
+  const Case cases[] = {{"far rows", far_rows, 3}};
+  for (const fuzz::Kernels& kernel : kernels_or_skip()) {
+    for (const Case& one : cases) {
+      const fuzz::Problem problem(one.shape, kernel.forward->dtype, one.seed);
+      fuzz::Results results;
+      REQUIRE(kernel.run(problem, nullptr, results) == 0);
+      double worst = 0;
+      CAPTURE(kernel.forward->name, one.what);
+      CHECK(problem.check(results, problem.params(), kernel.arithmetic(), &worst) == "");
+    }
+  }
+}
