@@ -69,8 +69,7 @@ static void far_rows(const BackwardPlan& plan, const Item& item, char* memory) {
     if (sum[r] == 0) continue;
     reference = max[r];
     const Exponents exponents = Exponents::of(broadcast(max[r]), exponent_scale(p));
-    const Float rounding = multiply_add(broadcast(max[r]), exponents.factor, -exponents.reference);
-    Float total = broadcast(sum[r]) * exp2<6>(-rounding);
+    Float total = broadcast(sum[r]) * exp2<6>(-exponents.rounding(broadcast(max[r])));
     if (p.sinks) {
       total = total + exp2<6>(sink_exponent(p, broadcast(p.sinks[head]), broadcast(max[r])));
     }

@@ -65,7 +65,9 @@ ANYFLASH_INLINE void softmax(const Panel& panel, const BlockScratch& block, int 
     const Float before = load(panel.max + lane);
     const Float max = maximum(before, load(maxima + lane));
     const Exponents exponents = Exponents::of(max, scale_of_exponents);
-    const Float rescale = exp2<6>((before - finite_reference(max)) * exponents.factor);
+    // From the reference before to the one now, each with its own rounding.
+    const Float rescale =
+        exp2<6>(exponents.at(before) - exponents.rounding(finite_reference(before)));
     Float sum = load(panel.sum + lane) * rescale;
     store(panel.max + lane, max);
     store(scale + lane, rescale);
@@ -73,7 +75,7 @@ ANYFLASH_INLINE void softmax(const Panel& panel, const BlockScratch& block, int 
     const Word* kept = block.kept + lane;
     const auto probability = [&](int key) __attribute__((always_inline)) {
       const Float x = load(tile + key * kPanel);
-      return exp2<Product::kExp2Degree>(x * exponents.factor - exponents.reference);
+      return exp2<Product::kExp2Degree>(exponents.at(x));
     };
     const auto dropped = [&](Float x, int key) __attribute__((always_inline)) {
       return kDropout ? (Float)((Words)x & load_words(kept + key * kPanel)) : x;
@@ -156,9 +158,7 @@ ANYFLASH_INLINE void as_rows(const float* out, int columns, int vectors, float* 
 // What brings a lane's sums to the true largest score: their reference is a product, rounded, and
 // far from 0 that is more than a sink or another part of the keys may overlook.
 ANYFLASH_INLINE Float growth_to_max(const AttentionParams& p, Float max) {
-  const Exponents exponents = Exponents::of(max, exponent_scale(p));
-  const Float rounding =
-      multiply_add(finite_reference(max), exponents.factor, -exponents.reference);
+  const Float rounding = Exponents::of(max, exponent_scale(p)).rounding(finite_reference(max));
   const Int matters = maximum(rounding, -rounding) > broadcast(0x1p-12f);
   return select(matters, exp2<6>(-rounding), broadcast(1.0f));
 }
