@@ -2,6 +2,7 @@
 // callers at once, errors of a parallel-for, offsets beyond 32 bits.
 #include <array>
 #include <functional>
+#include <optional>
 #include <random>
 #include <thread>
 
@@ -81,19 +82,21 @@ struct Small {
 // a size of its own.
 struct BiasAlone {
   static constexpr int64_t kKeys = 230, kDim = 8;
-  static constexpr std::array<float, 10> kSizes{3.3f,     -257.3f, 20011.7f, -3.1e5f,  4.7e6f,
+  static constexpr std::array<float, 10> kSizes{3.3f,     257.3f,  20011.7f, -3.1e5f,  4.7e6f,
                                                 1.127e8f, -2.9e8f, 6.1e8f,   -8.7e10f, 3.3e33f};
   static constexpr auto kHeads = static_cast<int64_t>(kSizes.size());
 
   Dtype dtype;
   fuzz::Random random{5};
   fuzz::Guarded q, k, v, out, dout, dq, dk, dv;
-  std::vector<float> lse, bias, dbias;
-  std::array<float, kHeads> sinks = kSizes, dsinks{};
+  std::vector<float> lse, dlse, bias, dbias;
+  std::array<float, kHeads> sinks, dsinks{};
   AttentionParams p{};
 
-  BiasAlone(Dtype type, int64_t queries, int (*floats_above)(int64_t key), bool with_sinks)
-      : dtype(type), lse(kHeads * queries) {
+  // A key's logit is `floats_above` floats from its head's size; a sink has the size of the head
+  // that is `sink` heads further.
+  BiasAlone(Dtype type, int64_t queries, int (*floats_above)(int64_t key), std::optional<int> sink)
+      : dtype(type), lse(kHeads * queries), dlse(lse.size()) {
     for (const float size : kSizes) {
       for (int64_t key = 0; key < kKeys; ++key) {
         const int floats = floats_above(key);
@@ -107,7 +110,9 @@ struct BiasAlone {
     p.q = rows(q, queries, 0), p.k = rows(k, kKeys, 1), p.v = rows(v, kKeys, 1);
     p.out = rows(out, queries, 0), p.dout = rows(dout, queries, 1);
     p.dq = rows(dq, queries, 0), p.dk = rows(dk, kKeys, 0), p.dv = rows(dv, kKeys, 0);
+    for (float& x : dlse) x = static_cast<float>(random.normal());
     p.lse = {lse.data(), 0, queries};
+    p.dlse = {dlse.data(), 0, queries};
     p.batch = 1, p.heads = p.heads_k = kHeads;
     p.head_dim = p.head_dim_v = kDim;
     p.seqlen_q = queries, p.seqlen_k = kKeys;
@@ -117,7 +122,9 @@ struct BiasAlone {
     p.bias_stride[1] = p.dbias_stride[1] = kKeys;
     p.bias_stride[3] = p.dbias_stride[3] = 1;
     p.dbias = dbias.data();
-    if (with_sinks) p.sinks = sinks.data(), p.dsinks = dsinks.data();
+    if (!sink) return;
+    for (int64_t head = 0; head < kHeads; ++head) sinks[head] = kSizes[(head + *sink) % kHeads];
+    p.sinks = sinks.data(), p.dsinks = dsinks.data();
   }
 
   Rows rows(fuzz::Guarded& x, int64_t count, double amplitude) {
@@ -342,7 +349,13 @@ TEST_CASE("cpu attention: shapes that once were wrong", "[cpu_attention]") {
   far_rows.alibi = fuzz::Slopes::heads;
   far_rows.bias_type = BiasType::fp32, far_rows.bias_size = 1.127e8;
   far_rows.backward = true;
-  const Case cases[] = {{"far rows", far_rows, 3}};
+  fuzz::Shape far_sinks;  // above logits that are not far
+  far_sinks.heads = 12, far_sinks.heads_k = 3;
+  far_sinks.head_dim = far_sinks.head_dim_v = 10;
+  far_sinks.seqlen_q = far_sinks.seqlen_k = 25;
+  far_sinks.sinks = far_sinks.dsinks = true, far_sinks.sink_size = 8e4;
+  far_sinks.backward = far_sinks.dlse = true;
+  const Case cases[] = {{"far rows", far_rows, 3}, {"far sinks", far_sinks, 1}};
   for (const fuzz::Kernels& kernel : kernels_or_skip()) {
     for (const Case& one : cases) {
       const fuzz::Problem problem(one.shape, kernel.forward->dtype, one.seed);
@@ -360,21 +373,22 @@ TEST_CASE("cpu attention: shapes that once were wrong", "[cpu_attention]") {
 TEST_CASE("cpu attention: weights of logits that lie far from 0", "[cpu_attention]") {
   struct Case {
     const char* what;
-    int (*floats_above)(int64_t key);  // of a key's logit, counted from its head's size
-    bool sinks;                        // of the head's size
+    int (*floats_above)(int64_t key);
+    std::optional<int> sink;
   };
   const Case cases[] = {
-      {"equal", [](int64_t) { return 0; }, false},
-      {"equal, with sinks", [](int64_t) { return 0; }, true},
-      {"larger, key by key", [](int64_t key) { return static_cast<int>(key / 16); }, false},
-      {"larger, block by block", [](int64_t key) { return static_cast<int>(key / 90); }, true},
-      {"smaller, block by block", [](int64_t key) { return -static_cast<int>(key / 90); }, true},
+      {"equal", [](int64_t) { return 0; }, {}},
+      {"equal to the sink", [](int64_t) { return 0; }, 0},
+      {"far from the sink", [](int64_t) { return 0; }, 1},
+      {"larger, key by key", [](int64_t key) { return static_cast<int>(key / 16); }, {}},
+      {"larger, block by block", [](int64_t key) { return static_cast<int>(key / 90); }, 0},
+      {"smaller, block by block", [](int64_t key) { return -static_cast<int>(key / 90); }, 0},
   };
   for (const fuzz::Kernels& kernel : kernels_or_skip()) {
     for (const int64_t queries : {2, 7, 40}) {  // each kernel's way of few, some and many rows
       for (const Case& one : cases) {
         CAPTURE(kernel.forward->name, queries, one.what);
-        BiasAlone call(kernel.forward->dtype, queries, one.floats_above, one.sinks);
+        BiasAlone call(kernel.forward->dtype, queries, one.floats_above, one.sink);
         REQUIRE(anyflash_launch(kernel.forward, &call.p, nullptr) == 0);
         CHECK(call.wrong_results(kernel.arithmetic()) == "");
         if (kernel.backward == nullptr) continue;
