@@ -68,7 +68,7 @@ ANYFLASH_INLINE void softmax(const Panel& panel, const BlockScratch& block, int 
     // From the reference before to the one now, each with its own rounding.
     const Float rescale =
         exp2<6>(exponents.at(before) - exponents.rounding(finite_reference(before)));
-    Float sum = load(panel.sum + lane) * rescale;
+    Float sum{};  // of the block, first: as one running sum over all keys it would lose digits
     store(panel.max + lane, max);
     store(scale + lane, rescale);
     float* tile = block.scores + lane;
@@ -99,7 +99,7 @@ ANYFLASH_INLINE void softmax(const Panel& panel, const BlockScratch& block, int 
         store_words(tile + key / 2 * kPanel, bf16_pairs(dropped(x, key), Float{}));
       }
     }
-    store(panel.sum + lane, sum);
+    store(panel.sum + lane, multiply_add(load(panel.sum + lane), rescale, sum));
   }
 }
 

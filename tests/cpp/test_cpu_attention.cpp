@@ -355,7 +355,13 @@ TEST_CASE("cpu attention: shapes that once were wrong", "[cpu_attention]") {
   far_sinks.seqlen_q = far_sinks.seqlen_k = 25;
   far_sinks.sinks = far_sinks.dsinks = true, far_sinks.sink_size = 8e4;
   far_sinks.backward = far_sinks.dlse = true;
-  const Case cases[] = {{"far rows", far_rows, 3}, {"far sinks", far_sinks, 1}};
+  fuzz::Shape many_keys;  // whose weights are nearly equal: the roundings of their sum add up
+  many_keys.heads = 7, many_keys.heads_k = 1;
+  many_keys.head_dim = many_keys.head_dim_v = 4;
+  many_keys.seqlen_q = 2, many_keys.seqlen_k = 20306;
+  many_keys.softmax_scale = 3, many_keys.softcap = 1;
+  const Case cases[] = {
+      {"far rows", far_rows, 3}, {"far sinks", far_sinks, 1}, {"many keys", many_keys, 1}};
   for (const fuzz::Kernels& kernel : kernels_or_skip()) {
     for (const Case& one : cases) {
       const fuzz::Problem problem(one.shape, kernel.forward->dtype, one.seed);
