@@ -11,7 +11,7 @@ MUST_BUILD := $(if $(shell command -v c++ g++ clang++),ANYFLASH_BUILD=1 ANYFLASH
 CPP_BUILD := cmake -G Ninja -DANYFLASH_TORCH=OFF -DANYFLASH_TESTS=ON -DANYFLASH_WERROR=ON
 SOURCES := $(shell find core csrc kernels cmake tools -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: help setup demo test test-cpp test-python emulate mutate fuzz sanitize build-address build-thread bench test-matrix test-consumers wheels lint types format clean
+.PHONY: help setup demo test test-cpp test-python emulate mutate fuzz sanitize build-address build-thread bench bench-peers test-matrix test-consumers wheels lint types format clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -76,6 +76,9 @@ test-python: setup   ## the tests of the operators, the drop-in and the packagin
 
 bench: setup    ## the figures of docs/benchmarks.md, each beside its reference; writes out/bench.json
 	$(BIN)/python -m benchmarks.run
+
+bench-peers: setup   ## CPU attention beside onnxruntime, OpenVINO, zentorch and SDPA, in its own environment; writes docs/benchmarks.md
+	$(BIN)/python -m benchmarks.peers
 
 test-matrix: setup   ## old and new torch and Python versions; writes docs/test_matrix.md
 	$(BIN)/python scripts/test_matrix.py

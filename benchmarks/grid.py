@@ -173,11 +173,11 @@ def summary(
 
 def measure_lower() -> dict[str, list[dict[str, object]]]:
     """The smaller grid by instruction set below this machine's, each in a process of its own."""
-    from anyflash import _core
+    from anyflash import _loader
 
     results = {}
     for isa, limits in LOWER.items():
-        if isa == _core.cpu_isa():
+        if isa == _loader.cpu_isa():
             continue
         print(f"{isa} ...", file=sys.stderr, flush=True)
         done = subprocess.run(
@@ -232,10 +232,10 @@ def main() -> None:
             worst, median = summary(results, direction, dtype, range(1, 513))
             print(f"{direction} {dtype}: worst {worst:.2f}x, median {median:.2f}x of aten_cpu")
     if options.table:
-        from anyflash import _core
+        from anyflash import _loader
 
-        by_isa = {_core.cpu_isa(): results, **measure_lower()}
-        if _core.cpu_isa() == "avx512bf16":  # has kernels of its own for bf16 alone
+        by_isa = {_loader.cpu_isa(): results, **measure_lower()}
+        if _loader.cpu_isa() == "avx512bf16":  # has kernels of its own for bf16 alone
             by_isa["avx512"] += [r for r in results if r["dtype"] != "bf16"]
         write_table(by_isa)
 

@@ -63,7 +63,12 @@ class Row:
 
 
 def interleaved(
-    *functions: Callable[[], Any], seconds: float = 4.0, least: int = 5, number: int = 1
+    *functions: Callable[[], Any],
+    seconds: float = 4.0,
+    least: int = 5,
+    number: int = 1,
+    pause: float = 0.0,
+    warm: bool = False,
 ) -> list[float]:
     """Median seconds per call of each function.
 
@@ -74,15 +79,20 @@ def interleaved(
         seconds: About how long all rounds together take.
         least: Rounds at the least.
         number: Calls per timing, for functions of microseconds.
+        pause: Seconds to wait before each timing, for functions that leave threads spinning.
+        warm: They have all been called before; else each is called once, unmeasured.
     """
-    for function in functions:
-        function()
+    if not warm:
+        for function in functions:
+            function()
     times: list[list[float]] = [[] for _ in functions]
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < least or time.perf_counter() < end:
         for shift in range(len(functions)):
             index = (rounds + shift) % len(functions)
+            if pause:
+                time.sleep(pause)
             began = time.perf_counter()
             for _ in range(number):
                 functions[index]()

@@ -57,10 +57,8 @@ def measure(topics: list[str], out: pathlib.Path) -> int:
     return 1 if failed else 0
 
 
-def machine() -> str:
-    """Processor, cores and torch in one line."""
-    import torch
-
+def processor() -> str:
+    """Its name, where the system tells one."""
     model = platform.processor() or platform.machine()
     info = pathlib.Path("/proc/cpuinfo")
     if info.is_file():
@@ -70,7 +68,14 @@ def machine() -> str:
             if line.startswith("model name")
         ]
         model = names[0] if names else model
-    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return model
+
+
+def machine() -> str:
+    """Processor, threads and torch in one line."""
+    import torch
+
+    return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def markdown(rows: list[dict[str, object]]) -> str:
@@ -86,16 +91,15 @@ def markdown(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def write_page(topics: str, results: pathlib.Path) -> int:
-    """Puts the table and the machine's name between the marks of docs/benchmarks.md."""
-    begin = BEGIN.format(topics)
+def write_page(begin: str, text: str) -> int:
+    """Puts the text between the line `begin` of docs/benchmarks.md and the end of its table; 1 if
+    there is no such line."""
     head, found, rest = PAGE.read_text().partition(begin)
     if not found:
         print(f"{PAGE.name}: no line {begin}", file=sys.stderr)
         return 1
     _, _, tail = rest.partition(END)
-    table = markdown(json.loads(results.read_text()))
-    PAGE.write_text(f"{head}{begin}\n{machine()}\n\n{table}\n{END}{tail}")
+    PAGE.write_text(f"{head}{begin}\n{text}\n{END}{tail}")
     return 0
 
 
@@ -112,7 +116,10 @@ def main() -> int:
     topics = options.only.split(",")
     if unknown := sorted(set(topics) - set(TOPICS)):
         parser.error(f"unknown topic {', '.join(unknown)}; known: {', '.join(TOPICS)}")
-    return write_page(options.only, options.out) if options.docs else measure(topics, options.out)
+    if options.docs:
+        rows = markdown(json.loads(options.out.read_text()))
+        return write_page(BEGIN.format(options.only), f"{machine()}\n\n{rows}")
+    return measure(topics, options.out)
 
 
 if __name__ == "__main__":

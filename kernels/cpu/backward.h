@@ -14,14 +14,6 @@
 
 namespace anyflash::cpu::ANYFLASH_ISA {
 
-// Gradients as T, `scale` times the floats; rows of `columns` contiguous numbers.
-template <class T>
-ANYFLASH_INLINE void narrow_scaled(const float* row, int columns, float scale, T* out) {
-  for (int i = 0; i < columns; i += kLanes) {
-    store_some(out + i, load(row + i) * scale, columns - i);
-  }
-}
-
 // A null dq is zeros; few rows lie as rows already.
 template <class T>
 ANYFLASH_INLINE void write_dq(const BackwardPlan& plan, const Sequence& sequence, int64_t space,

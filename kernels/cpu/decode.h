@@ -97,7 +97,7 @@ static __attribute__((noinline)) void decode_scores(const typename Product::Quer
       Float own[kRows];
       for (int r = 0; r < kRows; ++r) own[r] = Float{};
       for (int column = 0; column < head_dim; column += Product::kColumns) {
-        __builtin_prefetch(ahead + column, 0, 2);
+        __builtin_prefetch(ahead + column, 0, 3);
         for (int r = 0; r < kRows; ++r) {
           own[r] = Product::multiply_add(own_q + r * head_dim + column, k + column, own[r]);
         }
@@ -169,7 +169,7 @@ static __attribute__((noinline)) void add_values(const float* weights,
     for (int key = 0; key < kKeys; ++key) weight[r][key] = broadcast(weights[key * kPanel + r]);
   }
   for (int column = 0; column < columns; column += kLanes) {
-    __builtin_prefetch(ahead + column, 0, 2);
+    __builtin_prefetch(ahead + column, 0, 3);
     Float x[kKeys];
     for (int key = 0; key < kKeys; ++key) x[key] = load(rows[key] + column);
     for (int r = 0; r < kRows; ++r) {
@@ -197,7 +197,7 @@ static __attribute__((noinline)) void add_values(const Word* weights,
   int column = 0;
 #if defined(__AVX512BF16__)
   for (; column + 2 * kLanes <= columns; column += 2 * kLanes) {
-    __builtin_prefetch(ahead + column, 0, 2);
+    __builtin_prefetch(ahead + column, 0, 3);
     WordsPair x[kKeys / 2];
     for (int pair = 0; pair < kKeys / 2; ++pair) {
       x[pair] = zipped_twice(rows[2 * pair] + column, rows[2 * pair + 1] + column);
@@ -242,7 +242,7 @@ static __attribute__((noinline)) void decode_values(float* tiles, const BlockRow
         const T* ahead = values.row_ahead(key + i, head);
         T* to = staged + (i * heads + head) * columns;
         for (int column = 0; column < columns; column += kLanes) {
-          __builtin_prefetch(ahead + column, 0, 2);
+          __builtin_prefetch(ahead + column, 0, 3);
           memcpy(to + column, row + column, sizeof(T) * kLanes);
         }
       }
@@ -365,9 +365,11 @@ ANYFLASH_INLINE void decode_rows(const ForwardPlan& plan, const Item& item, char
   T* zeros = scratch.take<T>(columns);
   memset(zeros, 0, sizeof(T) * static_cast<size_t>(columns));
   Panel* panels = scratch.take<Panel>(num_panels);
-  memset(q, 0, sizeof(Query) * static_cast<size_t>(lanes) * head_dim);
+  if (item.row_end < kRows) memset(q, 0, sizeof(Query) * static_cast<size_t>(lanes) * head_dim);
   memset(out, 0, sizeof(float) * static_cast<size_t>(lanes) * columns);
-  memset(tiles, 0, sizeof(float) * static_cast<size_t>(num_panels) * kDecodeBlock * kPanel);
+  if (lanes % kLanes != 0) {  // lanes without a row are computed as well
+    memset(tiles, 0, sizeof(float) * static_cast<size_t>(num_panels) * kDecodeBlock * kPanel);
+  }
   for (int i = 0; i < num_panels; ++i) {
     describe_decode_lanes(plan, item, sequence, kRows, i * kPanel, panels[i].lanes);
     panels[i].max = scratch.take<float>(kPanel);

@@ -10,7 +10,8 @@ namespace anyflash::cpu::ANYFLASH_ISA {
 
 constexpr int kItemRows = kLanes == 16 ? 256 : 128;  // a block's conversion serves them all
 constexpr int kPanels = kItemRows / kPanel;
-constexpr int kSmallBlock = 16;  // keys per vector of rows, where one panel reads all keys
+constexpr int kSmallBlock =
+    24;  // keys per vector of rows, where one panel reads all keys: whole tiles
 
 // The online softmax of a panel, and its output so far.
 struct Panel {
@@ -140,13 +141,15 @@ ANYFLASH_INLINE void load_queries(const AttentionParams& p, const RowSpace& rows
     row[r] = query_row<const T>(p, x, sequence, rows.query(row_begin + r),
                                 rows.head(space, row_begin + r));
   }
-  words_along_rows<Product>(row, count, head_dim, staging);
-  transpose(staging, words, count, words, out, kPanel);
-}
-
-template <class T>
-ANYFLASH_INLINE void narrow_row(const float* row, int count, T* out) {
-  for (int i = 0; i < count; i += kLanes) store_some(out + i, load(row + i), count - i);
+  if (sizeof(T) * Product::kPerWord == sizeof(Word) && head_dim % Product::kPerWord == 0) {
+    const auto words_of = [&](int r) __attribute__((always_inline)) {
+      return reinterpret_cast<const Word*>(row[r]);  // they are words as they lie there
+    };
+    transpose_rows(words_of, count, words, out, kPanel);
+  } else {
+    words_along_rows<Product>(row, count, head_dim, staging);
+    transpose(staging, words, count, words, out, kPanel);
+  }
 }
 
 // out[column][lane] as rows; row r begins at staging + r * round_up(columns, kLanes).
@@ -183,7 +186,7 @@ ANYFLASH_INLINE void write_panel(const ForwardPlan& plan, const Item& item,
   const int columns = static_cast<int>(p.head_dim_v);
   const int64_t stride = round_up(columns, kLanes);
   refer_to_max(p, panel);
-  alignas(64) float lse[kPanel];
+  alignas(64) float lse[kPanel], factor[kPanel];
   if (item.partial == nullptr) {
     alignas(64) float sink[kPanel];
     for (int r = 0; r < kPanel; ++r) {
@@ -193,10 +196,7 @@ ANYFLASH_INLINE void write_panel(const ForwardPlan& plan, const Item& item,
       const Statistics end = finish_softmax(p, load(panel.max + lane) * logit_scale(p),
                                             load(panel.sum + lane), load(sink + lane));
       store(lse + lane, end.lse);
-      for (int column = 0; column < columns; ++column) {
-        float* at = panel.out + column * kPanel + lane;
-        store(at, load(at) * end.factor);
-      }
+      store(factor + lane, end.factor);
     }
   }
   as_rows(panel.out, columns, panel.lanes.vectors, staging);
@@ -211,7 +211,7 @@ ANYFLASH_INLINE void write_panel(const ForwardPlan& plan, const Item& item,
     }
     const int64_t query = plan.rows.query(row_begin + r);
     const int64_t head = plan.rows.head(item.space, row_begin + r);
-    narrow_row(row, columns, query_row<T>(p, p.out, sequence, query, head));
+    narrow_scaled(row, columns, factor[r], query_row<T>(p, p.out, sequence, query, head));
     *statistic(p, p.lse, sequence, query, head) = lse[r];
   }
 }

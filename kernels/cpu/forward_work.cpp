@@ -13,6 +13,9 @@ namespace {
 constexpr int64_t kConversion = 12;
 constexpr int64_t kReading = 16;
 
+// Keys whose reading takes as long as the beginning and the end of an item of `decode`.
+constexpr int64_t kBeginning = 8;
+
 // Where reading is the work, cuts are cheap, and a share may be so much smaller.
 constexpr int64_t kReaders = 16;
 
@@ -24,7 +27,7 @@ constexpr double kCutsCost = 0.05;
 
 constexpr int64_t kFewRows = 64;        // of an item, so that reading is the work
 constexpr int64_t kSplitKeys = 256;     // at least, per item of `forward`
-constexpr int64_t kDecodeKeys = 16;     // at least, per item of `decode`
+constexpr int64_t kDecodeKeys = 32;     // at least, per item of `decode`, and a multiple
 constexpr int64_t kCombinedParts = 16;  // of rows, about, per combination
 
 }  // namespace
@@ -83,7 +86,8 @@ int64_t ForwardWork::cost(const Item& item, bool decode) const {
   const int64_t rows = item.row_end - item.row_begin;
   const int64_t of_a_key =
       decode ? std::max(rows, kReading) : round_up_to(rows, kReading) + kConversion;
-  return of_a_key * item.num_spaces * std::max<int64_t>(item.key_end - item.key_begin, 0) *
+  const int64_t keys = std::max<int64_t>(item.key_end - item.key_begin, 0);
+  return of_a_key * item.num_spaces * (keys + (decode ? kBeginning : 0)) *
          (p.head_dim + p.head_dim_v);
 }
 

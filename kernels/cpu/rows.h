@@ -100,6 +100,14 @@ ANYFLASH_INLINE void widen_row(const T* row, int count, float* out) {
   if (i < count) store_some(out + i, load_some(row + i, count - i), count - i);
 }
 
+// The way back: `scale` times a row of floats as T.
+template <class T>
+ANYFLASH_INLINE void narrow_scaled(const float* row, int columns, float scale, T* out) {
+  for (int i = 0; i < columns; i += kLanes) {
+    store_some(out + i, load(row + i) * scale, columns - i);
+  }
+}
+
 // Words along the row: out[i * words_per_row + ...].
 template <class Product, class T>
 ANYFLASH_INLINE void words_along_rows(const T* const* rows, int count, int head_dim, Word* out) {
@@ -145,23 +153,31 @@ ANYFLASH_INLINE void zipped_rows(const T* const* rows, int count, int head_dim, 
   }
 }
 
-// out[column * out_row + row] = in[row * in_row + column]. Lanes beyond `rows`, up to a multiple of
-// kLanes, are 0; reads of `in` stay within the `columns` of each row.
-ANYFLASH_INLINE void transpose(const Word* in, int64_t in_row, int rows, int columns, Word* out,
-                               int64_t out_row) {
+// out[column * out_row + row] = row_at(row)[column]. Lanes beyond `rows`, up to a multiple of
+// kLanes, are 0; reads stay within the `columns` of each row.
+template <class RowAt>
+ANYFLASH_INLINE void transpose_rows(RowAt row_at, int rows, int columns, Word* out,
+                                    int64_t out_row) {
   for (int row = 0; row < rows; row += kLanes) {
     for (int column = 0; column < columns; column += kLanes) {
       const int width = columns - column < kLanes ? columns - column : kLanes;
       Words block[kLanes];
       for (int i = 0; i < kLanes; ++i) {
-        const Word* from = in + (row + i) * in_row + column;
-        block[i] = row + i < rows ? (Words)load_some(reinterpret_cast<const float*>(from), width)
-                                  : Words{};
+        block[i] =
+            row + i < rows
+                ? (Words)load_some(reinterpret_cast<const float*>(row_at(row + i) + column), width)
+                : Words{};
       }
       transpose_in_registers(block);
       for (int i = 0; i < width; ++i) store_words(out + (column + i) * out_row + row, block[i]);
     }
   }
+}
+
+ANYFLASH_INLINE void transpose(const Word* in, int64_t in_row, int rows, int columns, Word* out,
+                               int64_t out_row) {
+  const auto row_at = [&](int row) __attribute__((always_inline)) { return in + row * in_row; };
+  transpose_rows(row_at, rows, columns, out, out_row);
 }
 
 }  // namespace anyflash::cpu::ANYFLASH_ISA

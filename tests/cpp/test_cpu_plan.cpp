@@ -131,8 +131,9 @@ struct Call {
 // Converting a key and its value for an item costs as much as multiplying them with so many rows:
 // measured, 128 rows at a time instead of 256 cost a twentieth of the speed, 64 a tenth more.
 constexpr int64_t kConversion = 12;
-// In decode reading them does.
-constexpr int64_t kReading = 16;
+// In decode reading them does, and an item begins and ends in the time that reading some keys takes
+// (measured: items of 128 keys instead of 4096 cost a fifteenth of the speed).
+constexpr int64_t kReading = 16, kBeginning = 8;
 // A number of q or dout that becomes part of a panel of the backward, in both its forms: measured,
 // chunks of 96 keys instead of 384 cost a tenth.
 constexpr int64_t kPanelLoad = 32;
@@ -146,6 +147,11 @@ constexpr int64_t kWritten = 16, kWeighted = 32;
 
 constexpr int64_t kPanelRows = 64;  // of the widest kernels
 
+int64_t decode_cost(const AttentionParams& p, const Item& item, int64_t keys) {
+  const int64_t of_a_key = std::max(item.row_end - item.row_begin, kReading);
+  return item.num_spaces * keys * (p.head_dim + p.head_dim_v) * of_a_key;
+}
+
 int64_t forward_cost(const AttentionParams& p, const RowSpace& rows, const Item& item,
                      bool decode) {
   const int64_t columns = p.head_dim + p.head_dim_v;
@@ -153,7 +159,7 @@ int64_t forward_cost(const AttentionParams& p, const RowSpace& rows, const Item&
   const int64_t keys = std::max<int64_t>(0, item.key_end - item.key_begin);
   int64_t cost = kItem + count * item.num_spaces * columns * kTouch;
   if (item.partial != nullptr) cost += count * item.num_spaces * partial_row_floats(p) * kWritten;
-  if (decode) return cost + item.num_spaces * keys * columns * std::max(count, kReading);
+  if (decode) return cost + decode_cost(p, item, keys + kBeginning);
   cost += keys * columns * kConversion;
   const Sequence sequence(p, item.sequence);
   for (int64_t row = item.row_begin; row < item.row_end; row += kPanelRows) {
@@ -197,7 +203,8 @@ int64_t in_order(const std::vector<int64_t>& costs, int64_t threads) {
 // A thread has enough to do if its part of the work is worth 512 wakings of a thread: more than
 // a millisecond of fp32 products of AVX-512. Below that finer cuts would take from calls on one
 // thread what they give to those on a hundred. Where reading keys is the work cuts are cheaper, and
-// enough is a sixteenth of that, if it is also 20 times what combining its part costs.
+// enough is a sixteenth of that, if it is also 20 times what its beginning and combining its part
+// cost.
 constexpr int64_t kEnough = 512 * kWorthAThread, kReaders = 16, kTimesAPart = 20;
 
 class Forward {
@@ -234,8 +241,9 @@ class Forward {
         const int64_t conversion =
             (keys.end - keys.begin) * (p.head_dim + p.head_dim_v) * kConversion;
         const bool reads = w->decode || item.row_end - row <= kPanelRows;
-        const int64_t part =
+        int64_t part =
             (item.row_end - row) * item.num_spaces * partial_row_floats(p) * (kWritten + kWeighted);
+        if (w->decode) part += decode_cost(p, item, kBeginning);
         const int64_t enough = reads ? std::max(kEnough / kReaders, kTimesAPart * part) : kEnough;
         const int64_t counted = reads ? cost : cost - conversion;
         threads_ += static_cast<double>(spaces * counted) / static_cast<double>(enough);
