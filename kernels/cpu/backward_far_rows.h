@@ -7,10 +7,10 @@
 
 namespace anyflash::cpu::ANYFLASH_ISA {
 
-// The exponent of a sink beside a row's largest score, at most what leaves the weights a float.
+// The exponent of a sink beside a row's reference, cut where floats end.
 ANYFLASH_INLINE Float sink_exponent(const AttentionParams& p, Float sink, Float reference) {
-  const Float most = broadcast(100.0f);
-  const Float exponent = (sink - reference * logit_scale(p)) * kLog2e;
+  const Float most = broadcast(3.4028235e38f);
+  const Float exponent = multiply_add(-reference, broadcast(logit_scale(p)), sink) * kLog2e;
   return select(exponent < most, exponent, most);
 }
 
@@ -69,15 +69,15 @@ static void far_rows(const BackwardPlan& plan, const Item& item, char* memory) {
     if (sum[r] == 0) continue;
     reference = max[r];
     const Exponents exponents = Exponents::of(broadcast(max[r]), exponent_scale(p));
-    const Float rounding = multiply_add(broadcast(max[r]), exponents.factor, -exponents.reference);
-    Float total = broadcast(sum[r]) * exp2<6>(-rounding);
-    if (p.sinks) {
-      total = total + exp2<6>(sink_exponent(p, broadcast(p.sinks[head]), broadcast(max[r])));
-    }
-    const float own_remainder = log2(total)[0];
+    Float total = broadcast(sum[r]) * exp2<6>(-exponents.rounding(broadcast(max[r])));
+    const float sink = p.sinks ? p.sinks[head] : -kInfinity;
+    const Float exponent = sink_exponent(p, broadcast(sink), broadcast(max[r]));
+    const bool sink_alone = exponent[0] > 100;  // the keys are nothing beside it
+    if (!sink_alone) total = total + exp2<6>(exponent);
+    const float own_remainder = sink_alone ? exponent[0] : log2(total)[0];
     // A log-sum-exp that is larger by more than rounding has other keys in it, which these are
     // nothing beside.
-    const float own_lse = max[r] * logit_scale(p) + own_remainder * kLn2;
+    const float own_lse = sink_alone ? sink : max[r] * logit_scale(p) + own_remainder * kLn2;
     const float slack = (lse < 0 ? -lse : lse) * 0x1p-12f;
     if (!(own_lse < lse - slack)) remainder = own_remainder;
   }

@@ -66,15 +66,17 @@ ANYFLASH_INLINE void softmax(const Panel& panel, const BlockScratch& block, int 
     const Float before = load(panel.max + lane);
     const Float max = maximum(before, load(maxima + lane));
     const Exponents exponents = Exponents::of(max, scale_of_exponents);
-    const Float rescale = exp2<6>((before - finite_reference(max)) * exponents.factor);
-    Float sum = load(panel.sum + lane) * rescale;
+    // From the reference before to the one now, each with its own rounding.
+    const Float rescale =
+        exp2<6>(exponents.at(before) - exponents.rounding(finite_reference(before)));
+    Float sum{};  // of the block, first: as one running sum over all keys it would lose digits
     store(panel.max + lane, max);
     store(scale + lane, rescale);
     float* tile = block.scores + lane;
     const Word* kept = block.kept + lane;
     const auto probability = [&](int key) __attribute__((always_inline)) {
       const Float x = load(tile + key * kPanel);
-      return exp2<Product::kExp2Degree>(x * exponents.factor - exponents.reference);
+      return exp2<Product::kExp2Degree>(exponents.at(x));
     };
     const auto dropped = [&](Float x, int key) __attribute__((always_inline)) {
       return kDropout ? (Float)((Words)x & load_words(kept + key * kPanel)) : x;
@@ -98,7 +100,7 @@ ANYFLASH_INLINE void softmax(const Panel& panel, const BlockScratch& block, int 
         store_words(tile + key / 2 * kPanel, bf16_pairs(dropped(x, key), Float{}));
       }
     }
-    store(panel.sum + lane, sum);
+    store(panel.sum + lane, multiply_add(load(panel.sum + lane), rescale, sum));
   }
 }
 
@@ -159,9 +161,7 @@ ANYFLASH_INLINE void as_rows(const float* out, int columns, int vectors, float* 
 // What brings a lane's sums to the true largest score: their reference is a product, rounded, and
 // far from 0 that is more than a sink or another part of the keys may overlook.
 ANYFLASH_INLINE Float growth_to_max(const AttentionParams& p, Float max) {
-  const Exponents exponents = Exponents::of(max, exponent_scale(p));
-  const Float rounding =
-      multiply_add(finite_reference(max), exponents.factor, -exponents.reference);
+  const Float rounding = Exponents::of(max, exponent_scale(p)).rounding(finite_reference(max));
   const Int matters = maximum(rounding, -rounding) > broadcast(0x1p-12f);
   return select(matters, exp2<6>(-rounding), broadcast(1.0f));
 }

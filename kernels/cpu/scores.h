@@ -116,7 +116,9 @@ ANYFLASH_INLINE float exponent_scale(const AttentionParams& p) {
   return only_scaled(p) ? static_cast<float>(p.softmax_scale * kLog2eExactly) : kLog2e;
 }
 
-// Scores x of a row to exponents x * factor - reference, 0 for the largest.
+// Scores x of a row to exponents x * factor - reference: 0 for the largest, apart from the rounding
+// of the reference. Far from 0 that is an exponent of its own, which sums of weights that were
+// formed beside different references may not ignore.
 struct Exponents {
   Float factor;
   Float reference;
@@ -131,6 +133,15 @@ struct Exponents {
     const Words power = ((127u + 29u + 127u) << 23) - ((Words)max & 0x7F800000u);
     const Float factor = select(far, (Float)power, broadcast(scale));
     return {factor, select(max == broadcast(-kInfinity), Float{}, max * factor)};
+  }
+
+  __attribute__((always_inline)) Float at(Float x) const {
+    return multiply_add(x, factor, -reference);
+  }
+
+  // What the reference of a finite largest score x is less than its exponent.
+  __attribute__((always_inline)) Float rounding(Float x) const {
+    return multiply_add(x, factor, -(x * factor));
   }
 };
 

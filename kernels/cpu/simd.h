@@ -79,7 +79,17 @@ ANYFLASH_INLINE Words load_widened(const void* p) {
 #endif
 }
 
-ANYFLASH_INLINE Float multiply_add(Float a, Float b, Float c) { return a * b + c; }  // contracted
+// a * b + c, rounded once. A compiler may contract the written sum, but does not where the product
+// has another use.
+ANYFLASH_INLINE Float multiply_add(Float a, Float b, Float c) {
+#if defined(__AVX512F__)
+  return (Float)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (Float)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Float)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#endif
+}
 
 ANYFLASH_INLINE Float select(Int condition, Float yes, Float no) { return condition ? yes : no; }
 

@@ -231,9 +231,12 @@ inline double dropout_factor(const Sequence& s, int64_t head, int64_t i, int64_t
   return 1 / (1 - p.dropout_p);
 }
 
-// How far a probability may be off whose logit may be: at most 1, however far that is.
-inline double probability_error(double probability, double logit_error) {
-  return std::min(1.0, probability * std::expm1(std::min(logit_error, 700.0)));
+// How far a probability may be off whose logit may be: at most 1, however far that is. One that is
+// too small for a double may be the largest, where the logit is off by thousands.
+inline double probability_error(double log_probability, double logit_error) {
+  const double most = logit_error < 700 ? std::exp(log_probability) * std::expm1(logit_error)
+                                        : std::exp(log_probability + logit_error);
+  return std::min(1.0, most);
 }
 
 // One query row: its logits to all keys, and their softmax.
@@ -287,11 +290,12 @@ inline void forward(const AttentionParams& p, const Arithmetic& arithmetic, Valu
         for (int64_t j = 0; j < s.seqlen_k && row.lse < kInfinity; ++j) {
           const Logit& x = row.logits[j];
           const double factor = dropout_factor(s, head, i, j);
-          const double probability = std::exp(x.value - row.largest - row.log_sum);
+          const double log_probability = x.value - row.largest - row.log_sum;
+          const double probability = std::exp(log_probability);
           const double weight = probability * factor;
           if (x.value == -kInfinity || factor == 0) continue;
           const double weight_error =
-              factor * (probability_error(probability, x.error + row.lse_error) +
+              factor * (probability_error(log_probability, x.error + row.lse_error) +
                         probability * (arithmetic.exp_error + arithmetic.operand_roundoff +
                                        sum_error(s.seqlen_k)) +
                         arithmetic.operand_least);
@@ -353,9 +357,10 @@ inline void backward(const AttentionParams& p, const Arithmetic& arithmetic, Val
             const Dot dot(q[i], k[j], p.head_dim);
             const Logit x = logit(s, head, i, j, dot);
             if (x.value == -kInfinity) continue;
-            const double probability = std::exp(x.value - largest - log_sum);
+            const double log_probability = x.value - largest - log_sum;
+            const double probability = std::exp(log_probability);
             const double error =
-                probability_error(probability,
+                probability_error(log_probability,
                                   x.error + lse_error + 4 * kRoundoff * std::fabs(x.value)) +
                 probability * arithmetic.exp_error;
             const double factor = dropout_factor(s, head, i, j), weight = probability * factor;
@@ -395,9 +400,10 @@ inline void backward(const AttentionParams& p, const Arithmetic& arithmetic, Val
             dq.set(at + c, x, std::fabs(scale) * q_error[c] + storage_error(dtype, x));
           }
           if (dsinks && lse < kInfinity) {
-            const double sink = p.sinks[head], probability = std::exp(sink - largest - log_sum);
+            const double sink = p.sinks[head], log_probability = sink - largest - log_sum;
+            const double probability = std::exp(log_probability);
             const double error =
-                probability_error(probability, lse_error + 4 * kRoundoff * std::fabs(sink)) +
+                probability_error(log_probability, lse_error + 4 * kRoundoff * std::fabs(sink)) +
                 probability * (arithmetic.exp_error + sum_error(rows_of_all));
             dsinks->add(head, -probability * delta,
                         probability * delta_error + std::fabs(delta) * error);

@@ -2,6 +2,7 @@
 // callers at once, errors of a parallel-for, offsets beyond 32 bits.
 #include <array>
 #include <functional>
+#include <optional>
 #include <random>
 #include <thread>
 
@@ -74,6 +75,93 @@ struct Small {
     reference::forward(p, kFp32, o, l);
     for (size_t i = 0; i < out.size(); ++i) out[i] = static_cast<float>(o.value[i]);
     for (size_t i = 0; i < lse.size(); ++i) lse[i] = static_cast<float>(l.value[i]);
+  }
+};
+
+// Queries of 0 with a bias, so that logits are known to the last bit: those of each head lie around
+// a size of its own.
+struct BiasAlone {
+  static constexpr int64_t kKeys = 230, kDim = 8;
+  static constexpr std::array<float, 10> kSizes{3.3f,     257.3f,  20011.7f, -3.1e5f,  4.7e6f,
+                                                1.127e8f, -2.9e8f, 6.1e8f,   -8.7e10f, 3.3e33f};
+  static constexpr auto kHeads = static_cast<int64_t>(kSizes.size());
+
+  Dtype dtype;
+  fuzz::Random random{5};
+  fuzz::Guarded q, k, v, out, dout, dq, dk, dv;
+  std::vector<float> lse, dlse, bias, dbias;
+  std::array<float, kHeads> sinks, dsinks{};
+  AttentionParams p{};
+
+  // A key's logit is `floats_above` floats from its head's size; a sink has the size of the head
+  // that is `sink` heads further.
+  BiasAlone(Dtype type, int64_t queries, int (*floats_above)(int64_t key), std::optional<int> sink)
+      : dtype(type), lse(kHeads * queries), dlse(lse.size()) {
+    for (const float size : kSizes) {
+      for (int64_t key = 0; key < kKeys; ++key) {
+        const int floats = floats_above(key);
+        const float there = std::copysign(std::numeric_limits<float>::infinity(), floats);
+        float logit = size;
+        for (int i = 0; i < std::abs(floats); ++i) logit = std::nextafter(logit, there);
+        bias.push_back(logit);
+      }
+    }
+    dbias.resize(bias.size());
+    p.q = rows(q, queries, 0), p.k = rows(k, kKeys, 1), p.v = rows(v, kKeys, 1);
+    p.out = rows(out, queries, 0), p.dout = rows(dout, queries, 1);
+    p.dq = rows(dq, queries, 0), p.dk = rows(dk, kKeys, 0), p.dv = rows(dv, kKeys, 0);
+    for (float& x : dlse) x = static_cast<float>(random.normal());
+    p.lse = {lse.data(), 0, queries};
+    p.dlse = {dlse.data(), 0, queries};
+    p.batch = 1, p.heads = p.heads_k = kHeads;
+    p.head_dim = p.head_dim_v = kDim;
+    p.seqlen_q = queries, p.seqlen_k = kKeys;
+    p.softmax_scale = 1;
+    p.window_left = p.window_right = -1;
+    p.bias = bias.data(), p.bias_type = BiasType::fp32;
+    p.bias_stride[1] = p.dbias_stride[1] = kKeys;
+    p.bias_stride[3] = p.dbias_stride[3] = 1;
+    p.dbias = dbias.data();
+    if (!sink) return;
+    for (int64_t head = 0; head < kHeads; ++head) sinks[head] = kSizes[(head + *sink) % kHeads];
+    p.sinks = sinks.data(), p.dsinks = dsinks.data();
+  }
+
+  Rows rows(fuzz::Guarded& x, int64_t count, double amplitude) {
+    const int64_t size = count * kHeads * kDim;
+    x = fuzz::Guarded(size * fuzz::bytes_of(dtype), true);
+    for (int64_t at = 0; at < size; ++at) {
+      fuzz::write(dtype, x.as(), at, amplitude * random.normal());
+    }
+    return {x.as(), 0, kHeads * kDim, kDim};
+  }
+
+  // The names of those that are not what the reference has for them.
+  std::string wrong_results(const reference::Arithmetic& arithmetic) const {
+    reference::Values o(p.seqlen_q * kHeads * kDim), l(lse.size());
+    reference::forward(p, arithmetic, o, l);
+    return differ("out ", dtype, out.as(), o) + differ("lse ", Dtype::fp32, lse.data(), l);
+  }
+  std::string wrong_gradients(const reference::Arithmetic& arithmetic) const {
+    reference::Values to_q(p.seqlen_q * kHeads * kDim), to_k(kKeys * kHeads * kDim), to_v = to_k;
+    reference::Values to_bias(bias.size()), to_sinks(p.dsinks ? kHeads : 0);
+    reference::backward(p, arithmetic, to_q, to_k, to_v, &to_bias, p.dsinks ? &to_sinks : nullptr);
+    return differ("dq ", dtype, dq.as(), to_q) + differ("dk ", dtype, dk.as(), to_k) +
+           differ("dv ", dtype, dv.as(), to_v) +
+           differ("dbias ", Dtype::fp32, dbias.data(), to_bias) +
+           differ("dsinks ", Dtype::fp32, dsinks.data(), to_sinks);
+  }
+
+ private:
+  std::string differ(const char* name, Dtype stored, const void* found,
+                     const reference::Values& expected) const {
+    const double tolerance = dtype == Dtype::fp32 ? 2e-5 : 0x1p-7;
+    for (size_t i = 0; i < expected.value.size(); ++i) {
+      const double x = expected.value[i];
+      const double error = std::fabs(reference::read(stored, found, static_cast<int64_t>(i)) - x);
+      if (!(error <= tolerance * (1 + std::fabs(x)))) return name;
+    }
+    return "";
   }
 };
 
@@ -242,5 +330,77 @@ TEST_CASE("cpu attention: rows further apart than 32 bits can say", "[cpu_attent
       }
     }
     CHECK(found[0] == found[1]);
+  }
+}
+
+// Problems of the fuzz test that some kernel once got wrong.
+TEST_CASE("cpu attention: shapes that once were wrong", "[cpu_attention]") {
+  struct Case {
+    const char* what;
+    fuzz::Shape shape;
+    uint64_t seed;
+  };
+  fuzz::Shape far_rows;  // the sum of a row's weights, where their reference is a rounded product
+  far_rows.heads = 6, far_rows.heads_k = 1;
+  far_rows.head_dim = 8, far_rows.head_dim_v = 143;
+  far_rows.seqlen_q = 123, far_rows.seqlen_k = 20;
+  far_rows.softmax_scale = -0.711;
+  far_rows.window_right = 15;
+  far_rows.alibi = fuzz::Slopes::heads;
+  far_rows.bias_type = BiasType::fp32, far_rows.bias_size = 1.127e8;
+  far_rows.backward = true;
+  fuzz::Shape far_sinks;  // above logits that are not far
+  far_sinks.heads = 12, far_sinks.heads_k = 3;
+  far_sinks.head_dim = far_sinks.head_dim_v = 10;
+  far_sinks.seqlen_q = far_sinks.seqlen_k = 25;
+  far_sinks.sinks = far_sinks.dsinks = true, far_sinks.sink_size = 8e4;
+  far_sinks.backward = far_sinks.dlse = true;
+  fuzz::Shape many_keys;  // whose weights are nearly equal: the roundings of their sum add up
+  many_keys.heads = 7, many_keys.heads_k = 1;
+  many_keys.head_dim = many_keys.head_dim_v = 4;
+  many_keys.seqlen_q = 2, many_keys.seqlen_k = 20306;
+  many_keys.softmax_scale = 3, many_keys.softcap = 1;
+  const Case cases[] = {
+      {"far rows", far_rows, 3}, {"far sinks", far_sinks, 1}, {"many keys", many_keys, 1}};
+  for (const fuzz::Kernels& kernel : kernels_or_skip()) {
+    for (const Case& one : cases) {
+      const fuzz::Problem problem(one.shape, kernel.forward->dtype, one.seed);
+      fuzz::Results results;
+      REQUIRE(kernel.run(problem, nullptr, results) == 0);
+      double worst = 0;
+      CAPTURE(kernel.forward->name, one.what);
+      CHECK(problem.check(results, problem.params(), kernel.arithmetic(), &worst) == "");
+    }
+  }
+}
+
+// The reference's bounds grow with the logits, since dot products do. A bias alone is exact: what a
+// row's weights are to each other then owes nothing to where its logits lie.
+TEST_CASE("cpu attention: weights of logits that lie far from 0", "[cpu_attention]") {
+  struct Case {
+    const char* what;
+    int (*floats_above)(int64_t key);
+    std::optional<int> sink;
+  };
+  const Case cases[] = {
+      {"equal", [](int64_t) { return 0; }, {}},
+      {"equal to the sink", [](int64_t) { return 0; }, 0},
+      {"far from the sink", [](int64_t) { return 0; }, 1},
+      {"larger, key by key", [](int64_t key) { return static_cast<int>(key / 16); }, {}},
+      {"larger, block by block", [](int64_t key) { return static_cast<int>(key / 90); }, 0},
+      {"smaller, block by block", [](int64_t key) { return -static_cast<int>(key / 90); }, 0},
+  };
+  for (const fuzz::Kernels& kernel : kernels_or_skip()) {
+    for (const int64_t queries : {2, 7, 40}) {  // each kernel's way of few, some and many rows
+      for (const Case& one : cases) {
+        CAPTURE(kernel.forward->name, queries, one.what);
+        BiasAlone call(kernel.forward->dtype, queries, one.floats_above, one.sink);
+        REQUIRE(anyflash_launch(kernel.forward, &call.p, nullptr) == 0);
+        CHECK(call.wrong_results(kernel.arithmetic()) == "");
+        if (kernel.backward == nullptr) continue;
+        REQUIRE(anyflash_launch(kernel.backward, &call.p, nullptr) == 0);
+        CHECK(call.wrong_gradients(kernel.arithmetic()) == "");
+      }
+    }
   }
 }
