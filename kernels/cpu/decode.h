@@ -183,6 +183,7 @@ static __attribute__((noinline)) void add_values(const float* weights,
   }
 }
 
+#if defined(__AVX512BF16__)
 // The same with weights in pairs of keys.
 template <int kRows, int kKeys>
 static __attribute__((noinline)) void add_values(const Word* weights,
@@ -195,7 +196,6 @@ static __attribute__((noinline)) void add_values(const Word* weights,
     }
   }
   int column = 0;
-#if defined(__AVX512BF16__)
   for (; column + 2 * kLanes <= columns; column += 2 * kLanes) {
     __builtin_prefetch(ahead + column, 0, 3);
     WordsPair x[kKeys / 2];
@@ -213,7 +213,6 @@ static __attribute__((noinline)) void add_values(const Word* weights,
       store(at + kLanes, second);
     }
   }
-#endif
   for (; column < columns; column += kLanes) {
     for (int r = 0; r < kRows; ++r) {
       float* at = out + r * columns + column;
@@ -226,6 +225,7 @@ static __attribute__((noinline)) void add_values(const Word* weights,
     }
   }
 }
+#endif
 
 // out[head][r] += the probabilities of a block of keys * values, some keys at a time: memory is
 // read as a stream, all but the last key's rows wait in `staged`, near enough, until that is met.
