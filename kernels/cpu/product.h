@@ -59,10 +59,7 @@ ANYFLASH_INLINE void register_tile(const Operands& m, int row, const Float* scal
   Float sums[kRows][kVectors];
   float* c = m.c + row * m.c_row;
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) {
-      if (kStart != Start::scaled) sums[r][v] = Float{};
-      if (kStart == Start::scaled) sums[r][v] = load(c + r * m.c_row + v * kLanes) * scale[v];
-    }
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = Float{};
   }
   const Word* a = m.a + row * m.a_row;
   const Word* b = m.b;
@@ -80,7 +77,9 @@ ANYFLASH_INLINE void register_tile(const Operands& m, int row, const Float* scal
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) {
       // Block sums first: one running sum over many thousand steps would lose digits.
-      if (kStart == Start::add) sums[r][v] = load(c + r * m.c_row + v * kLanes) + sums[r][v];
+      const float* before = c + r * m.c_row + v * kLanes;
+      if (kStart == Start::add) sums[r][v] = load(before) + sums[r][v];
+      if (kStart == Start::scaled) sums[r][v] = multiply_add(load(before), scale[v], sums[r][v]);
       if (kMaximum) maxima[v] = maximum(maxima[v], sums[r][v]);
       store(c + r * m.c_row + v * kLanes, sums[r][v]);
     }
