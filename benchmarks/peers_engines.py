@@ -6,6 +6,7 @@ measured time (its own layout, a compiled model, bound buffers), and returns the
 
 from __future__ import annotations
 
+import abc
 import importlib.metadata
 from typing import Any, Callable
 
@@ -20,7 +21,7 @@ class Refused(Exception):
     """The engine does not compute what was asked for; the text says what it does instead."""
 
 
-class Engine:
+class Engine(abc.ABC):
     """One engine, for the threads of one process.
 
     Attributes:
@@ -36,13 +37,13 @@ class Engine:
     def version(cls) -> str:
         return f"{cls.packages[0]} {importlib.metadata.version(cls.packages[0])}"
 
+    @abc.abstractmethod
     def prefill(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Call:
         """Attention of equally many queries and keys."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def decode(self, q: Tensor, k: Tensor, v: Tensor) -> Call:
         """Attention of the newest token, whose key and value are the last rows of k and v."""
-        raise NotImplementedError
 
 
 def heads_first(*tensors: Tensor) -> list[Tensor]:
