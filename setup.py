@@ -27,7 +27,6 @@ from build_plan import (  # noqa: E402
     setting,
     zig,
 )
-from cuda_pins import package_root  # noqa: E402
 from shared_lists import write_lists  # noqa: E402
 from wheel_tag import platform_tag  # noqa: E402
 
@@ -57,7 +56,6 @@ def cmake(cuda: bool, prefix: pathlib.Path) -> None:
         "Python_EXECUTABLE": sys.executable,
         "CMAKE_INSTALL_PREFIX": str(prefix),
         "ANYFLASH_CUDA": ("ON" if setting("ANYFLASH_CUDA") else "AUTO") if cuda else "OFF",
-        "ANYFLASH_PIP_CUDA_ROOT": package_root() or "",
         "ANYFLASH_WERROR": "ON" if setting("ANYFLASH_WERROR") else "OFF",
     }
     if host_compiler() is None:

@@ -116,12 +116,30 @@ Limits limits_of(const Instance& instance) {
           instance.features};
 }
 
-// The same for what loads a kernel of the problem's architecture.
+// "sm_75, sm_80"
+std::string code_text(const Instance& instance) {
+  std::string text;
+  for (const Cubin* cubin = instance.cubins; cubin->data; ++cubin) {
+    text += (text.empty() ? "sm_" : ", sm_") + std::to_string(cubin->sm);
+  }
+  return text;
+}
+
+// The same for the machine code of a kernel of the problem's architecture.
 template <typename Obstacle>
-void visit_driver(const Instance& instance, const Problem& problem, Obstacle obstacle) {
-  if (problem.driver != 0 && problem.driver < instance.min_driver) {
+void visit_code(const Instance& instance, const Problem& problem, Obstacle obstacle) {
+  if (problem.device != Device::cuda) return;
+  const Cubin* cubin = cubin_for(instance.cubins, problem.sm);
+  if (!cubin) {
+    return obstacle([&] {
+      return "this build has machine code for " + code_text(instance) + ", this GPU is sm_" +
+             std::to_string(problem.sm) +
+             ": build with ANYFLASH_CUDA_ARCHS=" + std::to_string(problem.sm);
+    });
+  }
+  if (problem.driver != 0 && problem.driver < cubin->min_driver) {
     obstacle([&] {
-      return "needs NVIDIA driver " + driver_text(instance.min_driver) + " or newer, this is " +
+      return "needs NVIDIA driver " + driver_text(cubin->min_driver) + " or newer, this is " +
              driver_text(problem.driver) + ": update the driver";
     });
   }
@@ -156,7 +174,7 @@ void visit_missing_kernel(const Problem& problem, InstanceTable table, Obstacle 
     Limits limits = limits_of(*closest);
     limits.dtypes = dtypes;
     visit_limits(limits, problem, obstacle);
-    visit_driver(*closest, problem, obstacle);
+    visit_code(*closest, problem, obstacle);
   } else if (oldest && problem.sm < oldest->min_sm) {
     obstacle([&] {
       if (problem.device == Device::cuda) return required_sm(oldest->min_sm, problem.sm);
@@ -242,7 +260,7 @@ const Instance* find_kernel(const Problem& problem, InstanceTable table, Obstacl
     bool computes = true;
     const auto refuse = [&](auto) { computes = false; };
     visit_limits(limits_of(instance), problem, refuse);
-    visit_driver(instance, problem, refuse);
+    visit_code(instance, problem, refuse);
     // The newest architecture's, of those the one made for the smallest head_dim.
     if (computes &&
         (!found || instance.min_sm > found->min_sm ||

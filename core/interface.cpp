@@ -236,7 +236,7 @@ const char* anyflash_layout(void) {
       sizeof(NormResults), "\nCrossEntropyCall ", sizeof(CrossEntropyCall),
       "\nCrossEntropyResults ", sizeof(CrossEntropyResults), "\nCaller ", sizeof(Caller),
       "\nChoice ", sizeof(Choice), "\nPiece ", sizeof(Piece), "\nCpuThreads ", sizeof(CpuThreads),
-      "\nDecisionView ", sizeof(DecisionView), "\nInstance ", sizeof(Instance), "\n");
+      "\nDecisionView ", sizeof(DecisionView), "\nCubin ", sizeof(Cubin), "\nInstance ", sizeof(Instance), "\n");
   return lines.c_str();
 }
 

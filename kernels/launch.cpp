@@ -4,43 +4,34 @@
 
 #include "kernels/arch.h"
 #include "kernels/common/launch_kernel.h"
+#include "kernels/driver.h"
 #include "kernels/elementwise/bias_activation_shape.h"
 #include "kernels/features.h"
 #include "kernels/sm80/split_plan.h"
 
-#if ANYFLASH_HAS_CUDA
-#include <cuda_runtime_api.h>
-
-#include <map>
-#include <mutex>
-#endif
-
 namespace anyflash {
 
-// built.def, written by CMake: the lines of instances.def whose architecture is in this build.
+// built.def, written by CMake: the lines of instances.def whose architecture is in this build. Each
+// is a function, and machine code where it is for GPUs.
 
+#define LINE(name)                                \
+  int32_t name(const void* params, void* stream); \
+  extern const Cubin cubins_##name[];
 #define BIAS_ACTIVATION(arch, direction, dtype, checked_on) \
-  int32_t bias_activation_##direction##_##dtype##_##arch(const void* params, void* stream);
-#define ATTENTION(arch, direction, dtype, max_head_dim, multiple, features, checked_on)  \
-  int32_t attention_##direction##_##dtype##_d##max_head_dim##_##arch(const void* params, \
-                                                                     void* stream);
-#define KVCACHE_APPEND(arch, dtype, checked_on) \
-  int32_t kvcache_append_forward_##dtype##_##arch(const void* params, void* stream);
+  LINE(bias_activation_##direction##_##dtype##_##arch)
+#define ATTENTION(arch, direction, dtype, max_head_dim, multiple, features, checked_on) \
+  LINE(attention_##direction##_##dtype##_d##max_head_dim##_##arch)
+#define KVCACHE_APPEND(arch, dtype, checked_on) LINE(kvcache_append_forward_##dtype##_##arch)
 #define ROWWISE(arch, family, direction, dtype, checked_on) \
-  int32_t family##_##direction##_##dtype##_##arch(const void* params, void* stream);
+  LINE(family##_##direction##_##dtype##_##arch)
 #include "built.def"
 #undef ROWWISE
 #undef KVCACHE_APPEND
 #undef ATTENTION
 #undef BIAS_ACTIVATION
+#undef LINE
 
 namespace {
-
-#if ANYFLASH_HAS_CUDA
-constexpr int32_t kMinDriver = CUDART_VERSION;
-#else
-constexpr int32_t kMinDriver = 0;
-#endif
 
 #define INSTANCE(family, kind, arch_name, direction, dtype, max_head_dim, multiple, features, \
                  checked_on)                                                                  \
@@ -57,8 +48,10 @@ constexpr int32_t kMinDriver = 0;
                     max_head_dim,                                                             \
                     multiple,                                                                 \
                     (features),                                                               \
-                    arch::arch_name.device == Device::cuda ? kMinDriver : 0,                  \
                     #checked_on,                                                              \
+                    arch::arch_name.device == Device::cuda                                    \
+                        ? cubins_##family##_##direction##_##kind##_##arch_name                \
+                        : nullptr,                                                            \
                     family##_##direction##_##kind##_##arch_name};                             \
   }(),
 #define BIAS_ACTIVATION(arch, direction, dtype, checked_on) \
@@ -84,57 +77,6 @@ constexpr int32_t kNumInstances = sizeof(kInstances) / sizeof(Instance) - 1;
 #undef INSTANCE
 
 }  // namespace
-
-#if ANYFLASH_HAS_CUDA
-
-int32_t launch_on_device(const void* kernel, Grid grid, void** arguments, void* stream) {
-  if (grid.shared_bytes > kSharedBytesOfAnyKernel) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
-  return cudaLaunchKernel(kernel, dim3(grid.x, grid.y), dim3(grid.threads), arguments,
-                          grid.shared_bytes, static_cast<cudaStream_t>(stream));
-}
-
-namespace {
-
-DeviceLimits read_limits(int device) {
-  DeviceLimits limits;
-  int major = 0;
-  int minor = 0;
-  const struct {
-    cudaDeviceAttr attribute;
-    int32_t* value;
-  } kAttributes[] = {
-      {cudaDevAttrComputeCapabilityMajor, &major},
-      {cudaDevAttrComputeCapabilityMinor, &minor},
-      {cudaDevAttrMultiProcessorCount, &limits.multiprocessors},
-      {cudaDevAttrMaxSharedMemoryPerBlockOptin, &limits.shared_bytes_per_block},
-      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &limits.shared_bytes_per_multiprocessor},
-      {cudaDevAttrL2CacheSize, &limits.l2_bytes},
-  };
-  for (const auto& [attribute, value] : kAttributes) {
-    if (cudaDeviceGetAttribute(value, attribute, device) != cudaSuccess) return {};
-  }
-  limits.sm = major * 10 + minor;
-  return limits;
-}
-
-}  // namespace
-
-DeviceLimits device_limits() {
-  static std::mutex mutex;
-  static std::map<int, DeviceLimits> known;
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return {};
-  const std::lock_guard<std::mutex> lock(mutex);
-  DeviceLimits& limits = known[device];
-  if (limits.sm == 0) limits = read_limits(device);
-  return limits;
-}
-
-#endif
 
 }  // namespace anyflash
 
@@ -162,38 +104,19 @@ int64_t anyflash_bias_activation_workspace(int64_t rows, int64_t cols, Activatio
   return anyflash::bias_activation::num_partials(rows, cols) * in_cols * int64_t{sizeof(float)};
 }
 
-#if ANYFLASH_HAS_CUDA
-
 int64_t anyflash_attention_workspace(const Instance* instance,
                                      const anyflash::AttentionParams* params) {
   if (instance->device != anyflash::Device::cuda) return 0;
-  return anyflash::sm80::plan_splits(*params, anyflash::device_limits().multiprocessors)
-      .workspace_bytes();
+  const int32_t multiprocessors = anyflash::device_limits().multiprocessors;
+  return anyflash::sm80::plan_splits(*params, multiprocessors).workspace_bytes();
 }
 
 int32_t anyflash_device_sm(int32_t device) {
-  int major = 0;
-  int minor = 0;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) {
-    return anyflash::kErrorNoCuda;
-  }
-  return major * 10 + minor;
+  const int32_t sm = anyflash::driver::device_sm(device);
+  return sm > 0 ? sm : anyflash::kErrorNoCuda;
 }
 
-int32_t anyflash_build_cuda_version(void) { return CUDART_VERSION; }
-
-#else
-
-int64_t anyflash_attention_workspace(const Instance*, const anyflash::AttentionParams*) {
-  return 0;
-}
-
-int32_t anyflash_device_sm(int32_t) { return anyflash::kErrorNoCuda; }
-
-int32_t anyflash_build_cuda_version(void) { return 0; }
-
-#endif
+const char* anyflash_build_nvrtc(void) { return ANYFLASH_NVRTC; }
 
 const char* anyflash_build_archs(void) { return ANYFLASH_ARCHS; }
 
@@ -203,16 +126,10 @@ const char* anyflash_error_string(int32_t code) {
       return "no error";
     case anyflash::kErrorInvalidParams:
       return "invalid kernel parameters";
-    case anyflash::kErrorNoCuda:
-      return "no CUDA device";
     case anyflash::kErrorNoMemory:
       return "out of memory";
     case anyflash::kErrorParallelFor:
       return "the parallel-for of the caller failed";
   }
-#if ANYFLASH_HAS_CUDA
-  return cudaGetErrorString(static_cast<cudaError_t>(code));
-#else
-  return "this build has no CUDA";
-#endif
+  return anyflash::driver::error_text(code);
 }

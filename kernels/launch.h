@@ -2,10 +2,15 @@
 // linkage, no torch, no CUDA types.
 #pragma once
 
+#include "kernels/cubin.h"
 #include "kernels/params.h"
 #include "kernels/portable.h"
 
+#if defined(__CUDACC_RTC__)
+#define ANYFLASH_EXPORT
+#else
 #define ANYFLASH_EXPORT __attribute__((visibility("default")))
+#endif
 
 namespace anyflash {
 
@@ -39,16 +44,18 @@ struct Instance {
   int32_t max_head_dim;  // of q and of v; 0: the family has none
   int32_t head_dim_multiple;
   uint32_t features;       // supported ones, a set of features.h
-  int32_t min_driver;      // oldest CUDA of a driver that runs it, 12040 = 12.4; on a CPU 0
   const char* checked_on;  // the GPU or CPU that ran its tests, "none" until then
+  const Cubin* cubins;     // by GPU generation; null on a CPU
   int32_t (*run)(const void* params, void* stream);
 };
 
-// Beside CUDA's own codes, which are positive. 0 is success.
+// Beside the CUDA driver's own codes, which are positive. 0 is success.
 constexpr int32_t kErrorInvalidParams = -1;
-constexpr int32_t kErrorNoCuda = -2;
+constexpr int32_t kErrorNoCuda = -2;  // no driver
 constexpr int32_t kErrorNoMemory = -3;
 constexpr int32_t kErrorParallelFor = -4;  // the caller's parallel-for failed
+constexpr int32_t kErrorOldDriver = -5;
+constexpr int32_t kErrorNoCode = -6;  // for this GPU
 
 }  // namespace anyflash
 
@@ -82,13 +89,13 @@ ANYFLASH_EXPORT int32_t anyflash_cpu_isa(void);
 // Compute capability of a device as major * 10 + minor, or a negative number if it cannot be told.
 ANYFLASH_EXPORT int32_t anyflash_device_sm(int32_t device);
 
-// What a returned code means; never null.
+// What a code means that this thread was returned last; never null.
 ANYFLASH_EXPORT const char* anyflash_error_string(int32_t code);
 
-// CUDA version of the compiler, e.g. 13000; 0 in a build without CUDA.
-ANYFLASH_EXPORT int32_t anyflash_build_cuda_version(void);
+// Versions of the CUDA compilers, e.g. "12.4, 12.8"; empty in a build without CUDA.
+ANYFLASH_EXPORT const char* anyflash_build_nvrtc(void);
 
-// Architectures with code in this library, e.g. "75,80,90"; empty in a build without CUDA.
+// Architectures with code in this library, e.g. "75, 80, 90"; empty in a build without CUDA.
 ANYFLASH_EXPORT const char* anyflash_build_archs(void);
 
 }  // extern "C"

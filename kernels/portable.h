@@ -7,6 +7,7 @@ using int64_t = long long;
 using uint16_t = unsigned short;
 using uint32_t = unsigned int;
 using uint64_t = unsigned long long;
+using uintptr_t = unsigned long long;
 #else
 #include <stdint.h>
 #endif

@@ -1,7 +1,8 @@
 """setuptools' build backend, which also asks for what this machine lacks.
 
-That is cmake, ninja, a C++ compiler where there is none, and CUDA's where there is no nvcc. Never
-torch: its headers are all the build needs (torch_headers.py).
+That is cmake, ninja, a C++ compiler where there is none, and pip, which fetches what is needed in
+parts or in two versions: torch's headers (torch_headers.py; never torch) and CUDA's compiler
+(nvrtc.py).
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from setuptools.build_meta import *  # noqa: F403
 
 import torch_headers
 from build_plan import ZIG, announce, host_compiler, needs_zig, no_binary_reason, no_cuda_reason
-from cuda_pins import PINS, has_nvcc
 
 OLDEST_CMAKE = (3, 24)
 
@@ -39,10 +39,9 @@ def _missing_tools() -> list[str]:
         missing.append("cmake>=3.24")
     if not _version("ninja"):
         missing.append("ninja")
-    if not no_cuda_reason() and not has_nvcc():
-        missing += PINS
-    if host_compiler() and torch_headers.find() is None and importlib.util.find_spec("pip") is None:
-        missing.append("pip")  # fetches torch's headers
+    fetches = not no_cuda_reason() or (host_compiler() and torch_headers.find() is None)
+    if fetches and importlib.util.find_spec("pip") is None:
+        missing.append("pip")
     return missing
 
 

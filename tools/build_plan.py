@@ -91,7 +91,7 @@ def no_cuda_reason() -> str | None:
     if asked:
         return None
     if host_compiler() is None:
-        return "nvcc needs g++ or clang++, and neither is here"
+        return "they are built with g++ or clang++, and neither is here"
     if platform.machine() not in ("x86_64", "aarch64"):
         return f"no CUDA compiler exists for {platform.machine()}"
     return None if _has_gpu() else "there is no GPU here; ANYFLASH_CUDA=1 builds them all the same"

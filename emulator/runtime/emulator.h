@@ -1,5 +1,5 @@
 // A GPU in slow motion: runs CUDA kernels on the CPU, thread by thread, and reports what they do
-// wrong. Kernels come as C++ translated from the PTX that nvcc emitted (ptx_to_cpp), so what runs
+// wrong. Kernels come as C++ translated from the PTX that NVRTC emitted (ptx_to_cpp), so what runs
 // is what ships, inline assembly included. Every CUDA thread is a fiber; one OS thread runs them.
 // Blocks of a grid run one after another, warps and lanes in the order Options asks for, and a
 // switch happens only where a thread waits. What is checked is therefore not a lucky interleaving
@@ -81,7 +81,7 @@ struct Options {
   int async_delay = 2;               // most scheduler rounds a bulk copy takes
   size_t max_reports = 20;           // distinct ones, per take_result()
   uint32_t smem_limit = 227 * 1024;  // shared memory a block can have
-  // What cudaDeviceGetAttribute says. Every combination is a device of its own, because a program
+  // What cuDeviceGetAttribute says. Every combination is a device of its own, because a program
   // may ask a device once.
   int num_sms = 4;
   int compute_capability = 80;
@@ -159,7 +159,7 @@ class Buffer {
 bool launch(const char* name, Dim3 grid, Dim3 block, uint32_t shared_bytes,
             const std::function<void()>& kernel);
 
-// Runs a registered kernel. `arguments`: one pointer per parameter, as for cudaLaunchKernel.
+// Runs a registered kernel. `arguments`: one pointer per parameter, as for cuLaunchKernel.
 bool launch_registered(const char* mangled_name, Dim3 grid, Dim3 block,
                        uint32_t dynamic_shared_bytes, void* const* arguments);
 
@@ -281,7 +281,7 @@ void cp_async_wait(int pending_groups);
 void cp_async_wait_all();
 void cp_async_mbarrier_arrive(uint32_t mbarrier, bool noinc);
 
-// The emulator's CUtensorMap: what cuTensorMapEncodeTiled of cuda_runtime.cpp writes.
+// The emulator's CUtensorMap: what cuTensorMapEncodeTiled of driver/libcuda.cpp writes.
 struct alignas(64) TensorMap {
   uint64_t base;
   uint32_t rank;

@@ -1,7 +1,14 @@
 // What the kernels of the emulator's tests share: (out, in), words of 32 bits.
 #pragma once
 
+#if defined(__CUDACC_RTC__)  // no standard headers
+using uint16_t = unsigned short;
+using int32_t = int;
+using uint32_t = unsigned int;
+using uint64_t = unsigned long long;
+#else
 #include <stdint.h>
+#endif
 
 constexpr int kWords = 8;  // of each thread, where threads have their own
 

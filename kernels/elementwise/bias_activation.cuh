@@ -8,14 +8,12 @@
 // run.
 #pragma once
 
-#include "kernels/common/ptx.cuh"
-#include "kernels/params.h"
-
-#if !defined(__CUDACC_RTC__)  // for the launchers
 #include "kernels/common/launch_kernel.h"
+#include "kernels/common/ptx.cuh"
 #include "kernels/elementwise/bias_activation_shape.h"
 #include "kernels/launch.h"
-#endif
+#include "kernels/params.h"
+
 
 namespace anyflash {
 namespace bias_activation {
@@ -296,8 +294,6 @@ __global__ void __launch_bounds__(kThreads) sum_partials_kernel(SumParams p) {
 
 // ---- launchers ----
 
-#if !defined(__CUDACC_RTC__)
-
 using Kernel = void (*)(BiasActivationParams);
 
 // kernels.template get<activation>(), or null for a number that is no activation.
@@ -382,8 +378,6 @@ int32_t launch_backward(const BiasActivationParams& p, void* stream) {
   return launch_kernel(sum_partials_kernel<T>,
                        Grid{uint32_t(ceil_div(in_cols, kLanes)), 1, kThreads}, sum, stream);
 }
-
-#endif  // !__CUDACC_RTC__
 
 }  // namespace bias_activation
 }  // namespace anyflash

@@ -6,14 +6,11 @@
 // head.
 #pragma once
 
+#include "kernels/common/launch_kernel.h"
 #include "kernels/common/ptx.cuh"
+#include "kernels/launch.h"
 #include "kernels/masks.h"
 #include "kernels/params.h"
-
-#if !defined(__CUDACC_RTC__)  // for the launcher
-#include "kernels/common/launch_kernel.h"
-#include "kernels/launch.h"
-#endif
 
 namespace anyflash {
 namespace kvcache_append {
@@ -187,8 +184,6 @@ __global__ void __launch_bounds__(kThreads) kernel(KvcacheAppendParams p) {
 
 // ---- launcher ----
 
-#if !defined(__CUDACC_RTC__)
-
 // Whether every row of x starts at a multiple of 16 bytes.
 template <typename T>
 bool rows_aligned(const Rows& x) {
@@ -220,8 +215,6 @@ int32_t launch(const KvcacheAppendParams& p, void* stream) {
   return vectorised<T>(p) ? launch_kernel(kernel<T, 16 / sizeof(T)>, grid, p, stream)
                           : launch_kernel(kernel<T, 1>, grid, p, stream);
 }
-
-#endif  // !__CUDACC_RTC__
 
 }  // namespace kvcache_append
 }  // namespace anyflash

@@ -4,8 +4,6 @@
 #include "kernels/sm80/decode.cuh"
 #include "kernels/sm80/forward.cuh"
 
-#if !defined(__CUDACC_RTC__)  // host code from here on
-
 #include "kernels/common/launch_kernel.h"
 #include "kernels/launch.h"
 
@@ -150,5 +148,3 @@ int32_t launch_forward(const AttentionParams& p, void* stream) {
 }
 
 }  // namespace anyflash::sm80
-
-#endif  // !__CUDACC_RTC__

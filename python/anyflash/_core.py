@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from ._records import (
     BiasActivationCall,
     Caller,
     Choice,
+    Cubin,
     DecisionView,
     Instance,
     MlpCall,
@@ -127,7 +130,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "anyflash_layout": (ctypes.c_char_p,),
     "anyflash_build_compiler": (ctypes.c_char_p,),
     "anyflash_build_archs": (ctypes.c_char_p,),
-    "anyflash_build_cuda_version": (ctypes.c_int32,),
+    "anyflash_build_nvrtc": (ctypes.c_char_p,),
     "anyflash_instances": (ctypes.POINTER(Instance), _POINTER),
 }  # fmt: skip
 
@@ -174,6 +177,14 @@ def cpu_isa() -> tuple[str, bool]:
     return name.value.decode(), lowered.value
 
 
+def _cubins(instance: Instance) -> Iterator[Cubin]:
+    """The machine code of a kernel for GPUs."""
+    for place in itertools.count() if instance.cubins else ():
+        if not instance.cubins[place].data:
+            return
+        yield instance.cubins[place]
+
+
 def instances() -> list[dict[str, Any]]:
     """The compiled kernels, a dict for each line of instances.def that is in this build."""
     from . import _defs
@@ -186,12 +197,13 @@ def instances() -> list[dict[str, Any]]:
         row = {
             name: value.decode() if isinstance(value, bytes) else value
             for name, value in ((name, getattr(instance, name)) for name, _ in instance._fields_)
-            if name != "run"
+            if name not in ("cubins", "run")
         }
         row["family"] = FAMILIES[instance.family]
         row["device"] = DEVICES[instance.device]
         row["direction"] = DIRECTIONS[instance.direction]
         row["dtype"] = DTYPE_NAMES[instance.dtype]
+        row["code"] = {cubin.sm: cubin.min_driver for cubin in _cubins(instance)}
         row["features"] = [
             name for bit, name in enumerate(features) if instance.features >> bit & 1
         ]
@@ -203,7 +215,7 @@ def build_info() -> dict[str, Any]:
     """What the kernel library was built with."""
     built = loaded()
     return {
-        "cuda_version": built.anyflash_build_cuda_version(),
+        "nvrtc": built.anyflash_build_nvrtc().decode(),
         "archs": built.anyflash_build_archs().decode(),
         "compiler": built.anyflash_build_compiler().decode(),
     }

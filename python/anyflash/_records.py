@@ -223,6 +223,17 @@ class Caller(ctypes.Structure):
     _fields_ = [("backend", ctypes.c_int64), ("torch_version", ctypes.c_int32)]
 
 
+class Cubin(ctypes.Structure):
+    """kernels/cubin.h."""
+
+    _fields_ = [
+        ("sm", ctypes.c_int32),
+        ("min_driver", ctypes.c_int32),
+        ("data", ctypes.c_void_p),
+        ("bytes", ctypes.c_int64),
+    ]
+
+
 class Instance(ctypes.Structure):
     """kernels/launch.h."""
 
@@ -238,8 +249,8 @@ class Instance(ctypes.Structure):
         ("max_head_dim", ctypes.c_int32),
         ("head_dim_multiple", ctypes.c_int32),
         ("features", ctypes.c_uint32),
-        ("min_driver", ctypes.c_int32),
         ("checked_on", ctypes.c_char_p),
+        ("cubins", ctypes.POINTER(Cubin)),
         ("run", ctypes.c_void_p),
     ]
 
@@ -318,6 +329,7 @@ MIRRORED: tuple[type[ctypes.Structure], ...] = (
     Caller,
     Choice,
     DecisionView,
+    Cubin,
     Instance,
     Piece,
     CpuThreads,

@@ -34,6 +34,9 @@ REMEDIES = {
     "cuda_torch": Remedy("install a CUDA build of torch (see the selector on pytorch.org)"),
     "driver": Remedy("update the NVIDIA driver, or install a torch built for an older CUDA"),
     "newer_driver": Remedy("to use them, update the NVIDIA driver"),
+    "build_for_gpu": Remedy(
+        "to use them, build them for it", f"ANYFLASH_CUDA=1 ANYFLASH_CUDA_ARCHS={{sm}} {_REINSTALL}"
+    ),
     "ask_torch": Remedy(
         "see whether CUDA_VISIBLE_DEVICES is set, and what torch says",
         'python -c "import torch; torch.cuda.init()"',

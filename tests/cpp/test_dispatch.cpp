@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -11,12 +12,13 @@ namespace {
 
 int32_t never_run(const void*, void*) { return 0; }
 
-constexpr int32_t kDriver = 12000;
+constexpr Cubin kCubins[] = {
+    {75, 12000, kCubins, 1}, {80, 12000, kCubins, 1}, {90, 12000, kCubins, 1}, {}};
 
 Instance instance(Family family, int32_t min_sm, int32_t max_sm, Direction direction, Dtype dtype,
                   int32_t max_head_dim, const char* checked_on) {
-  return {"an instance", family, Device::cuda, "sm",    min_sm,     max_sm,   direction, dtype,
-          max_head_dim,  1,      Feature::lse, kDriver, checked_on, never_run};
+  return {"an instance", family, Device::cuda, "sm",       min_sm,  max_sm,   direction, dtype,
+          max_head_dim,  1,      Feature::lse, checked_on, kCubins, never_run};
 }
 
 Instance cpu_instance(const Arch& arch, Direction direction, Dtype dtype, const char* checked_on) {
@@ -32,8 +34,8 @@ Instance cpu_instance(const Arch& arch, Direction direction, Dtype dtype, const 
           512,
           1,
           direction == Direction::forward ? every_forward : every_backward,
-          0,
           checked_on,
+          nullptr,
           never_run};
 }
 
@@ -384,7 +386,12 @@ TEST_CASE("dispatch: bias_activation", "[dispatch]") {
 }
 
 TEST_CASE("dispatch: the built table serves bias_activation where asked for", "[dispatch]") {
-  if (anyflash_build_cuda_version() == 0) return;
+  const InstanceTable built = built_instances();
+  const Instance* const end = built.instances + built.count;
+  const Instance* on_gpus = std::find_if(built.instances, end, [](const Instance& instance) {
+    return instance.device == Device::cuda && instance.family == Family::bias_activation;
+  });
+  if (on_gpus == end) return;
   for (const int32_t sm : kGpus) {
     Problem problem = on_gpu(sm);
     problem.family = Family::bias_activation;
@@ -392,7 +399,7 @@ TEST_CASE("dispatch: the built table serves bias_activation where asked for", "[
     problem.head_dim = problem.head_dim_v = 0;
     problem.explicit_order = true;
     CAPTURE(sm);
-    CHECK(route_of(problem, built_instances()) == (sm >= 75 ? "kernel" : "math"));
+    CHECK(route_of(problem, built) == (cubin_for(on_gpus->cubins, sm) ? "kernel" : "math"));
   }
 }
 

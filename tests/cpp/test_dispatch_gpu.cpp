@@ -12,7 +12,10 @@ namespace {
 
 int32_t never_run(const void*, void*) { return 0; }
 
-constexpr int32_t kMinDriver = 12000;
+// Code for every generation, as it ships.
+constexpr Cubin kCubins[] = {{75, 12000, kCubins, 1},  {80, 12000, kCubins, 1},
+                             {90, 12000, kCubins, 1},  {100, 12080, kCubins, 1},
+                             {120, 12080, kCubins, 1}, {}};
 
 // The lines of instances.def for GPUs, in this build or not.
 const std::vector<Instance>& gpu_instances() {
@@ -24,7 +27,7 @@ const std::vector<Instance>& gpu_instances() {
                          const char* checked_on) {
       if (arch.device != Device::cuda) return;
       all.push_back({name, family, arch.device, arch.name, arch.min_sm, arch.max_sm, direction,
-                     dtype, max_head_dim, multiple, features, kMinDriver, checked_on, never_run});
+                     dtype, max_head_dim, multiple, features, checked_on, kCubins, never_run});
     };
 #define BIAS_ACTIVATION(...)
 #define ROWWISE(...)
@@ -73,6 +76,8 @@ TEST_CASE("dispatch: the attention kernels for GPUs, where named", "[dispatch]")
         CHECK(kernel_for(problem) == "math");
         CHECK(reasons_against_kernel(problem) ==
               "needs sm_80 or newer, this GPU is sm_" + std::to_string(sm));
+      } else if (!cubin_for(kCubins, sm)) {
+        CHECK(kernel_for(problem) == "math");
       } else if (dtype == Dtype::fp16 || dtype == Dtype::bf16) {
         const std::string name = dtype == Dtype::fp16 ? "fp16" : "bf16";
         CHECK(kernel_for(problem) == "attention_forward_" + name + "_d64_sm80");
@@ -139,6 +144,17 @@ TEST_CASE("dispatch: what the attention kernels for GPUs compute, and what not",
   }
 }
 
+TEST_CASE("dispatch: a GPU that a build has no machine code for", "[dispatch]") {
+  for (const int32_t sm : kGpus)
+    CHECK((cubin_for(kCubins, sm) == nullptr) == (sm < 75 || sm == 110));
+  CHECK(cubin_for(kCubins, 89)->sm == 80);
+  CHECK(cubin_for(kCubins, 103)->sm == 100);
+  CHECK(cubin_for(nullptr, 80) == nullptr);
+  CHECK(reasons_against_kernel(on_gpu(110)) ==
+        "this build has machine code for sm_75, sm_80, sm_90, sm_100, sm_120, this GPU is sm_110: "
+        "build with ANYFLASH_CUDA_ARCHS=110");
+}
+
 TEST_CASE("dispatch: a driver that is too old for the kernels for GPUs", "[dispatch]") {
   constexpr struct {
     int32_t driver;
@@ -158,13 +174,18 @@ TEST_CASE("dispatch: a driver that is too old for the kernels for GPUs", "[dispa
   };
   for (const auto& [driver, refusal] : kDrivers) {
     CAPTURE(driver);
-    for (const int32_t sm : {80, 90, 120}) {
+    for (const int32_t sm : {80, 90}) {
       Problem problem = on_gpu(sm);
       problem.driver = driver;
       CHECK(kernel_for(problem) == (refusal ? "math" : "attention_forward_fp16_d64_sm80"));
       if (refusal) CHECK(reasons_against_kernel(problem) == refusal);
     }
   }
+  Problem blackwell = on_gpu(120);
+  blackwell.driver = 12060;
+  CHECK(
+      reasons_against_kernel(blackwell) ==
+      "needs NVIDIA driver R570 (CUDA 12.8) or newer, this is R560 (CUDA 12.6): update the driver");
   Problem problem = on_gpu(80, Feature::bias);  // beside what else is in the way
   problem.driver = 11040;
   CHECK(
@@ -182,7 +203,7 @@ TEST_CASE("dispatch: the kernels for GPUs that append to a cache", "[dispatch]")
       problem.dtype = dtype;
       CAPTURE(sm, int(dtype));
       const std::string found = kernel_for(problem);
-      CHECK((found == "math") == (sm < 75));
+      CHECK((found == "math") == !cubin_for(kCubins, sm));
       CHECK(route_of(problem, gpu_table()) == "math");  // not by itself
     }
   }

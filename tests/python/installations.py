@@ -18,10 +18,10 @@ import pytest
 from tree import REPOSITORY, tracked
 
 sys.path.append(str(REPOSITORY / "tools"))
-import cuda_pins  # noqa: E402
+import nvrtc  # noqa: E402
 
 SITE_PACKAGES = Path(sysconfig.get_paths()["purelib"])
-CUDA = "1" if cuda_pins.has_nvcc() or cuda_pins.package_root() else "0"
+CUDA = "1" if nvrtc.find(75) else "0"
 NO_COMPILER = "/nowhere/c++"  # as CXX: also where ziglang is installed
 LINUX = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="the binary is built on Linux"

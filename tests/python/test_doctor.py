@@ -146,20 +146,36 @@ def test_a_torch_without_cuda_beside_a_driver(monkeypatch):
     assert "built without CUDA" in findings(doctor.diagnose(False).as_dict(), "problems")
 
 
-def test_a_driver_that_is_too_old_for_the_kernels(monkeypatch):
-    gpu = {"device": "cuda:0", "kind": "cuda", "name": "NVIDIA A100", "memory_gib": 80, "sm": 80}
-    kernels = [{"device": "cuda", "min_driver": 12000}]
-    monkeypatch.setattr(_machine, "driver", lambda: OLD_DRIVER)
+@pytest.mark.parametrize(
+    "sm, driver, what, remedy",
+    (
+        (
+            86,
+            OLD_DRIVER,
+            "NVIDIA GPU: anyflash's CUDA kernels need NVIDIA driver R525 (CUDA 12.0) or newer, this "
+            "is R470 (CUDA 11.4). PyTorch's own kernels run instead.",
+            "update the NVIDIA driver",
+        ),
+        (
+            90,
+            {**OLD_DRIVER, "version": 13000},
+            "NVIDIA GPU (sm_90): anyflash's CUDA kernels were built for sm_75, sm_80. PyTorch's own "
+            "kernels run instead.",
+            "ANYFLASH_CUDA_ARCHS=90",
+        ),
+        (86, {**OLD_DRIVER, "version": 12000}, None, None),
+    ),
+)
+def test_a_gpu_or_a_driver_that_the_kernels_are_not_for(monkeypatch, sm, driver, what, remedy):
+    gpu = {"device": "cuda:0", "kind": "cuda", "name": "NVIDIA GPU", "memory_gib": 80, "sm": sm}
+    kernels = [{"device": "cuda", "code": {75: 12000, 80: 12000}}, {"device": "cpu", "code": {}}]
+    monkeypatch.setattr(_machine, "driver", lambda: driver)
     monkeypatch.setattr(_machine, "gpus", lambda: [gpu])
     monkeypatch.setattr(_machine, "kernel_state", lambda: {"instances": kernels})
     report = doctor.Report()
     assert doctor._gpus(report) == [gpu]
-    (note,) = report.notes
-    assert note["what"] == (
-        "anyflash's CUDA kernels need NVIDIA driver R525 (CUDA 12.0) or newer, this is R470 "
-        "(CUDA 11.4). PyTorch's own kernels run instead."
-    )
-    assert "update the NVIDIA driver" in note["remedy"]
+    assert [note["what"] for note in report.notes] == ([what] if what else [])
+    assert what is None or remedy in report.notes[0]["remedy"]
 
 
 def test_a_broken_section_does_not_end_the_report(monkeypatch):

@@ -1,39 +1,37 @@
-// Does the emulator do what a GPU does? Runs the instructions of warp_kernels.cu and
-// hopper_kernels.cu on fixed inputs and writes what every lane got, or compares with such a file.
-// On a GPU, from the root of the repository:
+// Does the emulator do what a GPU does? Runs the instructions of conf_kernels.cu on fixed inputs
+// and writes what every lane got, or compares with such a file:
 //
-//   nvcc -std=c++17 -gencode arch=compute_90a,code=sm_90a -I. emulator/tests/conf.cu -o conf
-//   ./conf write benchmarks/results/<gpu>/conformance.txt
+//   conf write FILE KERNELS     KERNELS: conf_kernels.cu as machine code (tools/nvrtc.py)
+//   conf compare FILE           on the emulator, which has the kernels: ctest does
 //
-// (a GPU without sm_90's instructions: -arch=sm_80 -DCONFORMANCE_SM80; `conf compare FILE`
-// compares) The same source is built on the emulator (conf_on_emulator), where ctest compares.
 // Results must have the same bits, but for two groups:
 //   - sums of mma and wgmma: tensor cores align products to the largest and cut off; sums here are
 //     below 256, so that 2^-12 is a few roundings, and a misplaced element is off by more;
 //   - ex2, lg2, rcp, rsqrt, sqrt, sin, cos: the PTX ISA allows 2^-20 or so; tanh: 2^-10.
-#include <cuda.h>
-#include <cuda_runtime.h>
-
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <fstream>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <string>
 #include <vector>
 
-#include "emulator/tests/warp_kernels.cu"
-#ifndef CONFORMANCE_SM80
-#include "emulator/tests/hopper_kernels.cu"
-#endif
+#include "emulator/driver/driver_api.h"
+
+using namespace driver_api;
 
 namespace {
 
 using Words = std::vector<uint32_t>;
-using Kernel = void (*)(uint32_t*, const uint32_t*);
-
+constexpr uint32_t kWords = 8;  // of each thread, as in warp_kernels.cu
 constexpr uint32_t kSharedBytes = 20 * 1024;
 constexpr int kSkipped = 77;
+
+struct alignas(64) Map {  // a CUtensorMap
+  uint64_t opaque[16];
+};
 
 struct Section {
   std::string name;
@@ -41,12 +39,6 @@ struct Section {
   double slack;  // allowed difference, absolute and relative, of results as floats; 0: same bits
 };
 std::vector<Section> sections;
-
-void require(bool ok, const char* what) {
-  if (ok) return;
-  std::fprintf(stderr, "conf: %s\n", what);
-  std::exit(1);
-}
 
 // ---- inputs: a linear congruential generator, the same everywhere ----
 
@@ -80,28 +72,44 @@ Words per_thread(uint32_t threads, const std::function<Words(uint32_t)>& own) {
 
 // ---- running ----
 
-uint32_t* on_device(const Words& words) {
-  void* pointer;
-  require(cudaMalloc(&pointer, words.size() * 4) == cudaSuccess, "no memory on the device");
-  cudaMemcpy(pointer, words.data(), words.size() * 4, cudaMemcpyHostToDevice);
-  return static_cast<uint32_t*>(pointer);
+const Driver& gpu = Driver::get();
+Module kernels;
+
+bool has_kernel(const char* name) {
+  Function function;
+  return gpu.get_function(&function, kernels, name) == 0;
 }
 
-template <typename... Parameters>
-void add(const char* name, void (*kernel)(uint32_t*, const uint32_t*, Parameters...),
-         uint32_t threads, const Words& in, size_t out_words, double slack, Parameters... more) {
+DevicePointer on_device(const Words& words) {
+  DevicePointer pointer;
+  require(gpu.allocate(&pointer, words.size() * 4), "cuMemAlloc");
+  require(gpu.copy_in(pointer, words.data(), words.size() * 4), "cuMemcpyHtoD");
+  return pointer;
+}
+
+void to_host(Words& words, DevicePointer from) {
+  require(gpu.copy_out(words.data(), from, words.size() * 4), "cuMemcpyDtoH");
+}
+
+// `map` may be the kernel's third parameter.
+void add(const char* name, const char* kernel, uint32_t threads, const Words& in, size_t out_words,
+         double slack, Map* map = nullptr) {
   Section section{name, Words(out_words), slack};
-  uint32_t* from = on_device(in);
-  uint32_t* to = on_device(section.results);
-  kernel<<<1, threads, kSharedBytes>>>(to, from, more...);
-  require(cudaDeviceSynchronize() == cudaSuccess, name);
-  cudaMemcpy(section.results.data(), to, out_words * 4, cudaMemcpyDeviceToHost);
-  cudaFree(from);
-  cudaFree(to);
+  DevicePointer from = on_device(in);
+  DevicePointer to = on_device(section.results);
+  Function function;
+  require(gpu.get_function(&function, kernels, kernel), kernel);
+  void* arguments[] = {&to, &from, map};
+  require(gpu.launch(function, 1, 1, 1, threads, 1, 1, kSharedBytes, nullptr, arguments, nullptr),
+          kernel);
+  require(gpu.synchronize(), kernel);
+  to_host(section.results, to);
+  gpu.release(from);
+  gpu.release(to);
   sections.push_back(section);
 }
 
-void add_warp(const char* name, Kernel kernel, const Words& in, double slack = 0) {
+void add_warp(const char* name, const char* kernel, const Words& in, double slack = 0) {
   add(name, kernel, 32, in, 32 * kWords, slack);
 }
 
@@ -110,20 +118,20 @@ constexpr double kSums = 0x1p-12;
 void run_warp_instructions() {
   const auto fp16 = [](uint32_t) { return filled(6, [](size_t) { return random_fp16_pair(); }); };
   const auto bf16 = [](uint32_t) { return filled(6, [](size_t) { return random_bf16_pair(); }); };
-  add_warp("mma.m16n8k16.f16", mma_m16n8k16_f16, per_thread(32, fp16), kSums);
-  add_warp("mma.m16n8k16.bf16", mma_m16n8k16_bf16, per_thread(32, bf16), kSums);
-  add_warp("mma.m16n8k8.f16", mma_m16n8k8_f16, per_thread(32, fp16), kSums);
-  add_warp("mma.m16n8k8.bf16", mma_m16n8k8_bf16, per_thread(32, bf16), kSums);
+  add_warp("mma.m16n8k16.f16", "mma_m16n8k16_f16", per_thread(32, fp16), kSums);
+  add_warp("mma.m16n8k16.bf16", "mma_m16n8k16_bf16", per_thread(32, bf16), kSums);
+  add_warp("mma.m16n8k8.f16", "mma_m16n8k8_f16", per_thread(32, fp16), kSums);
+  add_warp("mma.m16n8k8.bf16", "mma_m16n8k8_bf16", per_thread(32, bf16), kSums);
 
   const Words rows = per_thread(32, [](uint32_t lane) { return Words{(lane * 11 + 5) % 32 * 16}; });
-  add_warp("ldmatrix.x1", ldmatrix_x1, rows);
-  add_warp("ldmatrix.x2", ldmatrix_x2, rows);
-  add_warp("ldmatrix.x4", ldmatrix_x4, rows);
-  add_warp("ldmatrix.x1.trans", ldmatrix_x1_trans, rows);
-  add_warp("ldmatrix.x2.trans", ldmatrix_x2_trans, rows);
-  add_warp("ldmatrix.x4.trans", ldmatrix_x4_trans, rows);
+  add_warp("ldmatrix.x1", "ldmatrix_x1", rows);
+  add_warp("ldmatrix.x2", "ldmatrix_x2", rows);
+  add_warp("ldmatrix.x4", "ldmatrix_x4", rows);
+  add_warp("ldmatrix.x1.trans", "ldmatrix_x1_trans", rows);
+  add_warp("ldmatrix.x2.trans", "ldmatrix_x2_trans", rows);
+  add_warp("ldmatrix.x4.trans", "ldmatrix_x4_trans", rows);
   const auto word = [](uint32_t) { return Words{random_bits()}; };
-  add_warp("movmatrix", movmatrix, per_thread(32, word));
+  add_warp("movmatrix", "movmatrix", per_thread(32, word));
 
   for (const uint32_t width : {32u, 8u}) {
     const uint32_t segment = (32 - width) << 8;
@@ -133,21 +141,21 @@ void run_warp_instructions() {
       });
     };
     const std::string suffix = " width " + std::to_string(width);
-    add_warp(("shfl.up" + suffix).c_str(), shfl_up, input(0));
-    add_warp(("shfl.down" + suffix).c_str(), shfl_down, input(31));
-    add_warp(("shfl.bfly" + suffix).c_str(), shfl_bfly, input(31));
-    add_warp(("shfl.idx" + suffix).c_str(), shfl_idx, input(31));
+    add_warp(("shfl.up" + suffix).c_str(), "shfl_up", input(0));
+    add_warp(("shfl.down" + suffix).c_str(), "shfl_down", input(31));
+    add_warp(("shfl.bfly" + suffix).c_str(), "shfl_bfly", input(31));
+    add_warp(("shfl.idx" + suffix).c_str(), "shfl_idx", input(31));
   }
-  add_warp("redux", reductions, per_thread(32, word));
+  add_warp("redux", "reductions", per_thread(32, word));
 
   const auto copy = [](uint32_t size) {
     return filled(32 * size / 4 + 32, [size](size_t i) {
       return i < 32 * size / 4 ? random_bits() : random_bits() % (size + 1);
     });
   };
-  add("cp.async 16", cp_async_16, 32, copy(16), 128, 0);
-  add("cp.async 8", cp_async_8, 32, copy(8), 64, 0);
-  add("cp.async 4", cp_async_4, 32, copy(4), 32, 0);
+  add("cp.async 16", "cp_async_16", 32, copy(16), 128, 0);
+  add("cp.async 8", "cp_async_8", 32, copy(8), 64, 0);
+  add("cp.async 4", "cp_async_4", 32, copy(4), 32, 0);
 
   const uint32_t special[] = {0,          0x80000000, 1,          0x007FFFFF,
                               0x7F800000, 0xFF800000, 0x7F7FFFFF, 0x00800000};
@@ -162,59 +170,50 @@ void run_warp_instructions() {
       per_thread(256, [&](uint32_t t) { return Words{number(t), number((t + 13) % 256)}; });
   Words finite = numbers;  // sin and cos of infinity say nothing
   finite[4 * kWords] = finite[5 * kWords] = finite[6 * kWords] = 0x3F800000;
-  add("functions", functions, 256, finite, 256 * kWords, 0x1p-19);
-  add("tanh", tanh_approx, 256, numbers, 256 * kWords, 0x1p-10);
-  add("cvt", conversions, 256, numbers, 256 * kWords, 0);
+  add("functions", "functions", 256, finite, 256 * kWords, 0x1p-19);
+  add("tanh", "tanh_approx", 256, numbers, 256 * kWords, 0x1p-10);
+  add("cvt", "conversions", 256, numbers, 256 * kWords, 0);
 }
 
-#ifndef CONFORMANCE_SM80
-
 // 3 x 20 x 40 numbers of 16 bits, rows of 96 bytes; a box of 2 x 8 x (swizzle / 2).
-Map tensor_map(void* data, uint32_t box0, CUtensorMapSwizzle swizzle) {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
-                                   &found);
-  require(function && found == cudaDriverEntryPointSuccess, "no cuTensorMapEncodeTiled");
+Map tensor_map(DevicePointer data, uint32_t box0, int32_t swizzle) {
   Map map;
-  const cuuint64_t size[] = {40, 20, 3}, strides[] = {96, 1920};
-  const cuuint32_t box[] = {box0, 8, 2}, steps[] = {1, 1, 1};
-  const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
-      reinterpret_cast<CUtensorMap*>(&map), CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, data, size,
-      strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_NONE,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  require(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled");
+  const uint64_t size[] = {40, 20, 3}, strides[] = {96, 1920};
+  const uint32_t box[] = {box0, 8, 2}, steps[] = {1, 1, 1};
+  require(gpu.encode_tiled(&map, kTypeBfloat16, 3, reinterpret_cast<void*>(data), size, strides,
+                           box, steps, 0, swizzle, 0, 0),
+          "cuTensorMapEncodeTiled");
   return map;
 }
 
 void run_tensor_copies() {
   struct Mode {
     const char* name;
-    CUtensorMapSwizzle swizzle;
+    int32_t swizzle;
     uint32_t box0;
   };
-  const Mode modes[] = {{"none", CU_TENSOR_MAP_SWIZZLE_NONE, 24},
-                        {"32", CU_TENSOR_MAP_SWIZZLE_32B, 16},
-                        {"64", CU_TENSOR_MAP_SWIZZLE_64B, 32},
-                        {"128", CU_TENSOR_MAP_SWIZZLE_128B, 64}};
+  const Mode modes[] = {{"none", kSwizzleNone, 24},
+                        {"32", kSwizzle32, 16},
+                        {"64", kSwizzle64, 32},
+                        {"128", kSwizzle128, 64}};
   const Words tensor = filled(3 * 20 * 24, [](size_t) { return random_bits(); });
   for (const Mode& mode : modes) {
-    uint32_t* data = on_device(tensor);
-    const Map map = tensor_map(data, mode.box0, mode.swizzle);
+    const DevicePointer data = on_device(tensor);
+    Map map = tensor_map(data, mode.box0, mode.swizzle);
     const uint32_t bytes = mode.box0 * 8 * 2 * 2;
     const std::string swizzle = std::string(" swizzle ") + mode.name;
-    add(("TMA load, inside," + swizzle).c_str(), tma_load_3d, 128, Words{8, 3, 1, bytes}, bytes / 4,
-        0, map);
-    add(("TMA load, low corner," + swizzle).c_str(), tma_load_3d, 128,
-        Words{uint32_t(-5), uint32_t(-2), uint32_t(-1), bytes}, bytes / 4, 0, map);
-    add(("TMA load, high corner," + swizzle).c_str(), tma_load_3d, 128, Words{30, 15, 2, bytes},
-        bytes / 4, 0, map);
+    add(("TMA load, inside," + swizzle).c_str(), "tma_load_3d", 128, Words{8, 3, 1, bytes},
+        bytes / 4, 0, &map);
+    add(("TMA load, low corner," + swizzle).c_str(), "tma_load_3d", 128,
+        Words{uint32_t(-5), uint32_t(-2), uint32_t(-1), bytes}, bytes / 4, 0, &map);
+    add(("TMA load, high corner," + swizzle).c_str(), "tma_load_3d", 128, Words{30, 15, 2, bytes},
+        bytes / 4, 0, &map);
     Words image = {20, 15, 2, bytes};
     for (uint32_t i = 0; i < bytes / 4; ++i) image.push_back(random_bits());
-    add("", tma_store_3d, 128, image, 1, 0, map);
+    add("", "tma_store_3d", 128, image, 1, 0, &map);
     sections.back() = {"TMA store," + swizzle, Words(tensor.size()), 0};
-    cudaMemcpy(sections.back().results.data(), data, tensor.size() * 4, cudaMemcpyDeviceToHost);
-    cudaFree(data);
+    to_host(sections.back().results, data);
+    gpu.release(data);
   }
 }
 
@@ -223,11 +222,11 @@ void run_hopper_instructions() {
     return Words{(lane * 11 + 5) % 32 * 16, random_bits(), random_bits(), random_bits(),
                  random_bits()};
   });
-  add("stmatrix.x1", stmatrix_x1, 32, registers, 128, 0);
-  add("stmatrix.x2", stmatrix_x2, 32, registers, 128, 0);
-  add("stmatrix.x4", stmatrix_x4, 32, registers, 128, 0);
-  add("stmatrix.x4.trans", stmatrix_x4_trans, 32, registers, 128, 0);
-  add("mbarrier phases", mbarrier_phases, 64, Words(1), 12, 0);
+  add("stmatrix.x1", "stmatrix_x1", 32, registers, 128, 0);
+  add("stmatrix.x2", "stmatrix_x2", 32, registers, 128, 0);
+  add("stmatrix.x4", "stmatrix_x4", 32, registers, 128, 0);
+  add("stmatrix.x4.trans", "stmatrix_x4_trans", 32, registers, 128, 0);
+  add("mbarrier phases", "mbarrier_phases", 64, Words(1), 12, 0);
   run_tensor_copies();
 
   // Raw images: whatever the layout makes of random numbers is the result.
@@ -244,27 +243,25 @@ void run_hopper_instructions() {
     for (int i = 0; i < 4096 + 2048; ++i) in.push_back(pair());
     return in;
   };
-  const auto product = [&](const std::string& name, Kernel kernel, const Words& in) {
+  const auto product = [&](const std::string& name, const char* kernel, const Words& in) {
     add(name.c_str(), kernel, 128, in, 128 * 32, kSums);
   };
   for (const Layout& layout : rows) {
-    product(std::string("wgmma K-major, swizzle ") + layout.name, wgmma_bf16,
+    product(std::string("wgmma K-major, swizzle ") + layout.name, "wgmma_bf16",
             input(layout, layout, random_bf16_pair));
   }
-  product("wgmma f16, negated", wgmma_f16_negated, input(rows[0], rows[0], random_fp16_pair));
-  product("wgmma B MN-major", wgmma_bf16_b_transposed, input(rows[0], columns, random_bf16_pair));
-  product("wgmma A, B MN-major", wgmma_bf16_both_transposed,
+  product("wgmma f16, negated", "wgmma_f16_negated", input(rows[0], rows[0], random_fp16_pair));
+  product("wgmma B MN-major", "wgmma_bf16_b_transposed", input(rows[0], columns, random_bf16_pair));
+  product("wgmma A, B MN-major", "wgmma_bf16_both_transposed",
           input(columns, columns, random_bf16_pair));
-  product("wgmma A in registers", wgmma_f16_registers, input(rows[0], columns, random_fp16_pair));
+  product("wgmma A in registers", "wgmma_f16_registers", input(rows[0], columns, random_fp16_pair));
 }
-
-#endif
 
 // ---- files: "name: count", then the words, eight to a line ----
 
 int write(const char* path) {
   FILE* file = std::fopen(path, "w");
-  require(file, "cannot write");
+  require(file ? 0 : -1, "writing the file");
   for (const Section& section : sections) {
     std::fprintf(file, "%s: %zu", section.name.c_str(), section.results.size());
     for (size_t i = 0; i < section.results.size(); ++i) {
@@ -283,7 +280,9 @@ std::map<std::string, Words> read(FILE* file) {
   while (std::fscanf(file, " %127[^:]: %zu", name, &count) == 2) {
     Words& words = known[name];
     words.resize(count);
-    for (uint32_t& word : words) require(std::fscanf(file, "%x", &word) == 1, "file ends early");
+    for (uint32_t& word : words) {
+      require(std::fscanf(file, "%x", &word) == 1 ? 0 : -1, "reading the file, which ends early,");
+    }
   }
   std::fclose(file);
   return known;
@@ -332,11 +331,16 @@ int compare(const char* path) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  const std::string action = count == 3 ? arguments[1] : "";
-  require(action == "write" || action == "compare", "usage: conf write|compare FILE");
+  const std::string action = count > 2 ? arguments[1] : "";
+  const bool known = action == "write" || action == "compare";
+  require(known ? 0 : -1, "conf write FILE [KERNELS], conf compare FILE:");
+  std::string code;
+  if (count > 3) {
+    std::ifstream file(arguments[3], std::ios::binary);
+    code.assign(std::istreambuf_iterator<char>(file), {});
+  }
+  require(gpu.load_module(&kernels, code.data()), "cuModuleLoadData");
   run_warp_instructions();
-#ifndef CONFORMANCE_SM80
-  run_hopper_instructions();
-#endif
+  if (has_kernel("wgmma_bf16")) run_hopper_instructions();
   return action == "write" ? write(arguments[2]) : compare(arguments[2]);
 }

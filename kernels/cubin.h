@@ -1,0 +1,36 @@
+// What the build embeds: machine code of a line of instances.def, and the kernels in it.
+#pragma once
+
+#include "kernels/portable.h"
+
+namespace anyflash {
+
+// Machine code for one generation of GPUs. A line has several, ended by one without data.
+struct Cubin {
+  int32_t sm;          // compute capability as major * 10 + minor; later ones of its major run it
+  int32_t min_driver;  // oldest CUDA of a driver that loads it, 12040 = 12.4
+  const void* data;    // an ELF file
+  int64_t bytes;
+
+  constexpr bool runs_on(int32_t device_sm) const {
+    return sm <= device_sm && sm / 10 == device_sm / 10;
+  }
+};
+
+// The build defines one under the mangled name of every kernel: a launcher that takes the address
+// of forward_kernel<...> has it.
+struct Kernel {
+  const char* name;  // mangled
+  const Cubin* cubins;
+};
+
+// The newest that the device runs, or null.
+constexpr const Cubin* cubin_for(const Cubin* cubins, int32_t device_sm) {
+  const Cubin* found = nullptr;
+  for (const Cubin* cubin = cubins; cubin && cubin->data; ++cubin) {
+    if (cubin->runs_on(device_sm) && (!found || found->sm < cubin->sm)) found = cubin;
+  }
+  return found;
+}
+
+}  // namespace anyflash
