@@ -19,7 +19,7 @@ struct Cubin {
 
 // The build defines one under the mangled name of every kernel: a launcher that takes the address
 // of forward_kernel<...> has it.
-struct Kernel {
+struct GpuKernel {
   const char* name;  // mangled
   const Cubin* cubins;
 };

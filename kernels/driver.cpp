@@ -169,7 +169,7 @@ class Modules {
   }
 
   // The kernel in the current context, ready for so much dynamic shared memory.
-  int32_t function(const Driver& driver, const Kernel& kernel, uint32_t shared_bytes,
+  int32_t function(const Driver& driver, const GpuKernel& kernel, uint32_t shared_bytes,
                    Function* function) {
     Context context = nullptr;
     if (const int32_t error = current_context(driver, &context)) return error;
@@ -198,7 +198,7 @@ class Modules {
     uint32_t shared_bytes = kSharedBytesOfAnyKernel;
   };
 
-  int32_t find(const Driver& driver, uint64_t context, const Kernel& kernel, Function* function) {
+  int32_t find(const Driver& driver, uint64_t context, const GpuKernel& kernel, Function* function) {
     Module& module = modules_[{context, kernel.cubins}];
     const CaptureRelaxed relaxed(driver);
     if (!module) {
@@ -208,7 +208,7 @@ class Modules {
                         kernel.name);
   }
 
-  int32_t load(const Driver& driver, const Kernel& kernel, Module* module) {
+  int32_t load(const Driver& driver, const GpuKernel& kernel, Module* module) {
     DeviceHandle device = 0;
     if (const int32_t error = driver.check(driver.get_current_device(&device), "cuCtxGetDevice")) {
       return error;
@@ -224,7 +224,7 @@ class Modules {
 
   std::mutex mutex_;
   std::map<std::pair<uint64_t, const Cubin*>, Module> modules_;
-  std::map<std::pair<uint64_t, const Kernel*>, Entry> entries_;
+  std::map<std::pair<uint64_t, const GpuKernel*>, Entry> entries_;
 };
 
 }  // namespace
@@ -255,7 +255,7 @@ int32_t launch_on_device(const void* kernel, Grid grid, void** arguments, void* 
   using namespace driver;
   const Driver* driver = nullptr;
   if (const int32_t error = find_new_enough(&driver)) return error;
-  const auto& of = *static_cast<const Kernel*>(kernel);
+  const auto& of = *static_cast<const GpuKernel*>(kernel);
   Function function = nullptr;
   const int32_t found = Modules::get().function(*driver, of, grid.shared_bytes, &function);
   if (found != 0) return found;

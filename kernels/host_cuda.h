@@ -2,7 +2,7 @@
 // mean nothing or are declared, never defined. Included before everything else.
 //
 // Of a kernel only the name stays behind: the address of a gnu_inline function is that of a
-// definition elsewhere, and the build has one, a Kernel (kernels/cubin.h).
+// definition elsewhere, and the build has one, a GpuKernel (kernels/cubin.h).
 #pragma once
 
 #include <math.h>

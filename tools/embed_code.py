@@ -33,8 +33,8 @@ def source(line: str, codes: list[tuple[int, int, pathlib.Path]]) -> str:
     text.append(f"extern const Cubin cubins_{line}[] = {{{', '.join(rows)}, {{}}}};")
     names = sorted({name for path in symbols for name in kernel_names(path.read_bytes())})
     for number, name in enumerate(names):
-        text.append(f'extern const Kernel kernel_{number} asm("{name}") __attribute__((weak));')
-        text.append(f'const Kernel kernel_{number} = {{"{name}", cubins_{line}}};')
+        text.append(f'extern const GpuKernel kernel_{number} asm("{name}") __attribute__((weak));')
+        text.append(f'const GpuKernel kernel_{number} = {{"{name}", cubins_{line}}};')
     return "\n".join([*text, "", "}  // namespace anyflash", ""])
 
 
