@@ -10,6 +10,9 @@
 
 #if ANYFLASH_HAS_CUDA
 #include <cuda_runtime_api.h>
+
+#include <map>
+#include <mutex>
 #endif
 
 namespace anyflash {
@@ -87,14 +90,41 @@ int32_t launch_on_device(const void* kernel, Grid grid, void** arguments, void* 
                           grid.shared_bytes, static_cast<cudaStream_t>(stream));
 }
 
-int32_t num_multiprocessors() {
-  int device = 0;
-  int count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
-    return 1;
+namespace {
+
+DeviceLimits read_limits(int device) {
+  DeviceLimits limits;
+  int major = 0;
+  int minor = 0;
+  const struct {
+    cudaDeviceAttr attribute;
+    int32_t* value;
+  } kAttributes[] = {
+      {cudaDevAttrComputeCapabilityMajor, &major},
+      {cudaDevAttrComputeCapabilityMinor, &minor},
+      {cudaDevAttrMultiProcessorCount, &limits.multiprocessors},
+      {cudaDevAttrMaxSharedMemoryPerBlockOptin, &limits.shared_bytes_per_block},
+      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &limits.shared_bytes_per_multiprocessor},
+      {cudaDevAttrL2CacheSize, &limits.l2_bytes},
+  };
+  for (const auto& [attribute, value] : kAttributes) {
+    if (cudaDeviceGetAttribute(value, attribute, device) != cudaSuccess) return {};
   }
-  return count;
+  limits.sm = major * 10 + minor;
+  return limits;
+}
+
+}  // namespace
+
+DeviceLimits device_limits() {
+  static std::mutex mutex;
+  static std::map<int, DeviceLimits> known;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return {};
+  const std::lock_guard<std::mutex> lock(mutex);
+  DeviceLimits& limits = known[device];
+  if (limits.sm == 0) limits = read_limits(device);
+  return limits;
 }
 
 #endif
@@ -130,7 +160,8 @@ int64_t anyflash_bias_activation_workspace(int64_t rows, int64_t cols, Activatio
 int64_t anyflash_attention_workspace(const Instance* instance,
                                      const anyflash::AttentionParams* params) {
   if (instance->device != anyflash::Device::cuda) return 0;
-  return anyflash::sm80::plan_splits(*params, anyflash::num_multiprocessors()).workspace_bytes();
+  return anyflash::sm80::plan_splits(*params, anyflash::device_limits().multiprocessors)
+      .workspace_bytes();
 }
 
 int32_t anyflash_device_sm(int32_t device) {

@@ -5,7 +5,9 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <map>
+#include <vector>
 
 #include "emulator/runtime/emulator.h"
 
@@ -35,6 +37,28 @@ emu::Dim3 to_emu(dim3 size) { return {size.x, size.y, size.z}; }
 uint32_t static_shared_bytes(const DeviceFunction& function) {
   const emu::Kernel* kernel = emu::find_kernel(function.name);
   return kernel ? kernel->static_shared_bytes : 0;
+}
+
+// Those that were current so far.
+std::vector<std::map<int, int>>& devices() {
+  static std::vector<std::map<int, int>> all;
+  return all;
+}
+
+int current_device() {
+  const emu::Options& options = emu::options();
+  const std::map<int, int> attributes = {
+      {cudaDevAttrMultiProcessorCount, options.num_sms},
+      {cudaDevAttrComputeCapabilityMajor, options.compute_capability / 10},
+      {cudaDevAttrComputeCapabilityMinor, options.compute_capability % 10},
+      {cudaDevAttrMaxSharedMemoryPerBlockOptin, int(options.smem_limit)},
+      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, options.smem_per_sm},
+      {cudaDevAttrL2CacheSize, options.l2_bytes},
+  };
+  auto& all = devices();
+  auto found = std::find(all.begin(), all.end(), attributes);
+  if (found == all.end()) found = all.insert(all.end(), attributes);
+  return int(found - all.begin());
 }
 
 }  // namespace
@@ -113,29 +137,17 @@ cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, 
 }
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = current_device();
   return cudaSuccess;
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device != 0) return cudaErrorInvalidDevice;
-  const emu::Options& options = emu::options();
-  switch (attribute) {
-    case cudaDevAttrMultiProcessorCount:
-      *value = options.num_sms;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = options.compute_capability / 10;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor:
-      *value = options.compute_capability % 10;
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = int(options.smem_limit);
-      return cudaSuccess;
-    default:
-      return cudaErrorInvalidValue;
-  }
+  if (device < 0 || device >= int(devices().size())) return cudaErrorInvalidDevice;
+  const auto& attributes = devices()[device];
+  const auto found = attributes.find(attribute);
+  if (found == attributes.end()) return cudaErrorInvalidValue;
+  *value = found->second;
+  return cudaSuccess;
 }
 
 cudaError_t cudaGetLastError(void) { return cudaSuccess; }

@@ -81,8 +81,12 @@ struct Options {
   int async_delay = 2;               // most scheduler rounds a bulk copy takes
   size_t max_reports = 20;           // distinct ones, per take_result()
   uint32_t smem_limit = 227 * 1024;  // shared memory a block can have
-  int num_sms = 4;                   // what cudaDeviceGetAttribute says
-  int compute_capability = 80;       // likewise
+  // What cudaDeviceGetAttribute says. Every combination is a device of its own, because a program
+  // may ask a device once.
+  int num_sms = 4;
+  int compute_capability = 80;
+  int smem_per_sm = 228 * 1024;
+  int l2_bytes = 50 << 20;
 };
 Options& options();  // of the launches from now on
 

@@ -18,7 +18,16 @@ constexpr uint32_t kSharedBytesOfAnyKernel = 48 * 1024;
 int32_t launch_on_device(const void* kernel, Grid grid, void** arguments,
                          void* stream);  // launch.cpp
 
-int32_t num_multiprocessors();  // of the current device; launch.cpp
+// What a launcher chooses by. A device that tells nothing has the least that any GPU has.
+struct DeviceLimits {
+  int32_t sm = 0;  // compute capability, major * 10 + minor
+  int32_t multiprocessors = 1;
+  int32_t shared_bytes_per_block = kSharedBytesOfAnyKernel;  // dynamic ones, when asked for
+  int32_t shared_bytes_per_multiprocessor = kSharedBytesOfAnyKernel;
+  int32_t l2_bytes = 0;
+};
+
+DeviceLimits device_limits();  // of the current device, asked for once; launch.cpp
 
 template <typename Params>
 int32_t launch_kernel(void (*kernel)(Params), Grid grid, Params params, void* stream) {

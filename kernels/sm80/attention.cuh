@@ -108,7 +108,7 @@ int32_t launch_decode_tiles(const DecodeArguments& arguments, void* stream) {
 
 template <typename T, int32_t kHeadDim, int32_t kHeadDimV>
 int32_t launch_decode(const AttentionParams& p, void* stream) {
-  const SplitPlan plan = plan_splits(p, num_multiprocessors());
+  const SplitPlan plan = plan_splits(p, device_limits().multiprocessors);
   const Extras extras = extras_of(p);
   DecodeArguments arguments{p,
                             score_arguments(p, extras),
