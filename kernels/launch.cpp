@@ -6,7 +6,7 @@
 #include "kernels/common/launch_kernel.h"
 #include "kernels/elementwise/bias_activation_shape.h"
 #include "kernels/features.h"
-#include "kernels/sm80/split_plan.h"
+#include "kernels/sm80/plan.h"
 
 #if ANYFLASH_HAS_CUDA
 #include <cuda_runtime_api.h>
@@ -160,7 +160,7 @@ int64_t anyflash_bias_activation_workspace(int64_t rows, int64_t cols, Activatio
 int64_t anyflash_attention_workspace(const Instance* instance,
                                      const anyflash::AttentionParams* params) {
   if (instance->device != anyflash::Device::cuda) return 0;
-  return anyflash::sm80::plan_splits(*params, anyflash::device_limits().multiprocessors)
+  return anyflash::sm80::plan_of(*params, anyflash::device_limits().multiprocessors)
       .workspace_bytes();
 }
 
