@@ -88,14 +88,11 @@ inline ScoreArguments score_arguments(const AttentionParams& p) {
 inline Arguments arguments_of(const AttentionParams& p, const Plan& plan, int32_t step_keys,
                               int32_t blocks) {
   const DeviceLimits limits = device_limits();
-  const int64_t key_bytes = 2 * (p.head_dim + p.head_dim_v) * larger<int64_t>(p.seqlen_k, 1);
-  const int64_t sharing = p.heads / p.heads_k / plan.group;  // pairs that read the same keys
   Arguments a{p,
               score_arguments(p),
               page_size(p),
               Divisor::of(plan.group),
-              BlockOrder::of(plan.row_tiles, plan.pairs, int64_t{blocks} * limits.multiprocessors,
-                             limits.l2_bytes / 2 / key_bytes * sharing),
+              order_of(p, plan, int64_t{blocks} * limits.multiprocessors, limits.l2_bytes),
               2 * p.k.row_stride * step_keys,
               2 * p.v.row_stride * step_keys,
               int32_t(plan.splits),

@@ -37,37 +37,53 @@ class ForwardTile {
   using ValueTile = SwizzledTile<kHeadDimV>;
   static constexpr int32_t kQueryBytes = QueryTile::bytes(kShape.rows);
   static constexpr int32_t kKeyBytes = QueryTile::bytes(kShape.keys);
-  static constexpr int32_t kSharedBytes = kQueryBytes + kKeyBytes + ValueTile::bytes(kShape.keys);
+  // What a block's threads have in common. In shared memory, because all registers are for scores
+  // and results.
+  struct Common {
+    Block block;
+    float slope;  // of ALiBi, in units of the scores
+    Dropout dropout;
 
-  __device__ __forceinline__ ForwardTile(const Arguments& arguments, const Block& block,
+    __device__ __forceinline__ Common(const Arguments& a, const Block& found)
+        : block(found), slope(0), dropout{0, 0, a.score.dropout_threshold} {
+      const AttentionParams& p = a.attention;
+      const int32_t sequence = found.sequence.index;
+      if (modifies_scores(kExtras) && p.alibi_slopes && sequence < p.batch) {
+        slope = p.alibi_slopes[sequence * p.alibi_batch_stride + found.first_head] *
+                a.score.inverse_unit;
+      }
+      if (drops(kExtras) && p.rng_state) {  // without: what else only Extras::all has
+        dropout.seed = uint64_t(p.rng_state[0]);
+        dropout.offset = uint32_t(p.rng_state[1]);
+      }
+    }
+  };
+
+  // What is common, in front of queries, keys and values.
+  static constexpr int32_t kCommonBytes = 128;
+  static_assert(sizeof(Common) <= kCommonBytes);
+  static constexpr int32_t kSharedBytes =
+      kCommonBytes + kQueryBytes + kKeyBytes + ValueTile::bytes(kShape.keys);
+
+  __device__ __forceinline__ ForwardTile(const Arguments& arguments, const Common& common,
                                          unsigned char* shared)
       : a_(arguments),
         p_(arguments.attention),
-        b_(block),
-        s_(block.sequence),
-        row_begin_(block.row_begin),
+        c_(common),
+        b_(common.block),
+        s_(common.block.sequence),
         thread_(threadIdx.x),
         lane_(thread_ % kWarpThreads),
         warp_(thread_ / kWarpThreads),
         shared_(shared),
-        mask_{s_.seqlen_q, s_.seqlen_k, a_.score.window_left, a_.score.window_right},
-        some_(part_of(mask_.tiles(first_token(), end_token(), kShape.keys))),
-        whole_(mask_.full_tiles(first_token(), end_token(), kShape.keys)),
+        some_(part_of(mask().tiles(first_token(), end_token(), kShape.keys))),
+        whole_(mask().full_tiles(first_token(), end_token(), kShape.keys)),
         keys_(place(Copy(thread_), p_.k)),
         values_(place(CopyV(thread_), p_.v)),
         query_reader_(query_reader<kHeadDim>(query_tile(), warp_ * kWarpRows, lane_)),
         key_reader_(key_reader<kHeadDim>(key_tile(), lane_)),
         value_reader_(value_reader<kHeadDimV>(value_tile(), lane_)),
-        dropout_{0, 0, a_.score.dropout_threshold},
         softmax_(a_.score.floor) {
-    if (modifies_scores(kExtras) && p_.alibi_slopes && some_.begin < some_.end) {
-      slope_ =
-          p_.alibi_slopes[s_.index * p_.alibi_batch_stride + b_.first_head] * a_.score.inverse_unit;
-    }
-    if (drops(kExtras) && p_.rng_state) {  // without: what else only Extras::all has
-      dropout_.seed = uint64_t(p_.rng_state[0]);
-      dropout_.offset = uint32_t(p_.rng_state[1]);
-    }
     clear(out_);
   }
 
@@ -114,7 +130,7 @@ class ForwardTile {
     __syncwarp();
     const TileCopy<kWarpRows, kHeadDimV, kWarpThreads> copy(lane_);
     const GroupRows rows(p_, p_.out, a_.group, s_, b_.first_head);
-    const int32_t first = row_begin_ + warp_ * kWarpRows;
+    const int32_t first = b_.row_begin + warp_ * kWarpRows;
     copy.store(slice, copy.place(rows, first), num_rows() - first, int32_t(p_.head_dim_v));
   }
 
@@ -127,7 +143,7 @@ class ForwardTile {
     return s_.seqlen_q * int32_t(a_.group.value);
   }
   __device__ __forceinline__ int32_t row(int32_t m, int32_t h) const {
-    return row_begin_ + warp_ * kWarpRows + 16 * m + 8 * h + lane_ / 4;
+    return b_.row_begin + warp_ * kWarpRows + 16 * m + 8 * h + lane_ / 4;
   }
   __device__ __forceinline__ int32_t token(int32_t row) const {
     return int32_t(a_.group.quotient(uint32_t(row)));
@@ -135,9 +151,12 @@ class ForwardTile {
   __device__ __forceinline__ int32_t head(int32_t row) const {
     return b_.first_head + row - token(row) * int32_t(a_.group.value);
   }
-  __device__ __forceinline__ int32_t first_token() const { return token(row_begin_); }
+  __device__ __forceinline__ IntervalMask<int32_t> mask() const {
+    return {s_.seqlen_q, s_.seqlen_k, a_.score.window_left, a_.score.window_right};
+  }
+  __device__ __forceinline__ int32_t first_token() const { return token(b_.row_begin); }
   __device__ __forceinline__ int32_t end_token() const {
-    return smaller(token(row_begin_ + kShape.rows - 1) + 1, s_.seqlen_q);
+    return smaller(token(b_.row_begin + kShape.rows - 1) + 1, s_.seqlen_q);
   }
 
   __device__ __forceinline__ uint32_t query_tile() const { return ptx::shared_address(shared_); }
@@ -161,8 +180,8 @@ class ForwardTile {
 
   __device__ __forceinline__ void load_queries() {
     const TileCopy<kShape.rows, kHeadDim, kThreads> copy(thread_);
-    GroupRows rows = copy.place(GroupRows(p_, p_.q, a_.group, s_, b_.first_head), row_begin_);
-    copy.template load<false>(query_tile(), rows, num_rows() - row_begin_, int32_t(p_.head_dim));
+    GroupRows rows = copy.place(GroupRows(p_, p_.q, a_.group, s_, b_.first_head), b_.row_begin);
+    copy.template load<false>(query_tile(), rows, num_rows() - b_.row_begin, int32_t(p_.head_dim));
   }
 
   // The tile before the one that was loaded last, which alone may reach beyond the last key: of it
@@ -199,8 +218,8 @@ class ForwardTile {
     if constexpr (modifies_scores(kExtras)) modify(scores, first_key);
     if (tile < whole_.begin || tile >= whole_.end) hide(scores, tile, first_key);
     softmax_.update(scores, out_, a_.score.exponent);
-    if (drops(kExtras) && dropout_.threshold > 0) {
-      drop(scores, dropout_, uint32_t(s_.index * int32_t(p_.heads) + b_.first_head), row(0, 0),
+    if (drops(kExtras) && a_.score.dropout_threshold > 0) {
+      drop(scores, c_.dropout, uint32_t(s_.index * int32_t(p_.heads) + b_.first_head), row(0, 0),
            first_key);
     }
     multiply_values<T>(out_, scores, value_reader_);
@@ -216,12 +235,13 @@ class ForwardTile {
     int32_t limit[2 * kMTiles];
     if (tile >= whole_.end) {
 #pragma unroll
-      for (int32_t r = 0; r < 2 * kMTiles; ++r) limit[r] = mask_.kv_end(token(row(r / 2, r % 2)));
+      for (int32_t r = 0; r < 2 * kMTiles; ++r) limit[r] = mask().kv_end(token(row(r / 2, r % 2)));
       hide_keys(scores, first_key, [&](int32_t r, int32_t key) { return key < limit[r]; });
     }
     if (tile < whole_.begin) {
 #pragma unroll
-      for (int32_t r = 0; r < 2 * kMTiles; ++r) limit[r] = mask_.kv_begin(token(row(r / 2, r % 2)));
+      for (int32_t r = 0; r < 2 * kMTiles; ++r)
+        limit[r] = mask().kv_begin(token(row(r / 2, r % 2)));
       hide_keys(scores, first_key, [&](int32_t r, int32_t key) { return key >= limit[r]; });
     }
   }
@@ -234,8 +254,8 @@ class ForwardTile {
     int32_t diagonal[2 * kMTiles];
 #pragma unroll
     for (int32_t r = 0; r < 2 * kMTiles; ++r) {
-      slope[r] = slope_;
-      diagonal[r] = row(r / 2, r % 2) + mask_.shift();
+      slope[r] = c_.slope;
+      diagonal[r] = row(r / 2, r % 2) + mask().shift();
     }
     add_alibi(scores, first_key, slope, diagonal, a_.score.alibi_by_key);
   }
@@ -265,14 +285,13 @@ class ForwardTile {
 
   const Arguments& a_;
   const AttentionParams& p_;
-  const Block b_;
-  const Sequence s_;
-  const int32_t row_begin_;
+  const Common& c_;
+  const Block& b_;
+  const Sequence& s_;
   const uint32_t thread_;
   const int32_t lane_;
   const int32_t warp_;
   unsigned char* const shared_;
-  const IntervalMask<int32_t> mask_;
   const TileRange<int32_t> some_;   // key tiles of the part in which some row sees a key
   const TileRange<int32_t> whole_;  // key tiles of which every row sees every key
   KeyRows<kPaged> keys_;            // of the next tile to load
@@ -280,8 +299,6 @@ class ForwardTile {
   const TileReader<kHeadDim> query_reader_;
   const TileReader<kHeadDim> key_reader_;
   const TileReader<kHeadDimV> value_reader_;
-  float slope_ = 0;  // of ALiBi, in units of the scores
-  Dropout dropout_;
   OnlineSoftmax<kMTiles> softmax_;
   Accumulator<kMTiles, kHeadDimV> out_;
 };
@@ -306,9 +323,13 @@ __global__ void __launch_bounds__(
   using Tile = ForwardTile<T, kHeadDim, kHeadDimV, kExtras, kPaged, kSharedKb>;
   if constexpr (kExtras == Extras::all || runs_here<kSharedKb>(kHeadDim)) {
     extern __shared__ __align__(128) unsigned char shared[];
+    using Common = typename Tile::Common;
+    auto* common = reinterpret_cast<Common*>(shared);
     const Block block = Block::of<Tile::kShape.rows>(a);
     if (!block.has_rows(a)) return;
-    Tile tile(a, block, shared);
+    if (threadIdx.x == 0) *common = Common(a, block);
+    __syncthreads();
+    Tile tile(a, *common, shared + Tile::kCommonBytes);
     tile.attend();
     tile.write();
   }

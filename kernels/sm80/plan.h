@@ -4,6 +4,7 @@
 
 #include "kernels/masks.h"
 #include "kernels/params.h"
+#include "kernels/sm80/block_order.h"
 #include "kernels/sm80/tile_shapes.h"
 
 namespace anyflash::sm80 {
@@ -66,6 +67,14 @@ inline Plan plan_of(const AttentionParams& p, int32_t multiprocessors) {
   const int64_t useful = smaller(ceil_div(longest_span(p), kFewestSplitKeys), kMostSplits);
   plan.splits = larger<int64_t>(1, smaller(wanted, useful));
   return plan;
+}
+
+// Of a GPU that holds `slots` blocks at a time.
+inline BlockOrder order_of(const AttentionParams& p, const Plan& plan, int64_t slots,
+                           int64_t l2_bytes) {
+  const int64_t key_bytes = 2 * (p.head_dim + p.head_dim_v) * larger<int64_t>(p.seqlen_k, 1);
+  const int64_t sharing = p.heads / p.heads_k / plan.group;  // pairs that read the same keys
+  return BlockOrder::of(plan.row_tiles, plan.pairs, slots, l2_bytes / 2 / key_bytes * sharing);
 }
 
 }  // namespace anyflash::sm80
