@@ -78,6 +78,14 @@ def instances() -> dict[str, str]:
     return {f"{dtype}_d{head_dim}": line for line, dtype, head_dim in lines}
 
 
+def tile_shapes() -> dict[tuple[int, int], tuple[int, int, int]]:
+    """(head_dim, shared_kb) -> rows, keys, warps: the lines of tiles.def."""
+    text = (CHECKOUT / "kernels/sm80/tiles.def").read_text()
+    lines = re.findall(r"^TILE\((\d+), (\d+), (\d+), (\d+), (\d+)\)", text, re.MULTILINE)
+    numbers = [tuple(map(int, line)) for line in lines]
+    return {(line[0], line[1]): line[2:] for line in numbers}
+
+
 def run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
