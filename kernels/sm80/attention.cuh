@@ -6,7 +6,7 @@
 
 #if !defined(__CUDACC_RTC__)  // host code from here on
 
-#include <limits>
+#include <float.h>
 
 #include "kernels/common/launch_kernel.h"
 #include "kernels/launch.h"
@@ -74,7 +74,7 @@ inline ScoreArguments score_arguments(const AttentionParams& p) {
   a.unit = float(unit);
   a.inverse_unit = float(1 / unit);
   a.exponent = float(unit * kLog2eExact);
-  a.floor = -0.5f * std::numeric_limits<float>::max() / larger(1.0f, a.exponent);
+  a.floor = -0.5f * FLT_MAX / larger(1.0f, a.exponent);
   a.window_left = window(p.window_left);
   a.window_right = window(p.window_right);
   a.alibi_by_key = p.window_left < 0 && p.window_right == 0;

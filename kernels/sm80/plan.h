@@ -29,26 +29,28 @@ struct Plan {
   int64_t rows;       // of all parts' results, counted with the longest sequence
   int64_t head_dim_v;
 
-  int64_t blocks() const { return row_tiles * pairs * splits; }
+  ANYFLASH_HOST_DEVICE int64_t blocks() const { return row_tiles * pairs * splits; }
 
   // Per part: the rows' normalised results, then their log-sum-exps; fp32.
-  int64_t workspace_bytes() const { return splits > 1 ? splits * rows * (head_dim_v + 1) * 4 : 0; }
+  ANYFLASH_HOST_DEVICE int64_t workspace_bytes() const {
+    return splits > 1 ? splits * rows * (head_dim_v + 1) * 4 : 0;
+  }
 };
 
 // Tiles of rows of all sequences. Of packed ones the host knows only the sum of their lengths;
 // sequence.cuh says which tile begins where. What follows the last sequence counts as one more.
-inline int64_t tiles_of(const AttentionParams& p, int64_t group, int64_t rows) {
+ANYFLASH_HOST_DEVICE int64_t tiles_of(const AttentionParams& p, int64_t group, int64_t rows) {
   return p.cu_seqlens_q ? p.total_q * group / rows + p.batch + 1
                         : ceil_div(p.seqlen_q * group, rows) * p.batch;
 }
 
 // Keys that a row sees at most.
-inline int64_t longest_span(const AttentionParams& p) {
+ANYFLASH_HOST_DEVICE int64_t longest_span(const AttentionParams& p) {
   if (p.window_left < 0 || p.window_right < 0 || p.window_left >= p.seqlen_k) return p.seqlen_k;
   return smaller(p.seqlen_k, p.window_left + smaller(p.window_right, p.seqlen_k) + p.seqlen_q);
 }
 
-inline Plan plan_of(const AttentionParams& p, int32_t multiprocessors) {
+ANYFLASH_HOST_DEVICE Plan plan_of(const AttentionParams& p, int32_t multiprocessors) {
   Plan plan{false, 1, 0, 0, 1, p.batch * p.heads * p.seqlen_q, p.head_dim_v};
   if (p.heads_k <= 0) return plan;
   const int64_t group = p.heads / p.heads_k;
@@ -70,8 +72,8 @@ inline Plan plan_of(const AttentionParams& p, int32_t multiprocessors) {
 }
 
 // Of a GPU that holds `slots` blocks at a time.
-inline BlockOrder order_of(const AttentionParams& p, const Plan& plan, int64_t slots,
-                           int64_t l2_bytes) {
+ANYFLASH_HOST_DEVICE BlockOrder order_of(const AttentionParams& p, const Plan& plan, int64_t slots,
+                                         int64_t l2_bytes) {
   const int64_t key_bytes = 2 * (p.head_dim + p.head_dim_v) * larger<int64_t>(p.seqlen_k, 1);
   const int64_t sharing = p.heads / p.heads_k / plan.group;  // pairs that read the same keys
   return BlockOrder::of(plan.row_tiles, plan.pairs, slots, l2_bytes / 2 / key_bytes * sharing);
