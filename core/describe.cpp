@@ -62,7 +62,10 @@ Problem describe(const TensorView& x, Family family, Direction direction, const 
   problem.family = family;
   problem.direction = direction;
   problem.device = x.device;
-  if (x.device == Device::cuda) problem.sm = device_sm(x.device_index);
+  if (x.device == Device::cuda) {
+    problem.sm = device_sm(x.device_index);
+    problem.driver = driver_version();
+  }
   if (x.device == Device::cpu) {
     const AllowedIsa allowed = cpu_isa();
     problem.sm = allowed.isa;

@@ -7,6 +7,7 @@
 #include "core/dispatch_tables.h"
 #include "core/names.h"
 #include "kernels/arch.h"
+#include "kernels/drivers.h"
 
 namespace anyflash {
 namespace {
@@ -47,6 +48,13 @@ std::string version_text(int32_t version) {
 
 std::string required_sm(int32_t min_sm, int32_t sm) {
   return "needs sm_" + std::to_string(min_sm) + " or newer, this GPU is sm_" + std::to_string(sm);
+}
+
+// "R550 (CUDA 12.4)"
+std::string driver_text(int32_t cuda) {
+  const int32_t branch = driver_branch(cuda);
+  return (branch ? "R" + std::to_string(branch) : "of a branch that is not known here") +
+         " (CUDA " + std::to_string(cuda / 1000) + "." + std::to_string(cuda % 1000 / 10) + ")";
 }
 
 // Calls obstacle(make_text) for everything that keeps something with these limits from computing
@@ -108,13 +116,24 @@ Limits limits_of(const Instance& instance) {
           instance.features};
 }
 
+// The same for what loads a kernel of the problem's architecture.
+template <typename Obstacle>
+void visit_driver(const Instance& instance, const Problem& problem, Obstacle obstacle) {
+  if (problem.driver != 0 && problem.driver < instance.min_driver) {
+    obstacle([&] {
+      return "needs NVIDIA driver " + driver_text(instance.min_driver) + " or newer, this is " +
+             driver_text(problem.driver) + ": update the driver";
+    });
+  }
+}
+
 // The obstacles when no kernel computes the problem: what the architecture lacks, or what is in the
 // way of the kernel that comes closest, of several the one for the largest head_dim.
 template <typename Obstacle>
 void visit_missing_kernel(const Problem& problem, InstanceTable table, Obstacle obstacle) {
   const Instance* oldest = nullptr;  // of those for this kind of device
   bool runs_here = false;
-  Limits closest{};
+  const Instance* closest = nullptr;
   int32_t fewest = INT32_MAX;
   uint32_t dtypes = 0;
   for (int32_t i = 0; i < table.count; ++i) {
@@ -127,15 +146,17 @@ void visit_missing_kernel(const Problem& problem, InstanceTable table, Obstacle 
     dtypes |= uint32_t(instance.dtype);
     int32_t obstacles = 0;
     visit_limits(limits_of(instance), problem, [&](auto) { ++obstacles; });
-    const bool wider = instance.max_head_dim > closest.max_head_dim;
+    const bool wider = closest && instance.max_head_dim > closest->max_head_dim;
     if (obstacles < fewest || (obstacles == fewest && wider)) {
       fewest = obstacles;
-      closest = limits_of(instance);
+      closest = &instance;
     }
   }
-  if (dtypes != 0) {
-    closest.dtypes = dtypes;
-    visit_limits(closest, problem, obstacle);
+  if (closest) {
+    Limits limits = limits_of(*closest);
+    limits.dtypes = dtypes;
+    visit_limits(limits, problem, obstacle);
+    visit_driver(*closest, problem, obstacle);
   } else if (oldest && problem.sm < oldest->min_sm) {
     obstacle([&] {
       if (problem.device == Device::cuda) return required_sm(oldest->min_sm, problem.sm);
@@ -219,7 +240,9 @@ const Instance* find_kernel(const Problem& problem, InstanceTable table, Obstacl
       continue;
     }
     bool computes = true;
-    visit_limits(limits_of(instance), problem, [&](auto) { computes = false; });
+    const auto refuse = [&](auto) { computes = false; };
+    visit_limits(limits_of(instance), problem, refuse);
+    visit_driver(instance, problem, refuse);
     // The newest architecture's, of those the one made for the smallest head_dim.
     if (computes &&
         (!found || instance.min_sm > found->min_sm ||

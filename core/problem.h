@@ -43,6 +43,8 @@ struct Problem {
   Direction direction = Direction::forward;
   Device device = Device::cpu;
   int32_t sm = 0;  // compute capability, major * 10 + minor; on a CPU the Isa of kernels/arch.h
+  int32_t driver =
+      0;  // the CUDA that NVIDIA's driver knows, 12040 = 12.4; 0: not known, taken as new
   bool isa_lowered = false;  // by ANYFLASH_CPU_ISA: the CPU itself has more than `sm`
   Dtype dtype = Dtype::fp32;
   int32_t head_dim = 0;  // 0 for families without heads

@@ -58,6 +58,8 @@ Problem parse_problem(const std::string& lines) {
       problem.device = value_of("device", kDeviceNames, value);
     } else if (field == "sm") {
       problem.sm = number_of(field, value);
+    } else if (field == "driver") {
+      problem.driver = number_of(field, value);
     } else if (field == "isa") {
       isa = parse_isa(value);
     } else if (field == "isa_lowered") {

@@ -36,6 +36,12 @@ namespace anyflash {
 
 namespace {
 
+#if ANYFLASH_HAS_CUDA
+constexpr int32_t kMinDriver = CUDART_VERSION;
+#else
+constexpr int32_t kMinDriver = 0;
+#endif
+
 #define INSTANCE(family, kind, arch_name, direction, dtype, max_head_dim, multiple, features, \
                  checked_on)                                                                  \
   [] {                                                                                        \
@@ -51,6 +57,7 @@ namespace {
                     max_head_dim,                                                             \
                     multiple,                                                                 \
                     (features),                                                               \
+                    arch::arch_name.device == Device::cuda ? kMinDriver : 0,                  \
                     #checked_on,                                                              \
                     family##_##direction##_##kind##_##arch_name};                             \
   }(),

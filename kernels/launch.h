@@ -39,6 +39,7 @@ struct Instance {
   int32_t max_head_dim;  // of q and of v; 0: the family has none
   int32_t head_dim_multiple;
   uint32_t features;       // supported ones, a set of features.h
+  int32_t min_driver;      // oldest CUDA of a driver that runs it, 12040 = 12.4; on a CPU 0
   const char* checked_on;  // the GPU or CPU that ran its tests, "none" until then
   int32_t (*run)(const void* params, void* stream);
 };

@@ -80,9 +80,9 @@ def decide(problem: dict[str, Any]) -> dict[str, Any]:
     """Which route runs a problem, and why those before it do not.
 
     Args:
-        problem: plain data, as in core/problem.h: op, device, sm (of a GPU), isa (of a CPU),
-            isa_lowered (by ANYFLASH_CPU_ISA), direction, dtype, head_dim, head_dim_v, features,
-            torch_version, order, explicit.
+        problem: plain data, as in core/problem.h: op, device, sm (of a GPU), driver (the CUDA that
+            NVIDIA's driver knows, 12040 = 12.4), isa (of a CPU), isa_lowered (by ANYFLASH_CPU_ISA),
+            direction, dtype, head_dim, head_dim_v, features, torch_version, order, explicit.
 
     Returns:
         ``{"route": str, "instance": str | None, "measured": dict | None, "reasons": [(route, text),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import torch
 
-from . import _loader, _machine, _threads, sdpa
+from . import _drivers, _loader, _machine, _threads, sdpa
 from ._core import torch_version
 from ._remedies import REMEDIES
 from .explain import explain
@@ -248,7 +248,22 @@ def _gpus(report: Report) -> list[dict[str, Any]]:
                 f"{', '.join(gpu['torch_archs'])}.",
                 "torch_for_gpu",
             )
+    if any(gpu["kind"] == "cuda" for gpu in gpus):
+        _driver_of_kernels(report)
     return gpus
+
+
+def _driver_of_kernels(report: Report) -> None:
+    """Notes a driver that does not run the CUDA kernels of this build."""
+    driver = _machine.driver()
+    instances = _machine.kernel_state()["instances"]
+    needed = min((i["min_driver"] for i in instances if i["device"] == "cuda"), default=0)
+    if driver is not None and 0 < driver["version"] < needed:
+        report.note(
+            f"anyflash's CUDA kernels need NVIDIA driver {_drivers.text_of(needed)} or newer, this "
+            f"is {_drivers.text_of(driver['version'])}. PyTorch's own kernels run instead.",
+            "newer_driver",
+        )
 
 
 def _flash_attn(report: Report, probe: bool) -> dict[str, Any]:

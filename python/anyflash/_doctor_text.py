@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
+from . import _drivers
 from ._doctor import ENVIRONMENT, Report
 from .explain import ROUTE_TITLES
 
@@ -91,7 +92,9 @@ def _torch(facts: dict[str, Any]) -> str:
     if facts["hip"]:
         built = f"built for HIP {facts['hip']}"
     driver = facts["driver"]
-    seen = f"driver for CUDA {driver['cuda']}" if driver and driver["cuda"] else "no NVIDIA driver"
+    seen = "no NVIDIA driver"
+    if driver and driver["version"]:
+        seen = f"NVIDIA driver {_drivers.text_of(driver['version'])}"
     return f"{facts['version']} ({built}; {seen}; {facts['threads']} CPU threads)"
 
 

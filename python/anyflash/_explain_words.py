@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from . import backends
+from ._drivers import version_of
 from ._records import DEVICES
 
 DTYPES = {
@@ -99,6 +100,8 @@ def parse_words(words: str) -> dict[str, Any]:
             facts["head_dim_v"] = int(match[2])
     if match := take(r"\b(?:sm_?|cc |compute capability )(\d+)(?:\.(\d))?[af]?\b"):
         facts.update(device="cuda", sm=int(match[1] + (match[2] or "")))
+    if match := take(r"\bdriver (?:version )?(r?\d+(?:\.\d+)*)"):
+        facts["driver"] = version_of(match[1])
     if match := take(r"\btorch ?(\d+)\.(\d+)\S*"):
         facts["torch_version"] = int(match[1]) * 100 + int(match[2])
     _read_single_words(text, facts)
@@ -142,6 +145,6 @@ def _not_understood(word: str) -> str:
         f'explain: "{word}" is not understood.{hint} It knows '
         f"dtypes ({', '.join(DTYPES)}), features ({', '.join(FEATURE_WORDS)}), head_dim N, "
         "head_dim N/M, devices (cpu, avx512, cuda, sm_NN, T4, A100, H100, hip, mps, xpu, ...), "
-        "training, inference, mlp, torch N.N, backend NAME; seqlen N, batch N, heads N change "
-        "nothing"
+        "training, inference, mlp, driver N, torch N.N, backend NAME; seqlen N, batch N, heads N "
+        "change nothing"
     )

@@ -19,7 +19,8 @@ LIBRARIES = ("libanyflash_ops.so", "libanyflash_kernels.so")
 
 
 def driver() -> dict[str, Any] | None:
-    """The NVIDIA driver: {"cuda": newest CUDA it knows, "devices": GPUs it sees}, or None.
+    """The NVIDIA driver, or None: {"version": 12040, "cuda": the newest CUDA it knows ("12.4"),
+    "devices": GPUs it sees}.
 
     Asks libcuda: torch cannot say whether the driver or itself is what is missing.
     """
@@ -33,7 +34,7 @@ def driver() -> dict[str, Any] | None:
         if cuda.cuInit(0) == 0:
             cuda.cuDeviceGetCount(ctypes.byref(devices))
         text = f"{version.value // 1000}.{version.value % 1000 // 10}" if version.value else None
-        return {"cuda": text, "devices": devices.value}
+        return {"version": version.value, "cuda": text, "devices": devices.value}
     return None
 
 

@@ -238,6 +238,7 @@ class Instance(ctypes.Structure):
         ("max_head_dim", ctypes.c_int32),
         ("head_dim_multiple", ctypes.c_int32),
         ("features", ctypes.c_uint32),
+        ("min_driver", ctypes.c_int32),
         ("checked_on", ctypes.c_char_p),
         ("run", ctypes.c_void_p),
     ]

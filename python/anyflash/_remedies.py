@@ -33,6 +33,7 @@ REMEDIES = {
     "install_torch": Remedy("install PyTorch", "python -m pip install torch"),
     "cuda_torch": Remedy("install a CUDA build of torch (see the selector on pytorch.org)"),
     "driver": Remedy("update the NVIDIA driver, or install a torch built for an older CUDA"),
+    "newer_driver": Remedy("to use them, update the NVIDIA driver"),
     "ask_torch": Remedy(
         "see whether CUDA_VISIBLE_DEVICES is set, and what torch says",
         'python -c "import torch; torch.cuda.init()"',

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _core, _loader, backends
+from . import _core, _drivers, _loader, _machine, backends
 from ._core import torch_version
 from ._explain_words import DTYPES, FEATURE_WORDS, parse_words
 from ._records import DEVICES, device_numbers
@@ -35,8 +35,8 @@ ROUTE_TITLES = {
 BACKWARD_ONLY = ("bias_grad", "lse_grad", "deterministic")
 
 _KEYWORDS = frozenset(
-    ("op", "device", "sm", "isa", "dtype", "head_dim", "head_dim_v", "features", "training")
-    + ("torch_version", "backend")
+    ("op", "device", "sm", "driver", "isa", "dtype", "head_dim", "head_dim_v", "features")
+    + ("training", "torch_version", "backend")
 )
 
 
@@ -99,6 +99,8 @@ def describe_problem(problem: dict[str, Any]) -> str:
     """One line for a `Problem`: what is asked, where, and the back ends in order."""
     if problem["device"] == "cuda":
         where = f"on a GPU of compute capability sm_{problem['sm']}"
+        if problem["driver"]:
+            where += f", NVIDIA driver {_drivers.text_of(problem['driver'])}"
     elif problem["device"] != "cpu":
         where = f"on a device of the kind {problem['device']}"
     else:
@@ -124,8 +126,8 @@ def explain(words: str | torch.Tensor = "", *tensors: torch.Tensor, **facts: Any
             then the keywords are those of `anyflash.attention`, and the call is explained.
         *tensors: k and v, where q was given.
         **facts: op ("attention", "bias_activation"), device ("cpu", "cuda", "hip", "mps", "xpu",
-            "other"), sm (90), isa ("avx2",
-            of a CPU), dtype ("bf16" or torch.bfloat16), head_dim, head_dim_v, features (names of
+            "other"), sm (90), driver (NVIDIA's: 550, or the CUDA it knows, 12040), isa ("avx2", of
+            a CPU), dtype ("bf16" or torch.bfloat16), head_dim, head_dim_v, features (names of
             `features.def`), training (bool: also the backward), torch_version (213 means 2.13),
             backend ("kernel,sdpa").
 
@@ -239,6 +241,9 @@ def _complete(said: dict[str, Any]) -> tuple[dict[str, Any], bool, list[str]]:
                 None if gpu else f"compute capability sm_{here[0]}{here[1]}",
             )
         )
+    driver = _driver_of(said) if device == "cuda" else 0
+    if device == "cuda" and not driver:
+        assumed.append("a driver that is new enough")
     isa = str(said.get("isa", _loader.cpu_isa())) if device == "cpu" else "none"
     op = said.get("op", "attention")
     dtype = _dtype_name(
@@ -251,13 +256,21 @@ def _complete(said: dict[str, Any]) -> tuple[dict[str, Any], bool, list[str]]:
         features.append("unequal_head_dims")
     order, explicit = _order(said.get("backend"))
     problem = {
-        "op": op, "device": device, "sm": sm, "isa": isa,
+        "op": op, "device": device, "sm": sm, "driver": driver, "isa": isa,
         "isa_lowered": device == "cpu" and "isa" not in said and _loader.cpu_isa_is_lowered(),
         "dtype": dtype, "head_dim": head_dim, "head_dim_v": head_dim_v,
         "features": features, "order": order, "explicit": explicit,
         "torch_version": int(said.get("torch_version", torch_version())),
     }  # fmt: skip
     return problem, bool(get("training", False, "inference (no gradients)")), assumed
+
+
+def _driver_of(said: dict[str, Any]) -> int:
+    """The CUDA that the driver knows: as said, or this machine's; 0 without one."""
+    if "driver" in said:
+        return _drivers.version_of(said["driver"])
+    here = _machine.driver()
+    return here["version"] if here else 0
 
 
 def _dtype_name(dtype: Any) -> str:
@@ -290,6 +303,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", choices=DEVICES)
     parser.add_argument("--sm", type=int, help="compute capability without the dot: 75, 80, 90")
+    parser.add_argument("--driver", help="version of NVIDIA's driver: 550, 580.65")
     parser.add_argument("--isa", choices=backends.ISAS, help="instruction set of a CPU")
     parser.add_argument("--dtype", help="fp16, bf16, fp32 or fp64")
     parser.add_argument("--head-dim", type=int)

@@ -11,10 +11,12 @@ namespace {
 
 int32_t never_run(const void*, void*) { return 0; }
 
+constexpr int32_t kDriver = 12000;
+
 Instance instance(Family family, int32_t min_sm, int32_t max_sm, Direction direction, Dtype dtype,
                   int32_t max_head_dim, const char* checked_on) {
-  return {"an instance", family, Device::cuda, "sm",       min_sm,   max_sm, direction, dtype,
-          max_head_dim,  1,      Feature::lse, checked_on, never_run};
+  return {"an instance", family, Device::cuda, "sm",    min_sm,     max_sm,   direction, dtype,
+          max_head_dim,  1,      Feature::lse, kDriver, checked_on, never_run};
 }
 
 Instance cpu_instance(const Arch& arch, Direction direction, Dtype dtype, const char* checked_on) {
@@ -30,6 +32,7 @@ Instance cpu_instance(const Arch& arch, Direction direction, Dtype dtype, const 
           512,
           1,
           direction == Direction::forward ? every_forward : every_backward,
+          0,
           checked_on,
           never_run};
 }

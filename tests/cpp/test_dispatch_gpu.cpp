@@ -12,6 +12,8 @@ namespace {
 
 int32_t never_run(const void*, void*) { return 0; }
 
+constexpr int32_t kMinDriver = 12000;
+
 // The lines of instances.def for GPUs, in this build or not.
 const std::vector<Instance>& gpu_instances() {
   static const std::vector<Instance> instances = [] {
@@ -22,7 +24,7 @@ const std::vector<Instance>& gpu_instances() {
                          const char* checked_on) {
       if (arch.device != Device::cuda) return;
       all.push_back({name, family, arch.device, arch.name, arch.min_sm, arch.max_sm, direction,
-                     dtype, max_head_dim, multiple, features, checked_on, never_run});
+                     dtype, max_head_dim, multiple, features, kMinDriver, checked_on, never_run});
     };
 #define BIAS_ACTIVATION(...)
 #define ROWWISE(...)
@@ -135,6 +137,40 @@ TEST_CASE("dispatch: what the attention kernels for GPUs compute, and what not",
     CHECK(reasons_against_kernel(problem) ==
           "head_dim 264 is above 256; head_dim_v 257 is above 256");
   }
+}
+
+TEST_CASE("dispatch: a driver that is too old for the kernels for GPUs", "[dispatch]") {
+  constexpr struct {
+    int32_t driver;
+    const char* refusal;  // null: it runs them
+  } kDrivers[] = {
+      {0, nullptr},  // not known
+      {11040,
+       "needs NVIDIA driver R525 (CUDA 12.0) or newer, this is R470 (CUDA 11.4): update the "
+       "driver"},
+      {11990,
+       "needs NVIDIA driver R525 (CUDA 12.0) or newer, this is of a branch that is not known here "
+       "(CUDA 11.99): update the driver"},
+      {12000, nullptr},
+      {12040, nullptr},
+      {13000, nullptr},
+      {99000, nullptr},
+  };
+  for (const auto& [driver, refusal] : kDrivers) {
+    CAPTURE(driver);
+    for (const int32_t sm : {80, 90, 120}) {
+      Problem problem = on_gpu(sm);
+      problem.driver = driver;
+      CHECK(kernel_for(problem) == (refusal ? "math" : "attention_forward_fp16_d64_sm80"));
+      if (refusal) CHECK(reasons_against_kernel(problem) == refusal);
+    }
+  }
+  Problem problem = on_gpu(80, Feature::bias);  // beside what else is in the way
+  problem.driver = 11040;
+  CHECK(
+      reasons_against_kernel(problem) ==
+      "does not support an additive bias or boolean mask; needs NVIDIA driver R525 (CUDA 12.0) or "
+      "newer, this is R470 (CUDA 11.4): update the driver");
 }
 
 TEST_CASE("dispatch: the kernels for GPUs that append to a cache", "[dispatch]") {

@@ -120,8 +120,11 @@ def test_decisions_are_those_of_decide():
             )
 
 
+OLD_DRIVER = {"version": 11040, "cuda": "11.4", "devices": 1}
+
+
 def test_every_problem_has_a_remedy(monkeypatch):
-    monkeypatch.setattr(_machine, "driver", lambda: {"cuda": "11.4", "devices": 1})
+    monkeypatch.setattr(_machine, "driver", lambda: OLD_DRIVER)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("ANYFLASH_BACKEND", "sdpa,fast")
@@ -137,10 +140,26 @@ def test_every_problem_has_a_remedy(monkeypatch):
 
 
 def test_a_torch_without_cuda_beside_a_driver(monkeypatch):
-    monkeypatch.setattr(_machine, "driver", lambda: {"cuda": "13.0", "devices": 1})
+    monkeypatch.setattr(_machine, "driver", lambda: OLD_DRIVER)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "built without CUDA" in findings(doctor.diagnose(False).as_dict(), "problems")
+
+
+def test_a_driver_that_is_too_old_for_the_kernels(monkeypatch):
+    gpu = {"device": "cuda:0", "kind": "cuda", "name": "NVIDIA A100", "memory_gib": 80, "sm": 80}
+    kernels = [{"device": "cuda", "min_driver": 12000}]
+    monkeypatch.setattr(_machine, "driver", lambda: OLD_DRIVER)
+    monkeypatch.setattr(_machine, "gpus", lambda: [gpu])
+    monkeypatch.setattr(_machine, "kernel_state", lambda: {"instances": kernels})
+    report = doctor.Report()
+    assert doctor._gpus(report) == [gpu]
+    (note,) = report.notes
+    assert note["what"] == (
+        "anyflash's CUDA kernels need NVIDIA driver R525 (CUDA 12.0) or newer, this is R470 "
+        "(CUDA 11.4). PyTorch's own kernels run instead."
+    )
+    assert "update the NVIDIA driver" in note["remedy"]
 
 
 def test_a_broken_section_does_not_end_the_report(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import anyflash
-from anyflash import _core, _defs
+from anyflash import _core, _defs, _machine
 from anyflash.__main__ import main
 from anyflash._explain_words import FEATURE_WORDS, parse_words
 from anyflash.explain import ROUTE_TITLES
@@ -26,6 +26,9 @@ FEATURES = list(_defs.feature_phrases())
             | dict(training=True),
         ),
         ("fp16, T4, inference", dict(dtype="fp16", device="cuda", sm=75, training=False)),
+        ("fp16 T4 driver 550.54.14", dict(dtype="fp16", device="cuda", sm=75, driver=12040)),
+        ("A100 with driver R470", dict(device="cuda", sm=80, driver=11040)),
+        ("driver 12080 sm_100", dict(device="cuda", sm=100, driver=12080)),
         ("float32 on the CPU", dict(dtype="fp32", device="cpu")),
         ("head dim 192/128 half", dict(head_dim=192, head_dim_v=128, dtype="fp16")),
         ("d=64 varlen sliding window", dict(head_dim=64, features=["packed", "window", "window"])),
@@ -115,6 +118,17 @@ def test_says_what_it_assumed():
     assert anyflash.explain("bf16 d 64 cpu inference").assumed == []
 
 
+def test_a_driver_is_said_or_assumed(monkeypatch):
+    monkeypatch.setattr(_machine, "driver", lambda: None)
+    answer = anyflash.explain("fp16 T4 inference", driver=552)
+    assert answer.problems[0]["driver"] == 12040
+    assert "NVIDIA driver R550 (CUDA 12.4)" in str(answer)
+    assert "a driver that is new enough" in anyflash.explain("fp16 T4").assumed
+    monkeypatch.setattr(_machine, "driver", lambda: {"version": 13000})
+    assert anyflash.explain("fp16 T4").problems[0]["driver"] == 13000
+    assert anyflash.explain("fp16 cpu").problems[0]["driver"] == 0
+
+
 def test_a_call_given_with_its_tensors():
     q, k = torch.randn(2, 8, 4, 32), torch.randn(2, 16, 2, 32, requires_grad=True)
     call = dict(causal=True, window_size=(4, 0), softcap=3.0)
@@ -136,6 +150,8 @@ def test_a_call_given_with_its_tensors():
         ("", {"dtype": "int8"}, "dtype must be one of"),
         ("", {"features": ["rotary"]}, "unknown feature rotary"),
         ("", {"device": "tpu"}, "device must be one of cpu, cuda, hip"),
+        ("T4 driver 390", {}, "driver: expected a version such as 550 or 550.54 .418 or newer."),
+        ("", {"sm": 75, "driver": "new"}, "driver: expected a version"),
         ("", {"headdim": 64}, "unknown keyword headdim"),
         ("", {"backend": "fast"}, "unknown back end 'fast'"),
     ),

@@ -19,6 +19,7 @@ NOT_HERE = {
     "newer_torch": "needs a package index",
     "install_torch": "needs a package index; that it is printed: test_doctor_without_torch",
     "cuda_torch": "needs an NVIDIA driver; that it is printed: test_doctor.py",
+    "newer_driver": "needs an NVIDIA driver; that it is printed: test_doctor.py",
     "driver": "needs an NVIDIA driver; that it is printed: test_doctor.py",
     "ask_torch": "needs an NVIDIA driver",
     "torch_for_gpu": "needs a GPU",
