@@ -81,6 +81,8 @@ template __global__ void kernel<fp32, 4>(KvcacheAppendParams);
 FILES = {
     "kernels/sm80/forward.cuh": ATTENTION,
     "kernels/sm80/decode.cuh": ATTENTION,
+    "kernels/sm80/combine.cuh": ATTENTION,
+    "kernels/sm80/block.cuh": ATTENTION,
     "kernels/common/tile_copy.cuh": ATTENTION,
     "kernels/common/sequence.cuh": ATTENTION,
     "kernels/lengths.h": ATTENTION,
