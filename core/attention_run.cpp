@@ -57,6 +57,7 @@ AttentionParams params_of(const AttentionCall& call) {
   params.head_dim_v = call.head_dim_v();
   params.seqlen_q = call.longest_q();
   params.seqlen_k = call.longest_k();
+  if (call.packed()) params.total_q = call.q.size(0);
   params.softmax_scale = options.softmax_scale;
   params.softcap = options.softcap;
   params.window_left = options.window_left;

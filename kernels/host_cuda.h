@@ -33,6 +33,8 @@ void __syncwarp(unsigned mask = 0xFFFFFFFF);
 int __syncthreads_or(int predicate);
 float __shfl_sync(unsigned mask, float value, int lane, int width = 32);
 float __shfl_xor_sync(unsigned mask, float value, int lanes, int width = 32);
+unsigned __ballot_sync(unsigned mask, int predicate);
+int __popc(unsigned bits);
 float __int_as_float(int bits);
 float __uint_as_float(unsigned bits);
 int __float_as_int(float value);

@@ -7,7 +7,7 @@
 #include "kernels/driver.h"
 #include "kernels/elementwise/bias_activation_shape.h"
 #include "kernels/features.h"
-#include "kernels/sm80/split_plan.h"
+#include "kernels/sm80/plan.h"
 
 namespace anyflash {
 
@@ -107,14 +107,16 @@ int64_t anyflash_bias_activation_workspace(int64_t rows, int64_t cols, Activatio
 int64_t anyflash_attention_workspace(const Instance* instance,
                                      const anyflash::AttentionParams* params) {
   if (instance->device != anyflash::Device::cuda) return 0;
-  const int32_t multiprocessors = anyflash::device_limits().multiprocessors;
-  return anyflash::sm80::plan_splits(*params, multiprocessors).workspace_bytes();
+  return anyflash::sm80::plan_of(*params, anyflash::device_limits().multiprocessors)
+      .workspace_bytes();
 }
 
 int32_t anyflash_device_sm(int32_t device) {
   const int32_t sm = anyflash::driver::device_sm(device);
   return sm > 0 ? sm : anyflash::kErrorNoCuda;
 }
+
+int32_t anyflash_driver_version(void) { return anyflash::driver::version(); }
 
 const char* anyflash_build_nvrtc(void) { return ANYFLASH_NVRTC; }
 

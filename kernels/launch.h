@@ -89,6 +89,9 @@ ANYFLASH_EXPORT int32_t anyflash_cpu_isa(void);
 // Compute capability of a device as major * 10 + minor, or a negative number if it cannot be told.
 ANYFLASH_EXPORT int32_t anyflash_device_sm(int32_t device);
 
+// The newest CUDA that the NVIDIA driver of this process knows: 12040 = 12.4; 0 without one.
+ANYFLASH_EXPORT int32_t anyflash_driver_version(void);
+
 // What a code means that this thread was returned last; never null.
 ANYFLASH_EXPORT const char* anyflash_error_string(int32_t code);
 

@@ -83,6 +83,7 @@ struct AttentionParams {
   int64_t head_dim_v;
   int64_t seqlen_q;  // dense: of every sequence; packed: of the longest, or more
   int64_t seqlen_k;  // dense: stored keys; paged: capacity; packed: of the longest, or more
+  int64_t total_q;   // packed: rows of q, those behind the last sequence too
 
   double softmax_scale;
   double softcap;        // 0: none

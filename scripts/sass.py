@@ -22,6 +22,8 @@ class Resources(NamedTuple):
 class Instruction(NamedTuple):
     opcode: str  # with its modifiers
     label: Optional[str]  # of the branch target, if it has one
+    operands: str = ""
+    conditional: bool = False  # it has a predicate
 
 
 @dataclasses.dataclass
@@ -34,23 +36,80 @@ class Code:
     def opcodes(self) -> list[str]:
         return [instruction.opcode for instruction in self.instructions]
 
-    def loops(self) -> list[range]:
-        """Instructions from the target of a backward branch to the branch, innermost first."""
-        found = []
-        for at, instruction in enumerate(self.instructions):
-            begin = self.labels.get(instruction.label or "", at + 1)
-            if instruction.opcode.startswith("BRA") and begin <= at:
-                found.append(range(begin, at + 1))
-        return sorted(found, key=len)
+    def successors(self, at: int) -> list[int]:
+        """Where execution goes from an instruction."""
+        instruction = self.instructions[at]
+        name = instruction.opcode.partition(".")[0]
+        following = [at + 1] if at + 1 < len(self.instructions) else []
+        if name in ("EXIT", "RET"):
+            return following if instruction.conditional else []
+        target = self.labels.get(instruction.label or "")
+        if name not in ("BRA", "JMP") or target is None or target >= len(self.instructions):
+            return following
+        return [*following, target] if instruction.conditional else [target]
 
-    def count(self, where: range) -> collections.Counter[str]:
-        """Instructions of a loop by opcode without modifiers."""
-        return collections.Counter(self.instructions[at].opcode.partition(".")[0] for at in where)
+    def _body(self, header: int, end: int) -> set[int]:
+        """The natural loop of a branch at `end` back to `header`."""
+        before = collections.defaultdict(list)
+        for at in range(len(self.instructions)):
+            for follows in self.successors(at):
+                before[follows].append(at)
+        body, todo = {header, end}, [end] if end != header else []
+        while todo:
+            for at in before[todo.pop()]:
+                if at not in body:
+                    body.add(at)
+                    todo.append(at)
+        return body
 
-    def hot_loop(self) -> collections.Counter[str] | None:
-        """The innermost loop with a matrix product; of several the shortest."""
-        counts = (self.count(loop) for loop in self.loops())
-        return next((count for count in counts if count["HMMA"]), None)
+    def _pass(self, header: int, body: set[int], wanted: str) -> tuple[int, list[int]]:
+        """One pass through a loop: of the ways with most of what is always done (products, copies,
+        barriers) and of what is wanted, the shortest. How many of these, and the instructions."""
+        order: list[int] = []
+        seen = {header}
+        stack = [(header, iter(self.successors(header)))]
+        while stack:
+            at, rest = stack[-1]
+            follows = next((n for n in rest if n in body and n not in seen), None)
+            if follows is None:
+                order.append(at)
+                stack.pop()
+            else:
+                seen.add(follows)
+                stack.append((follows, iter(self.successors(follows))))
+        best: dict[int, tuple[int, int, Optional[int]]] = {}
+        for at in order:  # what follows comes first
+            ways = [(0, 0, None)] if header in self.successors(at) else []
+            ways += [(*best[n][:2], n) for n in self.successors(at) if n in best and n != header]
+            if not ways:
+                continue
+            done, length, follows = max(ways, key=lambda way: way[:2])
+            instruction = self.instructions[at]
+            text = f"{instruction.opcode} {instruction.operands}"
+            done += 1000 * bool(re.match(r"HMMA|LDGSTS|BAR|LDGDEPBAR|DEPBAR", instruction.opcode))
+            best[at] = (done + bool(wanted and re.search(wanted, text)), length - 1, follows)
+        path, here = [], header if header in best else None
+        while here is not None:
+            path.append(here)
+            here = best[here][2]
+        return best[header][0] if path else 0, path
+
+    def hot_loop(self, wanted: str = "") -> collections.Counter[str] | None:
+        """A pass through the loop with most matrix products, by opcode without modifiers. Masks and
+        other branches are left out, except those with instructions that match `wanted`."""
+        ways = []
+        for at in range(len(self.instructions)):
+            for header in self.successors(at):
+                if header <= at:
+                    ways.append(self._pass(header, self._body(header, at), wanted))
+        counts = [
+            (done, collections.Counter(self.instructions[n].opcode.partition(".")[0] for n in path))
+            for done, path in ways
+        ]
+        with_products = [(done, count) for done, count in counts if count["HMMA"]]
+        most = max((count["HMMA"] for _, count in with_products), default=0)
+        full = [(done, count) for done, count in with_products if count["HMMA"] >= 0.9 * most]
+        return min(full, key=lambda way: sum(way[1].values()), default=(0, None))[1]
 
 
 def find_tool(name: str) -> str | None:
@@ -85,7 +144,12 @@ def parse_sass(text: str) -> dict[str, Code]:
             code = kernels.setdefault(section[1], Code())
         elif label := re.match(r"(\.L_x?_?\w+):", line):
             code.labels[label[1]] = len(code.instructions)
-        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+ )?\s*([A-Z][\w.]*)(.*)", line):
-            target = re.search(r"`\((\.L\w+)\)", found[2])
-            code.instructions.append(Instruction(found[1], target[1] if target else None))
+        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(@!?\w+ )?\s*([A-Z][\w.]*)([^;]*)", line):
+            predicate, opcode, operands = found[1], found[2], found[3]
+            target = re.search(r"`\((\.L\w+)\)", operands)
+            conditional = predicate is not None or bool(
+                opcode.startswith("BRA") and re.search(r"U?P\d", operands.partition("`")[0])
+            )
+            label = target[1] if target else None
+            code.instructions.append(Instruction(opcode, label, operands.strip(), conditional))
     return kernels

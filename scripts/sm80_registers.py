@@ -20,7 +20,7 @@ from sass import Resources, find_tool, parse_ptxas
 CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = CHECKOUT / "docs/kernels/sm80_registers.md"
 
-EXTRAS = ("plain", "score_mod", "everything")  # by the numbers of Extras
+EXTRAS = ("plain", "score_mod", "dropout", "everything")  # by the numbers of Extras
 
 # Of a multiprocessor: bytes of shared memory (1 KB of which goes with each block), threads, blocks.
 MULTIPROCESSORS = {"A100": (164 << 10, 2048, 32), "RTX 30, RTX 40": (100 << 10, 1536, 16)}
@@ -36,13 +36,14 @@ class Kernel(NamedTuple):
     kind: str  # forward, decode, combine
     extras: int
     paged: bool
+    shared_kb: int  # of the multiprocessors that it is for; 0: of any
 
     @classmethod
     def from_mangled(cls, name: str) -> Kernel:
         kind, dtype, arguments = re.search(r"([a-z]+)_kernelINS_4(\w{4})E(\w*?)EEv", name).groups()
         numbers = [int(x) for x in re.findall(r"(?:Li|ExtrasE|Lb)(\d+)E", arguments + "E")]
-        head_dim, head_dim_v, extras, paged = (*numbers, 0, 0, 0, 0)[:4]
-        return cls(dtype, head_dim, head_dim_v, kind, extras, bool(paged))
+        head_dim, head_dim_v, extras, paged, shared_kb = (*numbers, 0, 0, 0, 0, 0)[:5]
+        return cls(dtype, head_dim, head_dim_v, kind, extras, bool(paged), shared_kb)
 
     def label(self) -> str:
         """The first cell of its row."""
@@ -50,13 +51,15 @@ class Kernel(NamedTuple):
         if self.head_dim_v != self.head_dim:
             size += f"/{self.head_dim_v}"
         extras = "" if self.kind == "combine" else f" {EXTRAS[self.extras]}"
-        return f"{self.kind} {self.dtype}{size}{extras}{' paged' if self.paged else ''}"
+        large = f" {self.shared_kb} KB" if self.shared_kb > 100 else ""
+        return f"{self.kind} {self.dtype}{size}{extras}{' paged' if self.paged else ''}{large}"
 
     def tile(self) -> str:
         """The C++ class with its numbers."""
         arguments = f"{self.dtype}, {self.head_dim}, {self.head_dim_v}, Extras({self.extras})"
+        arguments += f", {'true' if self.paged else 'false'}"
         if self.kind == "forward":
-            return f"ForwardTile<{arguments}, {'true' if self.paged else 'false'}>"
+            return f"ForwardTile<{arguments}, {self.shared_kb}>"
         return f"DecodeTile<{arguments}>"
 
 
@@ -73,6 +76,14 @@ def instances() -> dict[str, str]:
     text = (CHECKOUT / "kernels/instances.def").read_text()
     lines = re.findall(r"^(ATTENTION\(sm80, forward, (\w+), (\d+),.*)$", text, re.MULTILINE)
     return {f"{dtype}_d{head_dim}": line for line, dtype, head_dim in lines}
+
+
+def tile_shapes() -> dict[tuple[int, int], tuple[int, int, int]]:
+    """(head_dim, shared_kb) -> rows, keys, warps: the lines of tiles.def."""
+    text = (CHECKOUT / "kernels/sm80/tiles.def").read_text()
+    lines = re.findall(r"^TILE\((\d+), (\d+), (\d+), (\d+), (\d+)\)", text, re.MULTILINE)
+    numbers = [tuple(map(int, line)) for line in lines]
+    return {(line[0], line[1]): line[2:] for line in numbers}
 
 
 def run(*command: str) -> str:

@@ -25,7 +25,9 @@ def kernel_names(code: bytes) -> list[str]:
 def source(line: str, codes: list[tuple[int, int, pathlib.Path]]) -> str:
     """The file's text; codes: (sm, min_driver, path)."""
     text = ['#include "kernels/cubin.h"', "", "namespace anyflash {", ""]
-    symbols = {path: f"code_{line}_{n}" for n, path in enumerate(dict.fromkeys(c[2] for c in codes))}
+    symbols = {
+        path: f"code_{line}_{n}" for n, path in enumerate(dict.fromkeys(c[2] for c in codes))
+    }
     for path, symbol in symbols.items():
         where = f'.section .rodata\\n.balign 64\\n{symbol}: .incbin \\"{path}\\"\\n.byte 0\\n.previous\\n'
         text += [f'asm("{where}");', f'extern const char {symbol}[] asm("{symbol}");']

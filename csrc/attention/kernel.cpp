@@ -1,6 +1,5 @@
 // The route `kernel`: results are allocated, what no kernel reads is converted, the core launches.
 #include <cstdint>
-#include <limits>
 #include <vector>
 
 #include "attention/results.h"
@@ -101,11 +100,6 @@ ForwardResult forward(const Instance& instance, const AttentionArgs& args, Atten
   const Output out(new_out(args));
   const Tensor lse = new_lse(args);
   if (lse.numel() == 0) return {out.finish(), lse};
-  const bool on_gpu = instance.device == Device::cuda;
-  if (on_gpu && args.packed()) {  // how many rows belong to no sequence, the device knows
-    fill_(out.written(), 0);
-    fill_(lse, std::numeric_limits<double>::infinity());
-  }
   const Converted converted(args, call);
   AttentionResults results;
   results.out = out.view();

@@ -33,6 +33,12 @@ __device__ __forceinline__ void store_4(T, void* global, const float (&x)[4]) {
   ptx::store_8(global, ptx::pack(T{}, x[0], x[1]), ptx::pack(T{}, x[2], x[3]));
 }
 
+template <int32_t kColumns>
+__device__ __forceinline__ TileReader<kColumns> tile_reader(uint32_t tile, uint32_t row,
+                                                            uint32_t half) {
+  return {ptx::opaque(TileReader<kColumns>::address_of(tile, row, half))};
+}
+
 // The lanes of ldmatrix_x4 in the order that makes its registers a fragment of mma.
 //
 // a (rows of queries): matrices are rows 0-7 and 8-15 of the first half of the chunk pair, then of
@@ -41,17 +47,17 @@ __device__ __forceinline__ void store_4(T, void* global, const float (&x)[4]) {
 template <int32_t kColumns>
 __device__ __forceinline__ TileReader<kColumns> query_reader(uint32_t tile, uint32_t row,
                                                              uint32_t lane) {
-  return {tile, row + lane % 16, lane / 16};
+  return tile_reader<kColumns>(tile, row + lane % 16, lane / 16);
 }
 template <int32_t kColumns>
 __device__ __forceinline__ TileReader<kColumns> value_reader(uint32_t tile, uint32_t lane) {
-  return {tile, lane % 16, lane / 16};
+  return tile_reader<kColumns>(tile, lane % 16, lane / 16);
 }
 
 // b (rows of keys): both halves of the chunk pair for keys 0-7, then for keys 8-15.
 template <int32_t kColumns>
 __device__ __forceinline__ TileReader<kColumns> key_reader(uint32_t tile, uint32_t lane) {
-  return {tile, lane / 16 * 8 + lane % 8, lane / 8 % 2};
+  return tile_reader<kColumns>(tile, lane / 16 * 8 + lane % 8, lane / 8 % 2);
 }
 
 // scores = queries * keys^T

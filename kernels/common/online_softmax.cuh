@@ -47,12 +47,14 @@ struct OnlineSoftmax {
   float max[kMTiles][2];
   float sum[kMTiles][2];
 
-  __device__ __forceinline__ OnlineSoftmax() {
+  // `floor`: a finite number below every score of a visible key, so that 2^(hidden - max) is 0 in a
+  // row that has seen no key, without a test.
+  __device__ __forceinline__ explicit OnlineSoftmax(float floor) {
 #pragma unroll
     for (int32_t m = 0; m < kMTiles; ++m) {
 #pragma unroll
       for (int32_t h = 0; h < 2; ++h) {
-        max[m][h] = -infinity();
+        max[m][h] = floor;
         sum[m][h] = 0;
       }
     }
@@ -72,7 +74,7 @@ struct OnlineSoftmax {
           row_max = fmaxf(row_max, fmaxf(scores[m][n][2 * h], scores[m][n][2 * h + 1]));
         }
         row_max = quad_max(row_max);
-        const float subtrahend = finite_max(row_max) * scale;
+        const float subtrahend = row_max * scale;
         const float shrink = ptx::ex2(max[m][h] * scale - subtrahend);
         max[m][h] = row_max;
 

@@ -101,6 +101,11 @@ __device__ __forceinline__ float shuffle_xor(float x, int32_t lanes) {
   return __shfl_xor_sync(0xFFFFFFFFu, x, lanes);
 }
 
+// How many lanes of a warp say yes; every lane must ask.
+__device__ __forceinline__ int32_t count_lanes(bool yes) {
+  return __popc(__ballot_sync(0xFFFFFFFFu, yes));
+}
+
 __device__ __forceinline__ float shuffle(float x, int32_t from_lane) {
   return __shfl_sync(0xFFFFFFFFu, x, from_lane);
 }
@@ -111,10 +116,26 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return uint32_t(__cvta_generic_to_shared(shared));
 }
 
-// Queues a copy of 16 bytes, past L1. Only the first `bytes` of them are read, the others are
-// written as zeros; with 0 the source is not touched.
+// The same address, of which the compiler forgets how it came about: what is added to it stays an
+// offset in the instruction, where else each sum would be an address of its own, and it is kept in
+// its register instead of being worked out again.
+__device__ __forceinline__ char* opaque(char* address) {
+  asm volatile("" : "+l"(address));
+  return address;
+}
+__device__ __forceinline__ const char* opaque(const char* address) {
+  asm volatile("" : "+l"(address));
+  return address;
+}
+__device__ __forceinline__ uint32_t opaque(uint32_t shared) {
+  asm volatile("" : "+r"(shared));
+  return shared;
+}
+
+// Queues a copy of 16 bytes, past L1, and has L2 fetch the 128 bytes around. Only the first `bytes`
+// of them are read, the others are written as zeros; with 0 the source is not touched.
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, uint32_t bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
                "r"(bytes)
                : "memory");
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/common/divisor.h"
+#include "kernels/common/ptx.cuh"
 #include "kernels/params.h"
 
 namespace anyflash {
@@ -25,8 +26,43 @@ __device__ __forceinline__ Sequence sequence_of(const AttentionParams& p, int32_
   return s;
 }
 
+// Tiles of packed rows, `group` rows to a token. Sequence i begins with tile
+// floor(cu_seqlens_q[i] * group / kRows) + i: late enough for the tiles of those before, and known
+// without them. Some tiles have no rows. What follows the last sequence counts as one more.
+template <int32_t kRows>
+struct PackedTile {
+  int32_t sequence;
+  int32_t row_tile;  // of the sequence
+
+  // A warp searches together: 32 sequences at a time.
+  __device__ __forceinline__ static PackedTile find(const AttentionParams& p, int64_t group,
+                                                    int32_t tile) {
+    int32_t low = 0, high = int32_t(p.batch) + 1;  // low <= sequence < high
+    while (high - low > 1) {
+      const int32_t step = (high - low + 31) / 32;
+      const int32_t probe = low + int32_t(threadIdx.x % 32) * step;
+      const bool begun = probe < high && first(p, group, probe) <= tile;
+      low += (ptx::count_lanes(begun) - 1) * step;
+      high = smaller(high, low + step);
+    }
+    return {low, tile - first(p, group, low)};
+  }
+
+ private:
+  __device__ __forceinline__ static int32_t first(const AttentionParams& p, int64_t group,
+                                                  int32_t sequence) {
+    return int32_t(p.cu_seqlens_q[sequence] * group / kRows) + sequence;
+  }
+};
+
+// The rows behind the last packed sequence: without keys, so they become what such rows are.
+__device__ __forceinline__ Sequence rest_of(const AttentionParams& p) {
+  const int32_t first = p.cu_seqlens_q[p.batch];
+  return {int32_t(p.batch), int32_t(p.total_q) - first, 0, first, 0};
+}
+
 // Rows of 16-bit elements of one sequence and head, a constant distance apart. What copies tiles
-// walks along: from(row), first(), skip(rows).
+// walks along.
 struct StridedRows {
   char* data;
   int64_t row_bytes;
@@ -34,11 +70,11 @@ struct StridedRows {
   // The row need not exist.
   __device__ __forceinline__ char* operator[](int32_t row) const { return data + row * row_bytes; }
 
-  __device__ __forceinline__ StridedRows from(int32_t row) const {
-    return {(*this)[row], row_bytes};
+  __device__ __forceinline__ StridedRows from(int32_t row, int32_t byte) const {
+    return {(*this)[row] + byte, row_bytes};
   }
-  __device__ __forceinline__ char* first() const { return data; }
-  __device__ __forceinline__ void skip(int32_t rows) { data += rows * row_bytes; }
+  __device__ __forceinline__ char* chunk(int32_t row) const { return (*this)[row]; }
+  __device__ __forceinline__ void pin() { data = ptx::opaque(data); }
 };
 
 // `packed`: sequences follow each other in the rows.
@@ -49,12 +85,47 @@ __device__ __forceinline__ StridedRows strided_rows(const Rows& rows, bool packe
   return {static_cast<char*>(rows.data) + 2 * offset + first_row * row_bytes, row_bytes};
 }
 
-// Keys or values of one sequence and head; rows count from the first visible key on.
+// Queries of the heads that share a key head: row = token * group + head within the group.
+struct GroupRows {
+  StridedRows tokens;  // of the group's first head
+  int64_t head_bytes;
+  const Divisor& group;
+  int32_t row;
+
+  __device__ __forceinline__ GroupRows(const AttentionParams& p, const Rows& rows,
+                                       const Divisor& heads, const Sequence& s, int32_t first_head)
+      : tokens(strided_rows(rows, p.cu_seqlens_q != nullptr, s.index, s.first_q, first_head)),
+        head_bytes(2 * rows.head_stride),
+        group(heads),
+        row(0) {}
+
+  __device__ __forceinline__ GroupRows from(int32_t first, int32_t byte) const {
+    GroupRows rows = *this;
+    rows.tokens.data += byte;
+    rows.row += first;
+    return rows;
+  }
+  __device__ __forceinline__ char* chunk(int32_t further) const {
+    const uint32_t at = uint32_t(row + further);
+    const uint32_t token = group.quotient(at);
+    return tokens[int32_t(token)] + (at - token * group.value) * head_bytes;
+  }
+  __device__ __forceinline__ void pin() {}
+};
+
+// Keys or values of one sequence and head; rows count from the first visible key on. skip() goes
+// some tiles on, whose size in bytes and rows the caller knows.
 template <bool kPaged>
 struct KeyRows : StridedRows {
   __device__ __forceinline__ KeyRows(const AttentionParams& p, const Rows& rows, const Divisor&,
                                      const Sequence& s, int32_t head_k)
       : StridedRows(strided_rows(rows, p.cu_seqlens_k != nullptr, s.index, s.first_k, head_k)) {}
+  __device__ __forceinline__ KeyRows(const StridedRows& rows) : StridedRows(rows) {}
+
+  __device__ __forceinline__ KeyRows from(int32_t row, int32_t byte) const {
+    return StridedRows::from(row, byte);
+  }
+  __device__ __forceinline__ void skip(int32_t, int64_t bytes) { data += bytes; }
 };
 
 // In the pages that the block table names.
@@ -76,17 +147,19 @@ struct KeyRows<true> {
         row(s.first_k),
         last_row(s.first_k + s.seqlen_k - 1) {}
 
-  __device__ __forceinline__ KeyRows from(int32_t key) const {
+  __device__ __forceinline__ KeyRows from(int32_t key, int32_t byte) const {
     KeyRows rows = *this;
-    rows.skip(key);
+    rows.first_page.data += byte;
+    rows.row += key;
     return rows;
   }
-  __device__ __forceinline__ const char* first() const {
-    const uint32_t stored = uint32_t(smaller(row, last_row));
+  __device__ __forceinline__ void pin() {}
+  __device__ __forceinline__ const char* chunk(int32_t further) const {
+    const uint32_t stored = uint32_t(smaller(row + further, last_row));
     const uint32_t page = page_size.quotient(stored);
     return first_page[int32_t(stored - page * page_size.value)] + pages[page] * page_bytes;
   }
-  __device__ __forceinline__ void skip(int32_t keys) { row += keys; }
+  __device__ __forceinline__ void skip(int32_t rows, int64_t) { row += rows; }
 };
 
 // Where the log-sum-exp of query 0 goes.

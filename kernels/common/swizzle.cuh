@@ -45,8 +45,9 @@ struct TileReader {
 
   uint32_t address;  // shared memory, of the lane's row in chunk pair 0
 
-  ANYFLASH_HOST_DEVICE TileReader(uint32_t tile, uint32_t row, uint32_t half)
-      : address(tile + Tile::offset(row, half)) {}
+  ANYFLASH_HOST_DEVICE static uint32_t address_of(uint32_t tile, uint32_t row, uint32_t half) {
+    return tile + Tile::offset(row, half);
+  }
 
   // row_step: a multiple of 8.
   ANYFLASH_HOST_DEVICE uint32_t at(uint32_t row_step, uint32_t pair) const {

@@ -19,24 +19,32 @@ class TileCopy {
   static_assert((kRowStep & (kRowStep - 1)) == 0 && kRows % kRowStep == 0);
 
  public:
-  __device__ __forceinline__ explicit TileCopy(int32_t thread)
-      : row_(thread / Tile::kAtomChunks),
-        chunk_(thread % Tile::kAtomChunks),
+  __device__ __forceinline__ explicit TileCopy(uint32_t thread)
+      : row_(int32_t(thread / Tile::kAtomChunks)),
+        chunk_(int32_t(thread % Tile::kAtomChunks)),
         offset_(Tile::offset(row_, chunk_)) {}
 
-  // Queues rows first_row ... first_row + kRows - 1. Those from `num_rows` on and columns from
-  // `num_columns` on become zeros and are not read; kWhole: all rows are there.
-  template <bool kWhole, typename Source>
-  __device__ __forceinline__ void load(uint32_t tile, const Source& source, int32_t first_row,
-                                       int32_t num_rows, int32_t num_columns) const {
-    auto rows = source.from(first_row + row_);
+  // The thread's place in a tile that begins at `first_row`, for load() and store(). skip() takes
+  // it to another tile.
+  template <typename Rows>
+  __device__ __forceinline__ auto place(const Rows& rows, int32_t first_row) const {
+    return rows.from(first_row + row_, chunk_ * kChunkBytes);
+  }
+
+  // Queues the rows of a tile. Those from `num_rows` on and columns from `num_columns` on become
+  // zeros and are not read; kWhole: all rows are there.
+  template <bool kWhole, typename Place>
+  __device__ __forceinline__ void load(uint32_t tile, Place& place, int32_t num_rows,
+                                       int32_t num_columns) const {
+    const int32_t columns = num_columns - chunk_ * kChunkElements;  // from the thread's on
 #pragma unroll
-    for (int32_t i = 0; i < kRows / kRowStep; ++i, rows.skip(kRowStep)) {
-      const bool exists = kWhole || first_row + row_ + i * kRowStep < num_rows;
-      const char* chunk = rows.first() + chunk_ * kChunkBytes;
+    for (int32_t i = 0; i < kRows / kRowStep; ++i) {
+      const bool exists = kWhole || row_ + i * kRowStep < num_rows;
+      if (i == 0) place.pin();
+      const char* chunk = i == 0 ? place.chunk(0) : ptx::opaque(place.chunk(i * kRowStep));
 #pragma unroll
       for (int32_t atom = 0; atom < Tile::kAtoms; ++atom) {
-        const bool wanted = exists && column(atom) < num_columns;
+        const bool wanted = exists && atom * kAtomColumns < columns;
         ptx::cp_async_16(tile + offset(i) + atom * Tile::kAtomBytes,
                          chunk + atom * Tile::kAtomBytes, wanted ? kChunkBytes : 0);
       }
@@ -45,18 +53,17 @@ class TileCopy {
 
   // Writes the rows below `num_rows` and the columns below `num_columns` of a tile in shared
   // memory.
-  template <typename Target>
-  __device__ __forceinline__ void store(const unsigned char* tile, const Target& target,
-                                        int32_t first_row, int32_t num_rows,
-                                        int32_t num_columns) const {
-    auto rows = target.from(first_row + row_);
+  template <typename Place>
+  __device__ __forceinline__ void store(const unsigned char* tile, const Place& place,
+                                        int32_t num_rows, int32_t num_columns) const {
+    const int32_t columns = num_columns - chunk_ * kChunkElements;
 #pragma unroll
-    for (int32_t i = 0; i < kRows / kRowStep; ++i, rows.skip(kRowStep)) {
-      if (first_row + row_ + i * kRowStep >= num_rows) continue;
-      char* chunk = rows.first() + chunk_ * kChunkBytes;
+    for (int32_t i = 0; i < kRows / kRowStep; ++i) {
+      if (row_ + i * kRowStep >= num_rows) continue;
+      char* chunk = place.chunk(i * kRowStep);
 #pragma unroll
       for (int32_t atom = 0; atom < Tile::kAtoms; ++atom) {
-        if (column(atom) >= num_columns) continue;
+        if (atom * kAtomColumns >= columns) continue;
         const auto* words = tile + offset(i) + atom * Tile::kAtomBytes;
         ptx::store_16(chunk + atom * Tile::kAtomBytes, *reinterpret_cast<const Words16*>(words));
       }
@@ -64,10 +71,6 @@ class TileCopy {
   }
 
  private:
-  __device__ __forceinline__ int32_t column(int32_t atom) const {
-    return atom * kAtomColumns + chunk_ * kChunkElements;
-  }
-
   // Rows a power of two apart: their phases differ in bits that the first row's does not have.
   __device__ __forceinline__ uint32_t offset(int32_t i) const {
     return (offset_ ^ Tile::phase(i * kRowStep) * kChunkBytes) + Tile::bytes(i * kRowStep);

@@ -281,7 +281,7 @@ static __attribute__((noinline)) void dropout_mask(const AttentionParams& p,
                             static_cast<uint32_t>(corner) + column);
           for (uint32_t half = 0; half < 8; ++half) {
             const uint32_t i = row + half / 4 * 8, j = column + half / 2 % 2 * 8 + half % 2;
-            kept[j][i] = Dropout::bits16(words, i, j) >= dropout.threshold ? ~Word{0} : Word{0};
+            kept[j][i] = dropout.keeps(words, i, j) ? ~Word{0} : Word{0};
           }
         }
       }

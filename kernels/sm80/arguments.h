@@ -3,22 +3,18 @@
 
 #include "kernels/common/divisor.h"
 #include "kernels/common/scores.cuh"
+#include "kernels/sm80/block_order.h"
 
 namespace anyflash::sm80 {
 
-struct ForwardArguments {
+struct Arguments {
   AttentionParams attention;
   ScoreArguments score;
   Divisor page_size;
-  int32_t row_tiles;  // of the longest sequence
-};
-
-struct DecodeArguments {
-  AttentionParams attention;
-  ScoreArguments score;
-  Divisor page_size;
-  Divisor group;  // query heads per key head
-  int32_t row_tiles;
+  Divisor group;  // heads of a key head whose rows share tiles: row = token * group + head
+  BlockOrder order;
+  int64_t k_tile_bytes;  // how far a kernel's next tile is
+  int64_t v_tile_bytes;
   int32_t splits;
   float* part_out;  // (splits, batch, heads, seqlen_q, head_dim_v); with several splits
   float* part_lse;  // (splits, batch, heads, seqlen_q)

@@ -1,11 +1,10 @@
 // From a call to launches: which kernel of the sm_80 family takes it, with which arguments.
 #pragma once
 
-#include "kernels/sm80/decode.cuh"
-#include "kernels/sm80/forward.cuh"
-
 #include "kernels/common/launch_kernel.h"
 #include "kernels/launch.h"
+#include "kernels/sm80/decode.cuh"
+#include "kernels/sm80/forward.cuh"
 
 namespace anyflash::sm80 {
 
@@ -28,11 +27,18 @@ inline bool is_valid(const AttentionParams& p, int32_t max_head_dim) {
          is_aligned(p.out) && p.bias_type == BiasType::none;
 }
 
+// Up to here a softcap is computed as a sigmoid: that is off by less than 1e-4.
+constexpr double kLargestSigmoidCap = 256;
+
+// Below this, a unit of scores would take ALiBi's slopes out of range.
+constexpr double kSmallestUnit = 0x1p-60;
+
 // The cheapest kernel that has what the call needs. The plain one takes its maxima before it
 // scales, so the scale must be positive.
 inline Extras extras_of(const AttentionParams& p) {
-  if (p.dropout_p > 0) return Extras::dropout;
   const bool plain = p.softcap == 0 && !p.alibi_slopes && p.softmax_scale > 0;
+  if (p.dropout_p > 0) return plain ? Extras::dropout : Extras::all;
+  if (p.softcap > kLargestSigmoidCap) return Extras::all;
   return plain ? Extras::none : Extras::score_mod;
 }
 
@@ -41,13 +47,29 @@ inline int32_t window(int64_t keys) {
   return int32_t(keys < 0 ? -1 : smaller(keys, kFar));
 }
 
-inline ScoreArguments score_arguments(const AttentionParams& p, Extras extras) {
+inline ScoreArguments score_arguments(const AttentionParams& p) {
+  constexpr double kLog2eExact = 1.4426950408889634;
   ScoreArguments a{};
-  a.scale = float(p.softmax_scale);
-  a.softcap = float(p.softcap);
-  a.inverse_softcap = p.softcap > 0 ? float(1.0 / p.softcap) : 0.0f;
-  a.logit = extras == Extras::none ? a.scale : 1.0f;
-  a.exponent = extras == Extras::none ? float(p.softmax_scale * 1.4426950408889634) : kLog2e;
+  double unit = 1, factor = 1;
+  if (p.softcap > kLargestSigmoidCap) {
+    a.softcap = Softcap::tanh;
+    a.capped = float(p.softmax_scale / p.softcap);
+    unit = p.softcap;
+  } else if (p.softcap > 0) {
+    a.softcap = Softcap::sigmoid;
+    a.capped = float(-2 * kLog2eExact * p.softmax_scale / p.softcap);
+    unit = 2 * p.softcap;
+    a.origin = float(-p.softcap);
+  } else if (p.softmax_scale >= kSmallestUnit || (p.softmax_scale > 0 && !p.alibi_slopes)) {
+    unit = p.softmax_scale;
+  } else {
+    factor = p.softmax_scale;
+  }
+  a.factor = float(factor);
+  a.unit = float(unit);
+  a.inverse_unit = float(1 / unit);
+  a.exponent = float(unit * kLog2eExact);
+  a.floor = -0.5f * 3.402823466e38f / larger(1.0f, a.exponent);
   a.window_left = window(p.window_left);
   a.window_right = window(p.window_right);
   a.alibi_by_key = p.window_left < 0 && p.window_right == 0;
@@ -56,75 +78,37 @@ inline ScoreArguments score_arguments(const AttentionParams& p, Extras extras) {
   return a;
 }
 
-template <typename T, int32_t kHeadDim, int32_t kHeadDimV, Extras kExtras, bool kPaged>
-int32_t launch_tiles(const AttentionParams& p, void* stream) {
-  using Tile = ForwardTile<T, kHeadDim, kHeadDimV, kExtras, kPaged>;
-  const int64_t row_tiles = ceil_div(p.seqlen_q, Tile::kShape.rows);
-  const int64_t blocks = row_tiles * p.heads * p.batch;
-  if (blocks == 0) return 0;
-  if (blocks > 0x7FFFFFFF) return kErrorInvalidParams;
-  const ForwardArguments arguments{p, score_arguments(p, kExtras), page_size(p),
-                                   int32_t(row_tiles)};
-  return launch_kernel(forward_kernel<T, kHeadDim, kHeadDimV, kExtras, kPaged>,
-                       Grid{uint32_t(blocks), 1, Tile::kThreads, Tile::kSharedBytes}, arguments,
-                       stream);
-}
-
-// The cheapest kernel that has what the call needs. Of the paged ones there are two: plain, and
-// with everything.
-template <typename T, int32_t kHeadDim, int32_t kHeadDimV>
-int32_t launch_forward_kernel(const AttentionParams& p, void* stream) {
-  const Extras extras = extras_of(p);
-  if (p.block_table) {
-    if (extras == Extras::none) {
-      return launch_tiles<T, kHeadDim, kHeadDimV, Extras::none, true>(p, stream);
-    }
-    return launch_tiles<T, kHeadDim, kHeadDimV, Extras::dropout, true>(p, stream);
-  }
-  switch (extras) {
-    case Extras::none:
-      return launch_tiles<T, kHeadDim, kHeadDimV, Extras::none, false>(p, stream);
-    case Extras::score_mod:
-      return launch_tiles<T, kHeadDim, kHeadDimV, Extras::score_mod, false>(p, stream);
-    case Extras::dropout:
-      return launch_tiles<T, kHeadDim, kHeadDimV, Extras::dropout, false>(p, stream);
-  }
-  return kErrorInvalidParams;
-}
-
-template <typename T, int32_t kHeadDim, int32_t kHeadDimV, Extras kExtras>
-int32_t launch_decode_tiles(const DecodeArguments& arguments, void* stream) {
-  using Tile = DecodeTile<T, kHeadDim, kHeadDimV, kExtras>;
-  const AttentionParams& p = arguments.attention;
-  const int64_t blocks = int64_t{arguments.splits} * arguments.row_tiles * p.heads_k * p.batch;
-  if (blocks == 0) return 0;
-  if (blocks > 0x7FFFFFFF) return kErrorInvalidParams;
-  return launch_kernel(decode_kernel<T, kHeadDim, kHeadDimV, kExtras>,
-                       Grid{uint32_t(blocks), 1, Tile::kThreads, Tile::kSharedBytes}, arguments,
-                       stream);
-}
-
-template <typename T, int32_t kHeadDim, int32_t kHeadDimV>
-int32_t launch_decode(const AttentionParams& p, void* stream) {
-  const SplitPlan plan = plan_splits(p, device_limits().multiprocessors);
-  const Extras extras = extras_of(p);
-  DecodeArguments arguments{p,
-                            score_arguments(p, extras),
-                            page_size(p),
-                            Divisor::of(p.heads / p.heads_k),
-                            int32_t(plan.row_tiles),
-                            int32_t(plan.splits),
-                            nullptr,
-                            nullptr};
+// What a kernel gets whose blocks go on by step_keys keys and of which a multiprocessor holds
+// `blocks`.
+inline Arguments arguments_of(const AttentionParams& p, const Plan& plan, int32_t step_keys,
+                              int32_t blocks) {
+  const DeviceLimits limits = device_limits();
+  Arguments a{p,
+              score_arguments(p),
+              page_size(p),
+              Divisor::of(plan.group),
+              order_of(p, plan, int64_t{blocks} * limits.multiprocessors, limits.l2_bytes),
+              2 * p.k.row_stride * step_keys,
+              2 * p.v.row_stride * step_keys,
+              int32_t(plan.splits),
+              nullptr,
+              nullptr};
   if (plan.splits > 1) {
-    if (!p.workspace) return kErrorInvalidParams;
-    arguments.part_out = static_cast<float*>(p.workspace);
-    arguments.part_lse = arguments.part_out + plan.splits * plan.rows * p.head_dim_v;
+    a.part_out = static_cast<float*>(p.workspace);
+    a.part_lse = a.part_out + plan.splits * plan.rows * p.head_dim_v;
   }
-  const int32_t error =
-      extras == Extras::none
-          ? launch_decode_tiles<T, kHeadDim, kHeadDimV, Extras::none>(arguments, stream)
-          : launch_decode_tiles<T, kHeadDim, kHeadDimV, Extras::score_mod>(arguments, stream);
+  return a;
+}
+
+// A kernel, and what combines its parts if there are several.
+template <typename T>
+int32_t launch_parts(void (*kernel)(Arguments), const Arguments& arguments, const Plan& plan,
+                     int32_t threads, int32_t shared_bytes, void* stream) {
+  const int64_t blocks = plan.blocks();
+  if (blocks == 0) return 0;
+  if (blocks > 0x7FFFFFFF || (plan.splits > 1 && !arguments.part_out)) return kErrorInvalidParams;
+  const Grid grid{uint32_t(blocks), 1, uint32_t(threads), uint32_t(shared_bytes)};
+  const int32_t error = launch_kernel(kernel, grid, arguments, stream);
   if (error || plan.splits == 1) return error;
   return launch_kernel(
       combine_kernel<T>,
@@ -132,10 +116,75 @@ int32_t launch_decode(const AttentionParams& p, void* stream) {
       arguments, stream);
 }
 
+template <typename T, int32_t kHeadDim, int32_t kHeadDimV, Extras kExtras, bool kPaged,
+          int32_t kSharedKb>
+int32_t launch_shape(const AttentionParams& p, const Plan& plan, void* stream) {
+  using Tile = ForwardTile<T, kHeadDim, kHeadDimV, kExtras, kPaged, kSharedKb>;
+  static_assert(Tile::kShape.rows == kForwardRows);
+  return launch_parts<T>(forward_kernel<T, kHeadDim, kHeadDimV, kExtras, kPaged, kSharedKb>,
+                         arguments_of(p, plan, Tile::kShape.keys, 8 / Tile::kShape.warps), plan,
+                         Tile::kThreads, Tile::kSharedBytes, stream);
+}
+
+// The largest tile for which the device has the shared memory. Extras::all, which few calls need,
+// has one for every device.
+template <typename T, int32_t kHeadDim, int32_t kHeadDimV, Extras kExtras, bool kPaged>
+int32_t launch_tiles(const AttentionParams& p, const Plan& plan, void* stream) {
+  constexpr int32_t kMostKb = tile_shape(kHeadDim, 1024).shared_kb;
+  if constexpr (kMostKb > kLeastSharedKb && kExtras != Extras::all) {
+    if (device_limits().shared_bytes_per_multiprocessor >= kMostKb * 1024) {
+      return launch_shape<T, kHeadDim, kHeadDimV, kExtras, kPaged, kMostKb>(p, plan, stream);
+    }
+  }
+  return launch_shape<T, kHeadDim, kHeadDimV, kExtras, kPaged, kLeastSharedKb>(p, plan, stream);
+}
+
+// Of the paged kernels there are two: plain, and with everything.
+template <typename T, int32_t kHeadDim, int32_t kHeadDimV>
+int32_t launch_forward_kernel(const AttentionParams& p, const Plan& plan, void* stream) {
+  const Extras extras = extras_of(p);
+  if (p.block_table) {
+    if (extras == Extras::none) {
+      return launch_tiles<T, kHeadDim, kHeadDimV, Extras::none, true>(p, plan, stream);
+    }
+    return launch_tiles<T, kHeadDim, kHeadDimV, Extras::all, true>(p, plan, stream);
+  }
+  switch (extras) {
+    case Extras::none:
+      return launch_tiles<T, kHeadDim, kHeadDimV, Extras::none, false>(p, plan, stream);
+    case Extras::score_mod:
+      return launch_tiles<T, kHeadDim, kHeadDimV, Extras::score_mod, false>(p, plan, stream);
+    case Extras::dropout:
+      return launch_tiles<T, kHeadDim, kHeadDimV, Extras::dropout, false>(p, plan, stream);
+    case Extras::all:
+      return launch_tiles<T, kHeadDim, kHeadDimV, Extras::all, false>(p, plan, stream);
+  }
+  return kErrorInvalidParams;
+}
+
+template <typename T, int32_t kHeadDim, int32_t kHeadDimV, Extras kExtras, bool kPaged>
+int32_t launch_decode_tiles(const AttentionParams& p, const Plan& plan, void* stream) {
+  using Tile = DecodeTile<T, kHeadDim, kHeadDimV, kExtras, kPaged>;
+  return launch_parts<T>(
+      decode_kernel<T, kHeadDim, kHeadDimV, kExtras, kPaged>,
+      arguments_of(p, plan, Tile::kKeys * Tile::kWarps, int32_t(kBlocksPerMultiprocessor)), plan,
+      Tile::kThreads, Tile::kSharedBytes, stream);
+}
+
+template <typename T, int32_t kHeadDim, int32_t kHeadDimV, Extras kExtras>
+int32_t launch_decode(const AttentionParams& p, const Plan& plan, void* stream) {
+  return p.block_table
+             ? launch_decode_tiles<T, kHeadDim, kHeadDimV, kExtras, true>(p, plan, stream)
+             : launch_decode_tiles<T, kHeadDim, kHeadDimV, kExtras, false>(p, plan, stream);
+}
+
 template <typename T, int32_t kHeadDim, int32_t kHeadDimV>
 int32_t launch_forward_or_decode(const AttentionParams& p, void* stream) {
-  return decodes(p) ? launch_decode<T, kHeadDim, kHeadDimV>(p, stream)
-                    : launch_forward_kernel<T, kHeadDim, kHeadDimV>(p, stream);
+  const Plan plan = plan_of(p, device_limits().multiprocessors);
+  if (!plan.decodes) return launch_forward_kernel<T, kHeadDim, kHeadDimV>(p, plan, stream);
+  return extras_of(p) == Extras::none
+             ? launch_decode<T, kHeadDim, kHeadDimV, Extras::none>(p, plan, stream)
+             : launch_decode<T, kHeadDim, kHeadDimV, Extras::score_mod>(p, plan, stream);
 }
 
 template <typename T, int32_t kMaxHeadDim>

@@ -1,53 +1,35 @@
-// Attention forward for sm_80 and newer: mma.sync, cp.async, one block per tile of query rows of
-// one head. The method is FlashAttention-2's (Dao, arXiv:2307.08691); docs/kernels/sm80.md draws
-// tiles, pipeline and swizzle.
+// Attention forward for sm_80 and newer: mma.sync, cp.async, one block per tile of query rows. The
+// method is FlashAttention-2's (Dao, arXiv:2307.08691); docs/kernels/sm80.md draws tiles, pipeline
+// and swizzle.
 //
-// A block walks over its key tiles from the last to the first, so that the tiles in which a mask
-// hides something come first and (with a left window) last, and the loop between them has no mask.
-// Keys and values have one buffer each: while one product runs, the operand of the other arrives.
+// A block walks over its key tiles from the last to the first. Keys and values have one buffer
+// each: while one product runs, the operand of the other arrives.
 //
 //   tensor cores   Q K[n]            P V[n]     Q K[n-1]        ...
 //   copies         V[n]      K[n-1]             V[n-1]          ...
 //   other units             softmax                    softmax
+//
+// Rows of a tile are a head's queries; where these are too few to fill tiles, those of all heads
+// that share a key head, token by token. Where blocks are too few for the GPU, the keys are cut
+// into parts, whose results combine_kernel combines.
 #pragma once
 
 #include "kernels/common/mma_tile.cuh"
 #include "kernels/common/scores.cuh"
 #include "kernels/common/sequence.cuh"
 #include "kernels/common/tile_copy.cuh"
-#include "kernels/sm80/arguments.h"
+#include "kernels/sm80/block.cuh"
+#include "kernels/sm80/combine.cuh"
+#include "kernels/sm80/tile_shapes.h"
 
 namespace anyflash::sm80 {
 
-struct TileShape {
-  int32_t rows;
-  int32_t keys;
-  int32_t warps;  // share the rows
-};
-
-// Shared memory holds one tile each of queries, keys and values: at most 99 KB, what every GPU from
-// sm_80 on gives a block. What extras take of registers is missing for scores.
-ANYFLASH_HOST_DEVICE constexpr TileShape tile_shape(int32_t max_head_dim, Extras extras) {
-  switch (max_head_dim) {
-    case 64:
-      return {128, extras == Extras::none ? 96 : 64, 4};
-    case 96:
-      return {128, 64, 4};
-    case 128:
-      return {128, extras == Extras::dropout ? 32 : 64, 4};
-    case 192:
-      return {128, 64, 8};
-    default:
-      return {64, 64, 4};
-  }
-}
-
-template <typename T, int32_t kHeadDim, int32_t kHeadDimV, Extras kExtras, bool kPaged>
+template <typename T, int32_t kHeadDim, int32_t kHeadDimV, Extras kExtras, bool kPaged,
+          int32_t kSharedKb>
 class ForwardTile {
  public:
-  static constexpr TileShape kShape = tile_shape(kHeadDim, kExtras);
+  static constexpr TileShape kShape = tile_shape(kHeadDim, kSharedKb);
   static constexpr int32_t kThreads = kWarpThreads * kShape.warps;
-  static constexpr int32_t kBlocks = 8 / kShape.warps;  // per multiprocessor, by registers
   static constexpr int32_t kWarpRows = kShape.rows / kShape.warps;
   static constexpr int32_t kMTiles = kWarpRows / 16;
 
@@ -55,150 +37,227 @@ class ForwardTile {
   using ValueTile = SwizzledTile<kHeadDimV>;
   static constexpr int32_t kQueryBytes = QueryTile::bytes(kShape.rows);
   static constexpr int32_t kKeyBytes = QueryTile::bytes(kShape.keys);
-  static constexpr int32_t kSharedBytes = kQueryBytes + kKeyBytes + ValueTile::bytes(kShape.keys);
+  // What a block's threads have in common. In shared memory, because all registers are for scores
+  // and results.
+  struct Common {
+    Block block;
+    float slope;  // of ALiBi, in units of the scores
+    Dropout dropout;
 
-  __device__ __forceinline__ ForwardTile(const ForwardArguments& arguments,
-                                         const Sequence& sequence, int32_t head, int32_t row_begin,
+    __device__ __forceinline__ Common(const Arguments& a, const Block& found)
+        : block(found), slope(0), dropout{0, 0, a.score.dropout_threshold} {
+      const AttentionParams& p = a.attention;
+      const int32_t sequence = found.sequence.index;
+      if (modifies_scores(kExtras) && p.alibi_slopes && sequence < p.batch) {
+        slope = p.alibi_slopes[sequence * p.alibi_batch_stride + found.first_head] *
+                a.score.inverse_unit;
+      }
+      if (drops(kExtras) && p.rng_state) {  // without: what else only Extras::all has
+        dropout.seed = uint64_t(p.rng_state[0]);
+        dropout.offset = uint32_t(p.rng_state[1]);
+      }
+    }
+  };
+
+  // What is common, in front of queries, keys and values.
+  static constexpr int32_t kCommonBytes = 128;
+  static_assert(sizeof(Common) <= kCommonBytes);
+  static constexpr int32_t kSharedBytes =
+      kCommonBytes + kQueryBytes + kKeyBytes + ValueTile::bytes(kShape.keys);
+
+  __device__ __forceinline__ ForwardTile(const Arguments& arguments, const Common& common,
                                          unsigned char* shared)
       : a_(arguments),
         p_(arguments.attention),
-        s_(sequence),
-        head_(head),
-        row_begin_(row_begin),
+        c_(common),
+        b_(common.block),
+        s_(common.block.sequence),
         thread_(threadIdx.x),
         lane_(thread_ % kWarpThreads),
         warp_(thread_ / kWarpThreads),
         shared_(shared),
-        keys_(p_, p_.k, a_.page_size, s_, head / int32_t(p_.heads / p_.heads_k)),
-        values_(p_, p_.v, a_.page_size, s_, head / int32_t(p_.heads / p_.heads_k)),
-        mask_{s_.seqlen_q, s_.seqlen_k, a_.score.window_left, a_.score.window_right},
-        dropout_{0, 0, a_.score.dropout_threshold} {
-    if (kExtras == Extras::dropout && p_.rng_state) {  // without: pages with other extras
-      dropout_.seed = uint64_t(p_.rng_state[0]);
-      dropout_.offset = uint32_t(p_.rng_state[1]);
-    }
+        some_(part_of(mask().tiles(first_token(), end_token(), kShape.keys))),
+        whole_(mask().full_tiles(first_token(), end_token(), kShape.keys)),
+        keys_(place(Copy(thread_), p_.k)),
+        values_(place(CopyV(thread_), p_.v)),
+        query_reader_(query_reader<kHeadDim>(query_tile(), warp_ * kWarpRows, lane_)),
+        key_reader_(key_reader<kHeadDim>(key_tile(), lane_)),
+        value_reader_(value_reader<kHeadDimV>(value_tile(), lane_)),
+        softmax_(a_.score.floor) {
     clear(out_);
   }
 
-  // Out and log-sum-exp of all keys, in registers.
+  // Out and log-sum-exp of the part's keys, in registers.
   __device__ __forceinline__ void attend() {
-    const int32_t row_end = smaller(row_begin_ + kShape.rows, s_.seqlen_q);
-    const TileRange<int32_t> some = mask_.tiles(row_begin_, row_end, kShape.keys);
-    const TileRange<int32_t> all = mask_.full_tiles(row_begin_, row_end, kShape.keys);
-    if (some.begin >= some.end) return;
-    begin_ = some.begin;
+    if (some_.begin >= some_.end) return;
+    int32_t tile = some_.end - 1;
     load_queries();
-    load_keys<false>(some.end - 1);
-    for (int32_t tile = some.end - 1; tile >= begin_;) {
-      const int32_t masked_end = tile >= all.end ? larger(all.end, begin_) : begin_;
-      for (; tile >= masked_end; --tile) step<true>(tile);
-      for (; tile >= all.begin && tile >= begin_; --tile) step<false>(tile);
-    }
+    load_keys<false>(s_.seqlen_k - tile * kShape.keys);
+    arrive();
+    load_values<false>(s_.seqlen_k - tile * kShape.keys);
+    for (; tile > some_.begin; --tile) step<false>(tile);
+    step<true>(tile);
   }
 
   __device__ __forceinline__ void write() {
-    const float sink = p_.sinks ? p_.sinks[head_] : -infinity();
-    float* lse = statistics_of(p_, p_.lse, s_, head_);
+    const bool in_parts = b_.in_parts(a_);
     unsigned char* slice = shared_ + QueryTile::bytes(warp_ * kWarpRows);
 #pragma unroll
     for (int32_t m = 0; m < kMTiles; ++m) {
 #pragma unroll
       for (int32_t h = 0; h < 2; ++h) {
-        const RowResult result =
-            finish_row(softmax_.max[m][h] * a_.score.logit, quad_sum(softmax_.sum[m][h]), sink);
-        if (lane_ % 4 == 0 && row(m, h) < s_.seqlen_q) lse[row(m, h)] = result.lse;
-        const float factor = kExtras == Extras::dropout ? result.inverse_sum * a_.score.keep_scale
-                                                        : result.inverse_sum;
+        const float max = logit(a_.score, softmax_.max[m][h]);
+        const float sum = quad_sum(softmax_.sum[m][h]);
+        const int32_t query = token(row(m, h)), query_head = head(row(m, h));
+        const bool exists = query < s_.seqlen_q;
+        const float sink = p_.sinks && exists && !in_parts ? p_.sinks[query_head] : -infinity();
+        const RowResult result = finish_row(max, sum, sink);
+        const float factor =
+            drops(kExtras) ? result.inverse_sum * a_.score.keep_scale : result.inverse_sum;
+        if (in_parts) {
+          if (exists)
+            write_part_row(m, h, part_row(p_, b_.split, s_.index, query_head, query), result.lse,
+                           factor);
+          continue;
+        }
+        if (lane_ % 4 == 0 && exists) {
+          statistics_of(p_, p_.lse, s_, query_head)[query] = result.lse;
+        }
         stage_row(slice, m, h, factor);
       }
     }
+    if (in_parts) return;
     __syncwarp();
     const TileCopy<kWarpRows, kHeadDimV, kWarpThreads> copy(lane_);
-    const StridedRows rows =
-        strided_rows(p_.out, p_.cu_seqlens_q != nullptr, s_.index, s_.first_q, head_);
-    copy.store(slice, rows, row_begin_ + warp_ * kWarpRows, s_.seqlen_q, p_.head_dim_v);
+    const GroupRows rows(p_, p_.out, a_.group, s_, b_.first_head);
+    const int32_t first = b_.row_begin + warp_ * kWarpRows;
+    copy.store(slice, copy.place(rows, first), num_rows() - first, int32_t(p_.head_dim_v));
   }
 
  private:
   using Copy = TileCopy<kShape.keys, kHeadDim, kThreads>;
   using CopyV = TileCopy<kShape.keys, kHeadDimV, kThreads>;
 
+  // Rows of the sequence and group, of which the thread has some.
+  __device__ __forceinline__ int32_t num_rows() const {
+    return s_.seqlen_q * int32_t(a_.group.value);
+  }
   __device__ __forceinline__ int32_t row(int32_t m, int32_t h) const {
-    return row_begin_ + warp_ * kWarpRows + 16 * m + 8 * h + lane_ / 4;
+    return b_.row_begin + warp_ * kWarpRows + 16 * m + 8 * h + lane_ / 4;
+  }
+  __device__ __forceinline__ int32_t token(int32_t row) const {
+    return int32_t(a_.group.quotient(uint32_t(row)));
+  }
+  __device__ __forceinline__ int32_t head(int32_t row) const {
+    return b_.first_head + row - token(row) * int32_t(a_.group.value);
+  }
+  __device__ __forceinline__ IntervalMask<int32_t> mask() const {
+    return {s_.seqlen_q, s_.seqlen_k, a_.score.window_left, a_.score.window_right};
+  }
+  __device__ __forceinline__ int32_t first_token() const { return token(b_.row_begin); }
+  __device__ __forceinline__ int32_t end_token() const {
+    return smaller(token(b_.row_begin + kShape.rows - 1) + 1, s_.seqlen_q);
   }
 
   __device__ __forceinline__ uint32_t query_tile() const { return ptx::shared_address(shared_); }
   __device__ __forceinline__ uint32_t key_tile() const { return query_tile() + kQueryBytes; }
   __device__ __forceinline__ uint32_t value_tile() const { return key_tile() + kKeyBytes; }
 
+  // The key tiles of part `split`.
+  __device__ __forceinline__ TileRange<int32_t> part_of(const TileRange<int32_t>& tiles) const {
+    const int32_t each = (larger(tiles.end - tiles.begin, 0) + a_.splits - 1) / a_.splits;
+    const int32_t begin = tiles.begin + b_.split * each;
+    return {begin, smaller(begin + each, tiles.end)};
+  }
+
+  // Of the last key tile.
+  template <typename Copy>
+  __device__ __forceinline__ KeyRows<kPaged> place(const Copy& copy, const Rows& rows) const {
+    const int32_t head_k = b_.first_head / int32_t(p_.heads / p_.heads_k);
+    return copy.place(KeyRows<kPaged>(p_, rows, a_.page_size, s_, head_k),
+                      (some_.end - 1) * kShape.keys);
+  }
+
   __device__ __forceinline__ void load_queries() {
-    const StridedRows rows =
-        strided_rows(p_.q, p_.cu_seqlens_q != nullptr, s_.index, s_.first_q, head_);
-    TileCopy<kShape.rows, kHeadDim, kThreads>(thread_).template load<false>(
-        query_tile(), rows, row_begin_, s_.seqlen_q, p_.head_dim);
+    const TileCopy<kShape.rows, kHeadDim, kThreads> copy(thread_);
+    GroupRows rows = copy.place(GroupRows(p_, p_.q, a_.group, s_, b_.first_head), b_.row_begin);
+    copy.template load<false>(query_tile(), rows, num_rows() - b_.row_begin, int32_t(p_.head_dim));
   }
 
-  // kWhole: the tile does not reach beyond the last key.
+  // The tile before the one that was loaded last, which alone may reach beyond the last key: of it
+  // num_rows are there. kWhole: all.
   template <bool kWhole>
-  __device__ __forceinline__ void load_keys(int32_t tile) {
-    Copy(thread_).template load<kWhole>(key_tile(), keys_, tile * kShape.keys, s_.seqlen_k,
-                                        p_.head_dim);
+  __device__ __forceinline__ void load_keys(int32_t num_rows = 0) {
+    Copy(thread_).template load<kWhole>(key_tile(), keys_, num_rows, int32_t(p_.head_dim));
+    keys_.skip(-kShape.keys, -a_.k_tile_bytes);
+    ptx::cp_async_commit();
+  }
+  template <bool kWhole>
+  __device__ __forceinline__ void load_values(int32_t num_rows = 0) {
+    CopyV(thread_).template load<kWhole>(value_tile(), values_, num_rows, int32_t(p_.head_dim_v));
+    values_.skip(-kShape.keys, -a_.v_tile_bytes);
     ptx::cp_async_commit();
   }
 
-  template <bool kWhole>
-  __device__ __forceinline__ void load_values(int32_t tile) {
-    CopyV(thread_).template load<kWhole>(value_tile(), values_, tile * kShape.keys, s_.seqlen_k,
-                                         p_.head_dim_v);
-    ptx::cp_async_commit();
+  // What was asked for is there for every thread, and behind it nobody reads the buffer that is
+  // filled next.
+  __device__ __forceinline__ void arrive() const {
+    ptx::cp_async_wait<0>();
+    __syncthreads();
   }
 
-  // All keys of a tile. What arrives is waited for by the thread that asked for it, then by the
-  // others at the barrier, behind which nobody reads the buffer that is filled next.
-  template <bool kMasked>
+  // All keys of a tile; meanwhile the one before arrives, unless it is the last.
+  template <bool kLast>
   __device__ __forceinline__ void step(int32_t tile) {
-    ptx::cp_async_wait<0>();
-    __syncthreads();
-    load_values<!kMasked>(tile);
-
     Accumulator<kMTiles, kShape.keys> scores;
-    multiply_keys<T>(scores, query_reader<kHeadDim>(query_tile(), warp_ * kWarpRows, lane_),
-                     key_reader<kHeadDim>(key_tile(), lane_));
-
-    ptx::cp_async_wait<0>();
-    __syncthreads();
-    if (tile > begin_) load_keys<true>(tile - 1);
+    multiply_keys<T>(scores, query_reader_, key_reader_);
+    arrive();
+    if (!kLast) load_keys<true>();
 
     const int32_t first_key = tile * kShape.keys + lane_ % 4 * 2;
-    if constexpr (kExtras != Extras::none) modify(scores, first_key);
-    if constexpr (kMasked) hide(scores, first_key);
+    if constexpr (modifies_scores(kExtras)) modify(scores, first_key);
+    if (tile < whole_.begin || tile >= whole_.end) hide(scores, tile, first_key);
     softmax_.update(scores, out_, a_.score.exponent);
-    if (kExtras == Extras::dropout && dropout_.threshold > 0) {
-      drop(scores, dropout_, uint32_t(s_.index * int32_t(p_.heads) + head_), row(0, 0), first_key);
+    if (drops(kExtras) && a_.score.dropout_threshold > 0) {
+      drop(scores, c_.dropout, uint32_t(s_.index * int32_t(p_.heads) + b_.first_head), row(0, 0),
+           first_key);
     }
-    multiply_values<T>(out_, scores, value_reader<kHeadDimV>(value_tile(), lane_));
+    multiply_values<T>(out_, scores, value_reader_);
+    if (!kLast) {
+      arrive();
+      load_values<true>();
+    }
   }
 
-  __device__ __forceinline__ void hide(Accumulator<kMTiles, kShape.keys>& scores,
+  // Out of line of the other tiles: a branch that all threads take or leave.
+  __device__ __forceinline__ void hide(Accumulator<kMTiles, kShape.keys>& scores, int32_t tile,
                                        int32_t first_key) {
-    KeyInterval visible[2 * kMTiles];
+    int32_t limit[2 * kMTiles];
+    if (tile >= whole_.end) {
 #pragma unroll
-    for (int32_t r = 0; r < 2 * kMTiles; ++r) {
-      visible[r] = {mask_.kv_begin(row(r / 2, r % 2)), mask_.kv_end(row(r / 2, r % 2))};
+      for (int32_t r = 0; r < 2 * kMTiles; ++r) limit[r] = mask().kv_end(token(row(r / 2, r % 2)));
+      hide_keys(scores, first_key, [&](int32_t r, int32_t key) { return key < limit[r]; });
     }
-    hide_keys(scores, first_key, visible);
+    if (tile < whole_.begin) {
+#pragma unroll
+      for (int32_t r = 0; r < 2 * kMTiles; ++r)
+        limit[r] = mask().kv_begin(token(row(r / 2, r % 2)));
+      hide_keys(scores, first_key, [&](int32_t r, int32_t key) { return key >= limit[r]; });
+    }
   }
 
   __device__ __forceinline__ void modify(Accumulator<kMTiles, kShape.keys>& scores,
                                          int32_t first_key) {
-    float slope = 0;
-    if (p_.alibi_slopes) slope = p_.alibi_slopes[s_.index * p_.alibi_batch_stride + head_];
-    AlibiRow alibi[2 * kMTiles];
+    modify_scores<kExtras == Extras::all>(scores, a_.score);
+    if (!p_.alibi_slopes) return;
+    float slope[2 * kMTiles];
+    int32_t diagonal[2 * kMTiles];
 #pragma unroll
     for (int32_t r = 0; r < 2 * kMTiles; ++r) {
-      alibi[r] = {slope, row(r / 2, r % 2) + mask_.shift()};
+      slope[r] = c_.slope;
+      diagonal[r] = row(r / 2, r % 2) + mask().shift();
     }
-    modify_scores(scores, first_key, alibi, a_.score);
+    add_alibi(scores, first_key, slope, diagonal, a_.score.alibi_by_key);
   }
 
   // One row of the thread into the warp's slice of the query tile, which has no reader left.
@@ -212,41 +271,68 @@ class ForwardTile {
     }
   }
 
-  const ForwardArguments& a_;
+  __device__ __forceinline__ void write_part_row(int32_t m, int32_t h, int64_t at, float lse,
+                                                 float factor) {
+    if (lane_ % 4 == 0) a_.part_lse[at] = lse;
+    float* out = a_.part_out + at * p_.head_dim_v + lane_ % 4 * 2;
+#pragma unroll
+    for (int32_t n = 0; n < kHeadDimV / 8; ++n) {
+      if (8 * n >= p_.head_dim_v) break;
+      out[8 * n] = out_[m][n][2 * h] * factor;
+      out[8 * n + 1] = out_[m][n][2 * h + 1] * factor;
+    }
+  }
+
+  const Arguments& a_;
   const AttentionParams& p_;
-  const Sequence s_;
-  const int32_t head_;
-  const int32_t row_begin_;
-  const int32_t thread_;
+  const Common& c_;
+  const Block& b_;
+  const Sequence& s_;
+  const uint32_t thread_;
   const int32_t lane_;
   const int32_t warp_;
   unsigned char* const shared_;
-  const KeyRows<kPaged> keys_;
-  const KeyRows<kPaged> values_;
-  const IntervalMask<int32_t> mask_;
-  Dropout dropout_;
-  int32_t begin_ = 0;  // of the key tiles
-  Accumulator<kMTiles, kHeadDimV> out_;
+  const TileRange<int32_t> some_;   // key tiles of the part in which some row sees a key
+  const TileRange<int32_t> whole_;  // key tiles of which every row sees every key
+  KeyRows<kPaged> keys_;            // of the next tile to load
+  KeyRows<kPaged> values_;
+  const TileReader<kHeadDim> query_reader_;
+  const TileReader<kHeadDim> key_reader_;
+  const TileReader<kHeadDimV> value_reader_;
   OnlineSoftmax<kMTiles> softmax_;
+  Accumulator<kMTiles, kHeadDimV> out_;
 };
 
-// Grid: row tiles (of the longest sequence) x heads x sequences, in one dimension, which has room
-// for 2^31 - 1 blocks. Under a causal mask the last rows see most keys, so they come first.
-template <typename T, int32_t kHeadDim, int32_t kHeadDimV, Extras kExtras, bool kPaged>
-__global__ void __launch_bounds__(ForwardTile<T, kHeadDim, kHeadDimV, kExtras, kPaged>::kThreads,
-                                  ForwardTile<T, kHeadDim, kHeadDimV, kExtras, kPaged>::kBlocks)
-    forward_kernel(const ForwardArguments a) {
-  using Tile = ForwardTile<T, kHeadDim, kHeadDimV, kExtras, kPaged>;
-  extern __shared__ __align__(128) unsigned char shared[];
-  const int32_t heads = int32_t(a.attention.heads);
-  const int32_t block = int32_t(blockIdx.x);
-  const int32_t sequence_and_head = block / a.row_tiles;
-  const int32_t row_tile = a.row_tiles - 1 - (block - sequence_and_head * a.row_tiles);
-  const Sequence s = sequence_of(a.attention, sequence_and_head / heads);
-  if (row_tile * Tile::kShape.rows >= s.seqlen_q) return;
-  Tile tile(a, s, sequence_and_head % heads, row_tile * Tile::kShape.rows, shared);
-  tile.attend();
-  tile.write();
+// Whether a GPU that runs this code may have so much shared memory and no more (the CUDA C++
+// Programming Guide's table of compute capabilities). What none takes stays empty.
+template <int32_t kSharedKb>
+__device__ constexpr bool runs_here(int32_t max_head_dim) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ > 800
+  constexpr int32_t kKb = __CUDA_ARCH__ / 100 == 8 || __CUDA_ARCH__ >= 1200 ? 100 : 228;
+  return tile_shape(max_head_dim, kKb).shared_kb == kSharedKb;
+#else
+  return true;
+#endif
+}
+
+template <typename T, int32_t kHeadDim, int32_t kHeadDimV, Extras kExtras, bool kPaged,
+          int32_t kSharedKb>
+__global__ void __launch_bounds__(
+    ForwardTile<T, kHeadDim, kHeadDimV, kExtras, kPaged, kSharedKb>::kThreads)
+    forward_kernel(const Arguments a) {
+  using Tile = ForwardTile<T, kHeadDim, kHeadDimV, kExtras, kPaged, kSharedKb>;
+  if constexpr (kExtras == Extras::all || runs_here<kSharedKb>(kHeadDim)) {
+    extern __shared__ __align__(128) unsigned char shared[];
+    using Common = typename Tile::Common;
+    auto* common = reinterpret_cast<Common*>(shared);
+    const Block block = Block::of<Tile::kShape.rows>(a);
+    if (!block.has_rows(a)) return;
+    if (threadIdx.x == 0) *common = Common(a, block);
+    __syncthreads();
+    Tile tile(a, *common, shared + Tile::kCommonBytes);
+    tile.attend();
+    tile.write();
+  }
 }
 
 }  // namespace anyflash::sm80

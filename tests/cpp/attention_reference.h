@@ -313,6 +313,15 @@ inline void forward(const AttentionParams& p, const Arithmetic& arithmetic, Valu
       }
     }
   }
+  // Rows behind the last packed sequence, as far as total_q counts them, are rows without keys.
+  const int64_t rest = p.cu_seqlens_q ? p.cu_seqlens_q[p.batch] : p.total_q;
+  for (int64_t row = rest; row < p.total_q; ++row) {
+    for (int64_t head = 0; head < p.heads; ++head) {
+      const int64_t at = row * p.out.row_stride + head * p.out.head_stride;
+      for (int64_t c = 0; c < p.head_dim_v; ++c) out.set(at + c, 0, 0);
+      lse.set(head * p.lse.head_stride + row, kInfinity, 0);
+    }
+  }
 }
 
 // Gradients as they follow from params' own out and lse, whoever computed these. dbias and dsinks

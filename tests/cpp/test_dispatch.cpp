@@ -12,8 +12,9 @@ namespace {
 
 int32_t never_run(const void*, void*) { return 0; }
 
-constexpr Cubin kCubins[] = {
-    {75, 12000, kCubins, 1}, {80, 12000, kCubins, 1}, {90, 12000, kCubins, 1}, {}};
+constexpr Cubin kCubins[] = {{75, 12000, kCubins, 1},  {80, 12000, kCubins, 1},
+                             {90, 12000, kCubins, 1},  {100, 12080, kCubins, 1},
+                             {120, 12080, kCubins, 1}, {}};
 
 Instance instance(Family family, int32_t min_sm, int32_t max_sm, Direction direction, Dtype dtype,
                   int32_t max_head_dim, const char* checked_on) {

@@ -74,6 +74,9 @@ inline void add_heads(std::vector<Case>& cases, int64_t d) {
 inline void add_features(std::vector<Case>& cases, int64_t d) {
   cases.push_back({"softcap", Sketch(80, 130, d).softcap(1.5)});
   cases.push_back({"softcap, causal", Sketch(130, 130, d).softcap(20).causal()});
+  cases.push_back({"softcap, large", Sketch(80, 130, d).softcap(1000).amplitude(4)});
+  cases.push_back({"softcap, as good as none", Sketch(80, 130, d).softcap(1e6)});
+  cases.push_back({"softcap, negative scale", Sketch(80, 130, d).softcap(10).scale(-0.3)});
   cases.push_back({"ALiBi by head", Sketch(90, 70, d).alibi(Slopes::heads)});
   cases.push_back({"ALiBi by head, causal", Sketch(70, 130, d).alibi(Slopes::heads).causal()});
   cases.push_back({"ALiBi by sequence", Sketch(40, 70, d).alibi(Slopes::batch_heads).batch(3)});
@@ -174,6 +177,32 @@ inline void add_caches(std::vector<Case>& cases, int64_t d) {
                                             .window(80, 0)});
 }
 
+// More rows to a key head than decode takes, fewer than fill tiles: heads share tiles, keys are
+// cut.
+inline void add_few_rows(std::vector<Case>& cases, const HeadDims& d) {
+  cases.push_back({"few rows", Sketch(5, 700, d.full).heads(8, 2)});
+  cases.push_back({"few rows, causal", Sketch(20, 700, d.full).heads(8, 1).causal()});
+  cases.push_back({"few rows, window", Sketch(19, 900, d.full).heads(7, 1).window(300, 0)});
+  cases.push_back({"few rows, one part", Sketch(30, 100, d.full).heads(8, 2).causal()});
+  cases.push_back({"few rows, own heads", Sketch(40, 700, d.full).heads(2, 2).sinks()});
+  cases.push_back({"few rows, some empty", Sketch(9, 900, d.full).heads(4, 2).used({900, 30})});
+  cases.push_back(
+      {"few rows, softcap, sinks", Sketch(9, 600, d.full).heads(4, 2).softcap(3).sinks()});
+  cases.push_back(
+      {"few rows, ALiBi", Sketch(20, 600, d.full).heads(4, 2).alibi(Slopes::heads).causal()});
+  cases.push_back({"few rows, dropout", Sketch(20, 600, d.full).heads(4, 2).dropout(0.3)});
+  cases.push_back(
+      {"few rows, packed",
+       Sketch(20, 700, d.full).heads(4, 1).packed({20, 1, 0, 9}, {700, 70, 5, 600}).causal()});
+  cases.push_back(
+      {"few rows, many sequences, packed",
+       Sketch(7, 20, d.full).heads(4, 2).packed(Lengths(37, 7), Lengths(37, 20)).causal()});
+  cases.push_back(
+      {"few rows, pages", Sketch(9, 600, d.full).heads(4, 1).pages(32).used({600, 99})});
+  cases.push_back({"few rows, fewer columns", Sketch(9, 700, d.partial).heads(8, 2)});
+  cases.push_back({"few rows, few columns", Sketch(20, 700, d.few).heads(4, 1).causal()});
+}
+
 inline void add_head_dims(std::vector<Case>& cases, const HeadDims& d) {
   cases.push_back({"fewer columns", Sketch(130, 133, d.partial)});
   cases.push_back({"fewer columns, causal", Sketch(70, 130, d.partial).causal().heads(4, 2)});
@@ -204,6 +233,7 @@ inline std::vector<Case> attention_cases(int64_t max_head_dim) {
   add_strides(cases, d.full);
   add_packed(cases, d.full);
   add_caches(cases, d.full);
+  add_few_rows(cases, d);
   add_head_dims(cases, d);
   return cases;
 }

@@ -55,8 +55,9 @@ struct Settings {
 
 // A Machine has
 //   static constexpr int64_t kRuns;  // of a case, unless --runs says otherwise
-//   std::string run(const Instance*, const fuzz::Problem&, int64_t run, fuzz::Results&);
-//                                    // what is wrong, or nothing
+//   std::string run(const Instance*, const fuzz::Problem&, int64_t number, int64_t run,
+//                   fuzz::Results&);  // `number` counts the cases
+
 template <class Machine>
 class Driver {
  public:
@@ -91,7 +92,7 @@ class Driver {
     for (const Case& c : attention_cases(instance->max_head_dim)) {
       if (c.name.find(settings_.case_name) == std::string::npos) continue;
       if (position++ % settings_.every != 0) continue;
-      run_case(instance, c.name, {c.shape, instance->dtype, static_cast<uint64_t>(settings_.seed)});
+      run_case(instance, c.name, c.shape, static_cast<uint64_t>(settings_.seed));
     }
     for (int64_t i = 0; i < settings_.random; ++i) run_random(instance, settings_.seed + i);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
@@ -108,11 +109,13 @@ class Driver {
     scope.page_multiple = 16;
     fuzz::Random random(static_cast<uint64_t>(seed));
     const fuzz::Shape shape = fuzz::random_shape(random, scope);
-    run_case(instance, "--random 1 --seed " + std::to_string(seed),
-             {shape, instance->dtype, random.bits()});
+    run_case(instance, "--random 1 --seed " + std::to_string(seed), shape, random.bits());
   }
 
-  void run_case(const Instance* instance, const std::string& name, const fuzz::Problem& problem) {
+  void run_case(const Instance* instance, const std::string& name, fuzz::Shape shape,
+                uint64_t seed) {
+    shape.clears_rest = true;  // as kernels on GPUs do
+    const fuzz::Problem problem(shape, instance->dtype, seed);
     if (problem.features() & ~instance->features) return;
     if (settings_.stop_early && failures_ > 0) return;
     ++cases_;
@@ -123,7 +126,7 @@ class Driver {
     fuzz::Results first;
     for (int64_t run = 0; run < settings_.runs; ++run) {
       fuzz::Results results = problem.forward_results();
-      std::string wrong = machine_.run(instance, problem, run, results);
+      std::string wrong = machine_.run(instance, problem, cases_, run, results);
       if (run == 0) {
         wrong += problem.check(results, problem.params(), arithmetic_of(instance->dtype), &worst_);
         first = std::move(results);

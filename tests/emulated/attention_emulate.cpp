@@ -23,13 +23,20 @@ class Emulator {
  public:
   static constexpr int64_t kRuns = 3;
 
-  std::string run(const Instance* instance, const fuzz::Problem& problem, int64_t run,
-                  fuzz::Results& results) {
+  std::string run(const Instance* instance, const fuzz::Problem& problem, int64_t number,
+                  int64_t run, fuzz::Results& results) {
     static constexpr emu::Order kOrders[] = {emu::Order::forward, emu::Order::reverse,
                                              emu::Order::random};
     emu::options().order = kOrders[run % 3];
     emu::options().seed = static_cast<uint64_t>(run);
-    emu::options().num_sms = 80;  // long keys are split for as many
+    // By turns a GPU with little shared memory and one with much: tiles differ, and for how many
+    // multiprocessors long keys are split. fp16 and bf16 begin with different ones.
+    const bool large = (number + (instance->dtype == Dtype::bf16)) % 2 == 0;
+    emu::options().num_sms = large ? 80 : 20;
+    emu::options().compute_capability = large ? 80 : 86;
+    emu::options().smem_per_sm = (large ? 164 : 100) * 1024;
+    emu::options().smem_limit = uint32_t(emu::options().smem_per_sm - 1024);
+    emu::options().l2_bytes = large ? 1 << 16 : 40 << 20;  // few pairs to a section, or many
     const int32_t error = Transfer<EmulatedMemory>(problem, results).run(instance, results);
     const emu::Result result = emu::take_result();
     std::string wrong;

@@ -48,17 +48,20 @@ def attention_probe(head_dim: int, *kernels: str) -> Probe:
 
 
 QUICK = (
-    "forward_kernel<T_D_D, Extras::none, false>(const ForwardArguments)",
-    "decode_kernel<T_D_D, Extras::none>(const DecodeArguments)",
-    "combine_kernel<bf16>(const DecodeArguments)",
+    "forward_kernel<T_D_D, Extras::none, false, 100>(const Arguments)",
+    "decode_kernel<T_D_D, Extras::none, false>(const Arguments)",
+    "combine_kernel<bf16>(const Arguments)",
 )
 ALL = (
     *QUICK,
-    "forward_kernel<T_D_D, Extras::none, true>(const ForwardArguments)",
-    "forward_kernel<T_D_D, Extras::score_mod, false>(const ForwardArguments)",
-    "forward_kernel<T_D_D, Extras::dropout, false>(const ForwardArguments)",
-    "forward_kernel<T_D_D, Extras::dropout, true>(const ForwardArguments)",
-    "decode_kernel<T_D_D, Extras::score_mod>(const DecodeArguments)",
+    "forward_kernel<T_D_D, Extras::none, true, 100>(const Arguments)",
+    "forward_kernel<T_D_D, Extras::score_mod, false, 100>(const Arguments)",
+    "forward_kernel<T_D_D, Extras::dropout, false, 100>(const Arguments)",
+    "forward_kernel<T_D_D, Extras::all, false, 100>(const Arguments)",
+    "forward_kernel<T_D_D, Extras::all, true, 100>(const Arguments)",
+    "decode_kernel<T_D_D, Extras::none, true>(const Arguments)",
+    "decode_kernel<T_D_D, Extras::score_mod, false>(const Arguments)",
+    "decode_kernel<T_D_D, Extras::score_mod, true>(const Arguments)",
 )
 # A mutant that survives one probe meets the next.
 ATTENTION = (attention_probe(64, *QUICK), attention_probe(96, *ALL))
@@ -78,6 +81,8 @@ template __global__ void kernel<fp32, 4>(KvcacheAppendParams);
 FILES = {
     "kernels/sm80/forward.cuh": ATTENTION,
     "kernels/sm80/decode.cuh": ATTENTION,
+    "kernels/sm80/combine.cuh": ATTENTION,
+    "kernels/sm80/block.cuh": ATTENTION,
     "kernels/common/tile_copy.cuh": ATTENTION,
     "kernels/common/sequence.cuh": ATTENTION,
     "kernels/lengths.h": ATTENTION,

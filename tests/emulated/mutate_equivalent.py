@@ -4,31 +4,31 @@ from __future__ import annotations
 
 MORE_TILES = "only adds key tiles in which every key is hidden: time, no result"
 MORE_MASKS = "masks a tile in which no key is hidden: time, no result"
-EXISTING_ROWS = "asks whether rows exist where they do: time, no result"
 NO_ROWS = "rows that do not exist are not written: time, no result"
-ORDERED = "full tiles begin and end inside of the visible ones, so that both sides are equal"
+KEEPS_ALL = "a threshold of 0 keeps all"
+STAYS_EMPTY = "without it an empty range stays empty as well"
 
-_ROW_END = "const int32_t row_end = smaller(row_begin_ + kShape.rows, s_.seqlen_q);"
-_DROPS = "if (kExtras == Extras::dropout && dropout_.threshold > 0) {"
-_BLOCK_WITHOUT_ROWS = "if (row_tile * Tile::kShape.rows >= s.seqlen_q) return;"
-_NEXT_KEYS = "if (tile > begin_) load_keys<true>(tile - 1);"
-_MASKED_END = "const int32_t masked_end = tile >= all.end ? larger(all.end, begin_) : begin_;"
-_WHOLE_TILES = "for (; tile >= all.begin && tile >= begin_; --tile) step<false>(tile);"
+_SPAN = "(tiles.end - tiles.begin)"
+_FORWARD_END_TOKEN = "return smaller(token(b_.row_begin + kShape.rows - 1) + 1, s_.seqlen_q);"
+_EACH = "const int32_t each = (larger(tiles.end - tiles.begin, 0) + a_.splits - 1) / a_.splits;"
+_SOME_HIDDEN = "if (tile < whole_.begin || tile >= whole_.end) hide(scores, tile, first_key);"
+_DROPS = "if (drops(kExtras) && a_.score.dropout_threshold > 0) {"
+_BEHIND = "if (tile >= whole_.end) {"
+_BEFORE = "if (tile < whole_.begin) {"
+_NO_SLOPES = "if (!p_.alibi_slopes) return;"
+_HAS_ROWS = "if (!block.has_rows(a)) return;"
 
-_END_TOKEN = "const int32_t end_token = smaller(token(row_begin_ + kRows - 1) + 1, s_.seqlen_q);"
-_ROUNDS = "const int32_t rounds = larger((some.end - some.begin + kWarps - 1) / kWarps, 0);"
-_PART_END = "end_ = smaller(some.end, tile + per_split * kWarps);"
-_NO_TILES = "if (tile >= end_) return;"
-_SOME_HIDDEN = "if (tile < whole_.begin || tile >= whole_.end) hide(scores, first_key);"
-_NO_ROWS = "if (row_begin >= s.seqlen_q * int32_t(a.group.value)) return;"
+_DECODE_END_TOKEN = "return smaller(token(row_begin_ + kRows - 1) + 1, s_.seqlen_q);"
+_ROUNDS = "const int32_t rounds = larger((tiles.end - tiles.begin + kWarps - 1) / kWarps, 0);"
+_DECODE_SOME_HIDDEN = "if (tile < whole_.begin || tile >= whole_.end) hide(scores, first_key);"
+_NO_TILES = "if (part_.begin >= part_.end) return;"
 _COLUMNS = "for (int32_t begin = 0; begin < p.head_dim_v; begin += 4 * kWarpThreads) {"
 _PARTS = (
     "for (int32_t from = 0; from < kWarpThreads && i * kWarpThreads + from < a.splits; ++from) {"
 )
 _NO_WEIGHT = "if (weight == 0 || column >= p.head_dim_v) continue;"
-_PAGED = "copy.template load<false>(shared, paged, tile * kKeys, s_.seqlen_k, int32_t(columns));"
 _PADDED = "return {span.first + skipped, larger<Index>(span.length - skipped, 0)};"
-_EXISTS = "const bool exists = kWhole || first_row + row_ + i * kRowStep < num_rows;"
+_EXISTS = "const bool exists = kWhole || row_ + i * kRowStep < num_rows;"
 _ACROSS = "const int across = smaller(pieces, kThreads);"
 _TURN = "return p.rotary_cos ? Turn<T, kCount>(p, position, column) : Turn<T, kCount>();"
 
@@ -37,54 +37,46 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
     {
         ("forward.cuh", before, after): reason
         for before, after, reason in (
-            (_ROW_END, "const int32_t row_end = (row_begin_ + kShape.rows);", MORE_TILES),
-            (_ROW_END, "const int32_t row_end = (s_.seqlen_q);", MORE_TILES),
-            (_MASKED_END, _MASKED_END.replace("tile >= all.end", "false"), MORE_MASKS),
-            (_MASKED_END, _MASKED_END.replace(">=", ">"), MORE_MASKS),
-            (_MASKED_END, _MASKED_END.replace("larger(all.end, begin_)", "(begin_)"), MORE_MASKS),
-            (_MASKED_END, _MASKED_END.replace("larger(all.end, begin_)", "(all.end)"), ORDERED),
-            (_WHOLE_TILES, _WHOLE_TILES.replace("tile >= all", "tile > all"), MORE_MASKS),
-            (_WHOLE_TILES, _WHOLE_TILES.replace("tile >= begin_", "tile > begin_"), MORE_MASKS),
-            (_WHOLE_TILES, _WHOLE_TILES.replace("tile >= begin_", "true"), ORDERED),
+            (_FORWARD_END_TOKEN, "return (s_.seqlen_q);", MORE_TILES),
             (
-                _WHOLE_TILES,
-                _WHOLE_TILES.replace("<false>", "<true>"),
-                MORE_MASKS,
-            ),  # test_sass_sm80.py
-            (
-                _DROPS,
-                _DROPS.replace("dropout_.threshold > 0", "true"),
-                "a threshold of 0 keeps all",
+                _FORWARD_END_TOKEN,
+                "return (token(b_.row_begin + kShape.rows - 1) + 1);",
+                MORE_TILES,
             ),
-            (_DROPS, _DROPS.replace(" > ", " >= "), "a threshold of 0 keeps all"),
-            (_BLOCK_WITHOUT_ROWS, "if (false) return;", NO_ROWS),
-            (_BLOCK_WITHOUT_ROWS, _BLOCK_WITHOUT_ROWS.replace(">=", ">"), NO_ROWS),
-            (_NEXT_KEYS, _NEXT_KEYS.replace("<true>", "<false>"), EXISTING_ROWS),
+            (_EACH, _EACH.replace("larger(tiles.end - tiles.begin, 0)", _SPAN), STAYS_EMPTY),
+            (_SOME_HIDDEN, "if (true) hide(scores, tile, first_key);", MORE_MASKS),
+            (_SOME_HIDDEN, _SOME_HIDDEN.replace(" < ", " <= "), MORE_MASKS),
+            (_DROPS, "if (true) {", KEEPS_ALL),
+            (_DROPS, _DROPS.replace("drops(kExtras)", "true"), KEEPS_ALL),
+            (_DROPS, _DROPS.replace("a_.score.dropout_threshold > 0", "true"), KEEPS_ALL),
+            (_DROPS, _DROPS.replace(" > ", " >= "), KEEPS_ALL),
+            (_BEHIND, "if (true) {", MORE_MASKS),
+            (_BEFORE, "if (true) {", MORE_MASKS),
+            (_BEFORE, _BEFORE.replace(" < ", " <= "), MORE_MASKS),
+            (_NO_SLOPES, "if (false) return;", "without slopes, 0 is added: time, no result"),
+            (_HAS_ROWS, "if (false) return;", NO_ROWS),
         )
     }
     | {
         ("decode.cuh", before, after): reason
         for before, after, reason in (
-            (_END_TOKEN, "const int32_t end_token = (s_.seqlen_q);", MORE_TILES),
-            (
-                _END_TOKEN,
-                "const int32_t end_token = (token(row_begin_ + kRows - 1) + 1);",
-                MORE_TILES,
-            ),
-            (_PART_END, "end_ = (tile + per_split * kWarps);", MORE_TILES),
+            (_DECODE_END_TOKEN, "return (s_.seqlen_q);", MORE_TILES),
+            (_DECODE_END_TOKEN, "return (token(row_begin_ + kRows - 1) + 1);", MORE_TILES),
             (
                 _ROUNDS,
-                "const int32_t rounds = ((some.end - some.begin + kWarps - 1) / kWarps);",
-                "without it an empty range stays empty as well",
+                "const int32_t rounds = ((tiles.end - tiles.begin + kWarps - 1) / kWarps);",
+                STAYS_EMPTY,
             ),
-            (_SOME_HIDDEN, "if (true) hide(scores, first_key);", MORE_MASKS),
-            (_SOME_HIDDEN, _SOME_HIDDEN.replace(" < ", " <= "), MORE_MASKS),
-            (
-                _NO_ROWS,
-                "if (false) return;",
-                "rows that do not exist are not written: time, no result",
-            ),
-            (_NO_ROWS, _NO_ROWS.replace(">=", ">"), NO_ROWS),
+            (_DECODE_SOME_HIDDEN, "if (true) hide(scores, first_key);", MORE_MASKS),
+            (_DECODE_SOME_HIDDEN, _DECODE_SOME_HIDDEN.replace(" < ", " <= "), MORE_MASKS),
+            (_NO_TILES, "if (false) return;", "the loop behind it has no pass either"),
+            (_NO_TILES, _NO_TILES.replace(">=", ">"), "the loop behind it has no pass either"),
+            (_HAS_ROWS, "if (false) return;", NO_ROWS),
+        )
+    }
+    | {
+        ("combine.cuh", before, after): reason
+        for before, after, reason in (
             (_COLUMNS, _COLUMNS.replace(" < ", " <= "), "no column is left: time, no result"),
             (
                 _NO_WEIGHT,
@@ -102,13 +94,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
                 "parts beyond the last have no weight and are left out",
             ),
             (_PARTS, _PARTS.replace("from < a.splits", "from <= a.splits"), "the same"),
-            (_NO_TILES, "if (false) return;", "the loop behind it has no pass either"),
-            (_NO_TILES, "if (tile > end_) return;", "the loop behind it has no pass either"),
-            (
-                _PAGED,
-                _PAGED.replace("<false>", "<true>"),
-                "behind the last row, KeyRows reads it again; these keys are hidden",
-            ),
         )
     }
     | {

@@ -172,6 +172,7 @@ class Problem {
     if (shape_.packed_q) {
       const Lengths begin = cumulative(*shape_.packed_q, 0);
       rows_q_ = begin.back() + shape_.slack;
+      p_.total_q = shape_.clears_rest ? rows_q_ : begin.back();
       p_.cu_seqlens_q = keep(begin);
     }
     if (shape_.packed_k) {

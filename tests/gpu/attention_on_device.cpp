@@ -36,7 +36,7 @@ struct DeviceMemory {
 struct Gpu {
   static constexpr int64_t kRuns = 2;
 
-  std::string run(const Instance* instance, const fuzz::Problem& problem, int64_t,
+  std::string run(const Instance* instance, const fuzz::Problem& problem, int64_t, int64_t,
                   fuzz::Results& results) {
     const int32_t error = Transfer<DeviceMemory>(problem, results).run(instance, results);
     require(cudaDeviceSynchronize());

@@ -23,12 +23,12 @@ INSTANTIATED = {
         "kvcache_append::kernel<bf16, 8>",
         "kvcache_append::kernel<fp32, 1>",
     ],
+    "sm80/combine.cuh": ["sm80::combine_kernel<fp16>"],
     "sm80/decode.cuh": [
-        "sm80::decode_kernel<bf16, 192, 128, Extras::score_mod>",
-        "sm80::combine_kernel<fp16>",
+        "sm80::decode_kernel<bf16, 192, 128, Extras::score_mod, true>",
     ],
     "sm80/forward.cuh": [
-        "sm80::forward_kernel<fp16, 64, 64, Extras::dropout, true>",
+        "sm80::forward_kernel<fp16, 64, 64, Extras::all, true, 100>",
     ],
 }
 

@@ -169,13 +169,29 @@ def test_sass_parser():
     code = parse_sass(text)["_Zk"]
     assert code == Code(
         [
-            Instruction("LDG.E.128", None),
-            Instruction("STL", None),
-            Instruction("HMMA.16816.F32", None),
-            Instruction("BRA", ".L_x_2"),
-            Instruction("BRA", ".L_x_1"),
+            Instruction("LDG.E.128", None, "R4, [R2.64]"),
+            Instruction("STL", None, "[R1], R4", True),
+            Instruction("HMMA.16816.F32", None, "R4, R8, R12, R4"),
+            Instruction("BRA", ".L_x_2", "`(.L_x_2)", True),
+            Instruction("BRA", ".L_x_1", "`(.L_x_1)"),
         ],
         {".L_x_1": 1, ".L_x_2": 2},
     )
-    assert code.loops() == [range(2, 4), range(1, 5)]
     assert code.hot_loop() == {"HMMA": 1, "BRA": 1}
+
+
+def test_a_pass_leaves_out_what_most_passes_do():
+    text = (
+        ".text._Zk:\n"
+        ".L_x_1:\n"
+        "        /*0000*/                   HMMA.16816.F32 R4, R8, R12, R4 ;\n"
+        "        /*0010*/               @P0 BRA `(.L_x_2) ;\n"
+        "        /*0020*/                   FSEL R4, R4, R5, P1 ;\n"
+        "        /*0030*/                   FSEL R6, R6, R5, P1 ;\n"
+        ".L_x_2:\n"
+        "        /*0040*/               @P2 BRA `(.L_x_1) ;\n"
+        "        /*0050*/                   EXIT ;\n"
+    )
+    code = parse_sass(text)["_Zk"]
+    assert code.hot_loop() == {"HMMA": 1, "BRA": 2}
+    assert code.hot_loop("FSEL") == {"HMMA": 1, "BRA": 2, "FSEL": 2}

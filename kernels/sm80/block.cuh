@@ -1,0 +1,45 @@
+// Which rows a block of an attention kernel has.
+#pragma once
+
+#include "kernels/common/sequence.cuh"
+#include "kernels/sm80/arguments.h"
+
+namespace anyflash::sm80 {
+
+struct Block {
+  Sequence sequence;
+  int32_t first_head;  // of the group whose rows share tiles
+  int32_t row_begin;   // row = token * group + head within the group
+  int32_t split;       // which part of the keys
+
+  __device__ __forceinline__ bool has_rows(const Arguments& a) const {
+    return row_begin < sequence.seqlen_q * int32_t(a.group.value);
+  }
+
+  // Whether the results are one part of several. Rows behind the last packed sequence have no keys
+  // in any part, so the first is the whole.
+  __device__ __forceinline__ bool in_parts(const Arguments& a) const {
+    return a.splits > 1 && sequence.index < a.attention.batch;
+  }
+
+  // Grid: splits x tiles of kRows rows x groups x sequences, in one dimension, which has room for
+  // 2^31 - 1 blocks, in the order of block_order.h.
+  template <int32_t kRows>
+  __device__ __forceinline__ static Block of(const Arguments& a) {
+    const AttentionParams& p = a.attention;
+    const int32_t group = int32_t(a.group.value), groups = int32_t(p.heads) / group;
+    const int32_t block = int32_t(blockIdx.x) / a.splits;
+    const int32_t split = int32_t(blockIdx.x) - block * a.splits;
+    const BlockOrder::Place place = a.order.at(block);
+    const int32_t first_head = place.pair % groups * group;
+    if (!p.cu_seqlens_q) {
+      return {sequence_of(p, place.pair / groups), first_head, place.row_tile * kRows, split};
+    }
+    const auto tile = PackedTile<kRows>::find(p, group, place.row_tile);
+    Sequence s = tile.sequence < p.batch ? sequence_of(p, tile.sequence) : rest_of(p);
+    if (tile.sequence == p.batch && split > 0) s.seqlen_q = 0;
+    return {s, first_head, tile.row_tile * kRows, split};
+  }
+};
+
+}  // namespace anyflash::sm80

@@ -1,0 +1,75 @@
+// What the parts of a row's keys come to, for kernels whose keys were cut into parts.
+#pragma once
+
+#include "kernels/common/mma_tile.cuh"
+#include "kernels/common/sequence.cuh"
+#include "kernels/sm80/arguments.h"
+#include "kernels/sm80/plan.h"
+
+namespace anyflash::sm80 {
+
+// Where row r of the sequences' rows stands in part_out and part_lse.
+__device__ __forceinline__ int64_t part_row(const AttentionParams& p, int32_t split,
+                                            int32_t sequence, int32_t head, int32_t token) {
+  return ((split * p.batch + sequence) * p.heads + head) * p.seqlen_q + token;
+}
+
+// A warp combines the parts of one row: each lane weighs up to four of them, then all lanes go
+// through the parts together, four columns a lane. Parts without keys are not read.
+constexpr int32_t kCombineWarps = 4;
+
+template <typename T>
+__global__ void __launch_bounds__(kCombineWarps* kWarpThreads) combine_kernel(const Arguments a) {
+  const AttentionParams& p = a.attention;
+  const int32_t lane = int32_t(threadIdx.x) % kWarpThreads;
+  const int64_t row = int64_t(blockIdx.x) * kCombineWarps + threadIdx.x / kWarpThreads;
+  const int64_t rows = p.batch * p.heads * p.seqlen_q;
+  if (row >= rows) return;
+  const int32_t token = int32_t(row % p.seqlen_q);
+  const int32_t head = int32_t(row / p.seqlen_q % p.heads);
+  const Sequence s = sequence_of(p, int32_t(row / p.seqlen_q / p.heads));
+  if (token >= s.seqlen_q) return;
+
+  constexpr int32_t kLaneParts = int32_t(kMostSplits) / kWarpThreads;
+  float part_sum[kLaneParts];  // its logarithm
+  float max = -infinity();
+#pragma unroll
+  for (int32_t i = 0; i < kLaneParts; ++i) {
+    const int32_t part = i * kWarpThreads + lane;
+    const float lse = part < a.splits ? a.part_lse[part * rows + row] : infinity();
+    part_sum[i] = lse == infinity() ? -infinity() : lse;
+    max = fmaxf(max, part_sum[i]);
+  }
+  max = warp_max(max);
+  float sum = 0;
+#pragma unroll
+  for (int32_t i = 0; i < kLaneParts; ++i) {
+    part_sum[i] = ptx::ex2((part_sum[i] - finite_max(max)) * kLog2e);  // from here on the weight
+    sum += part_sum[i];
+  }
+  const float sink = p.sinks ? p.sinks[head] : -infinity();
+  const RowResult result = finish_row(max, warp_sum(sum), sink);
+  if (lane == 0) statistics_of(p, p.lse, s, head)[token] = result.lse;
+
+  char* out = strided_rows(p.out, p.cu_seqlens_q != nullptr, s.index, s.first_q, head)[token];
+  for (int32_t begin = 0; begin < p.head_dim_v; begin += 4 * kWarpThreads) {
+    const int32_t column = begin + 4 * lane;
+    float x[4] = {};
+#pragma unroll
+    for (int32_t i = 0; i < kLaneParts; ++i) {
+      for (int32_t from = 0; from < kWarpThreads && i * kWarpThreads + from < a.splits; ++from) {
+        const float weight = ptx::shuffle(part_sum[i], from);
+        if (weight == 0 || column >= p.head_dim_v) continue;
+        const float* part =
+            a.part_out + ((i * kWarpThreads + from) * rows + row) * p.head_dim_v + column;
+#pragma unroll
+        for (int32_t c = 0; c < 4; ++c) x[c] += weight * part[c];
+      }
+    }
+#pragma unroll
+    for (int32_t c = 0; c < 4; ++c) x[c] *= result.inverse_sum;
+    if (column < p.head_dim_v) store_4(T{}, out + 2 * column, x);
+  }
+}
+
+}  // namespace anyflash::sm80
