@@ -110,6 +110,9 @@ __device__ __forceinline__ float shuffle(float x, int32_t from_lane) {
   return __shfl_sync(0xFFFFFFFFu, x, from_lane);
 }
 
+// Ends the kernel with an error.
+__device__ __forceinline__ void trap() { asm volatile("trap;"); }
+
 // The rest is for sm_80 and newer. Addresses of shared memory are 32-bit.
 
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {

@@ -37,6 +37,7 @@ class ForwardTile {
   using ValueTile = SwizzledTile<kHeadDimV>;
   static constexpr int32_t kQueryBytes = QueryTile::bytes(kShape.rows);
   static constexpr int32_t kKeyBytes = QueryTile::bytes(kShape.keys);
+
   // What a block's threads have in common. In shared memory, because all registers are for scores
   // and results.
   struct Common {
@@ -115,9 +116,9 @@ class ForwardTile {
         const float factor =
             drops(kExtras) ? result.inverse_sum * a_.score.keep_scale : result.inverse_sum;
         if (in_parts) {
-          if (exists)
-            write_part_row(m, h, part_row(p_, b_.split, s_.index, query_head, query), result.lse,
-                           factor);
+          if (!exists) continue;
+          const int64_t part = part_row(p_, b_.split, s_.index, query_head, query);
+          write_part_row(m, h, part, result.lse, factor);
           continue;
         }
         if (lane_ % 4 == 0 && exists) {
@@ -303,8 +304,8 @@ class ForwardTile {
   Accumulator<kMTiles, kHeadDimV> out_;
 };
 
-// Whether a GPU that runs this code may have so much shared memory and no more (the CUDA C++
-// Programming Guide's table of compute capabilities). What none takes stays empty.
+// Whether a GPU that runs this code takes tiles for so much shared memory (the CUDA C++ Programming
+// Guide's table of compute capabilities). What none takes has no code.
 template <int32_t kSharedKb>
 __device__ constexpr bool runs_here(int32_t max_head_dim) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ > 800
@@ -332,6 +333,8 @@ __global__ void __launch_bounds__(
     Tile tile(a, *common, shared + Tile::kCommonBytes);
     tile.attend();
     tile.write();
+  } else {
+    ptx::trap();
   }
 }
 
