@@ -209,7 +209,7 @@ def _torch(report: Report) -> dict[str, Any]:
             "runs on the CPU.",
             "cuda_torch",
         )
-    elif driver["cuda"] and _major(driver["cuda"]) < _major(torch.version.cuda):
+    elif driver["cuda"] and _drivers.major(driver["cuda"]) < _drivers.major(torch.version.cuda):
         report.problem(
             f"The NVIDIA driver knows CUDA {driver['cuda']}, torch was built for CUDA "
             f"{torch.version.cuda}: torch cannot use the GPU.",
@@ -221,10 +221,6 @@ def _torch(report: Report) -> dict[str, Any]:
             "ask_torch",
         )
     return state
-
-
-def _major(version: str) -> int:
-    return int(version.partition(".")[0])
 
 
 def _cpu(report: Report) -> dict[str, Any]:
@@ -248,22 +244,10 @@ def _gpus(report: Report) -> list[dict[str, Any]]:
                 f"{', '.join(gpu['torch_archs'])}.",
                 "torch_for_gpu",
             )
-    if any(gpu["kind"] == "cuda" for gpu in gpus):
-        _driver_of_kernels(report)
+    instances = _machine.kernel_state()["instances"] if gpus else []
+    if old := _drivers.too_old(_machine.driver(), instances):
+        report.note(old, "newer_driver")
     return gpus
-
-
-def _driver_of_kernels(report: Report) -> None:
-    """Notes a driver that does not run the CUDA kernels of this build."""
-    driver = _machine.driver()
-    instances = _machine.kernel_state()["instances"]
-    needed = min((i["min_driver"] for i in instances if i["device"] == "cuda"), default=0)
-    if driver is not None and 0 < driver["version"] < needed:
-        report.note(
-            f"anyflash's CUDA kernels need NVIDIA driver {_drivers.text_of(needed)} or newer, this "
-            f"is {_drivers.text_of(driver['version'])}. PyTorch's own kernels run instead.",
-            "newer_driver",
-        )
 
 
 def _flash_attn(report: Report, probe: bool) -> dict[str, Any]:
