@@ -143,23 +143,27 @@ template <typename T, int32_t kHeadDim, int32_t kHeadDimV, int32_t kLeastSm, Ext
 int32_t launch_tiles(const AttentionParams& p, const Plan& plan, void* stream) {
   if constexpr (kLeastSm < 80) {
     return launch_shape<T, kHeadDim, kHeadDimV, kExtras, kPaged, kSm75SharedKb>(p, plan, stream);
-  }
-  constexpr int32_t kMostKb = tile_shape(kHeadDim, 1024).shared_kb;
-  if constexpr (kMostKb > kLeastSharedKb && kExtras != Extras::all) {
-    if (device_limits().shared_bytes_per_multiprocessor >= kMostKb * 1024) {
-      return launch_shape<T, kHeadDim, kHeadDimV, kExtras, kPaged, kMostKb>(p, plan, stream);
+  } else {
+    constexpr int32_t kMostKb = tile_shape(kHeadDim, 1024).shared_kb;
+    if constexpr (kMostKb > kLeastSharedKb && kExtras != Extras::all) {
+      if (device_limits().shared_bytes_per_multiprocessor >= kMostKb * 1024) {
+        return launch_shape<T, kHeadDim, kHeadDimV, kExtras, kPaged, kMostKb>(p, plan, stream);
+      }
     }
+    return launch_shape<T, kHeadDim, kHeadDimV, kExtras, kPaged, kLeastSharedKb>(p, plan, stream);
   }
-  return launch_shape<T, kHeadDim, kHeadDimV, kExtras, kPaged, kLeastSharedKb>(p, plan, stream);
 }
 
-// Of the paged kernels there are two: plain, and with everything.
+// Of the paged kernels there are two: plain, which sm_75 would have no registers for, and with
+// everything.
 template <typename T, int32_t kHeadDim, int32_t kHeadDimV, int32_t kLeastSm = 80>
 int32_t launch_forward_kernel(const AttentionParams& p, const Plan& plan, void* stream) {
   const Extras extras = extras_of(p);
   if (p.block_table) {
-    if (extras == Extras::none) {
-      return launch_tiles<T, kHeadDim, kHeadDimV, kLeastSm, Extras::none, true>(p, plan, stream);
+    if constexpr (kLeastSm >= 80) {
+      if (extras == Extras::none) {
+        return launch_tiles<T, kHeadDim, kHeadDimV, kLeastSm, Extras::none, true>(p, plan, stream);
+      }
     }
     return launch_tiles<T, kHeadDim, kHeadDimV, kLeastSm, Extras::all, true>(p, plan, stream);
   }

@@ -221,7 +221,7 @@ class ForwardTile {
     Accumulator<kMTiles, kShape.keys> scores;
     multiply_keys<T>(scores, query_reader_, key_reader_);
     await_values();
-    if (!kLast) load_keys<true>();
+    if (!kLast && ptx::kHasCpAsync) load_keys<true>();
 
     const int32_t first_key = tile * kShape.keys + lane_ % 4 * 2;
     if constexpr (modifies_scores(kExtras)) modify(scores, first_key);
@@ -231,6 +231,7 @@ class ForwardTile {
       drop(scores, c_.dropout, uint32_t(s_.index * int32_t(p_.heads) + b_.first_head), row(0, 0),
            first_key);
     }
+    if (!kLast && !ptx::kHasCpAsync) load_keys<true>();  // in registers the product alone
     multiply_values<T>(out_, scores, value_reader_);
     if (!kLast) {
       await_keys();
