@@ -12,8 +12,8 @@ namespace anyflash::sm75 {
 template <typename T, int32_t kMaxHeadDim>
 int32_t launch_forward(const AttentionParams& p, void* stream) {
   if (!sm80::is_valid(p, kMaxHeadDim)) return kErrorInvalidParams;
-  const sm80::Plan plan = sm80::plan_of(p, device_limits().multiprocessors,
-                                        sm80::kernels_of(75, kMaxHeadDim));
+  const sm80::Plan plan =
+      sm80::plan_of(p, device_limits().multiprocessors, sm80::kernels_of(75, kMaxHeadDim));
   return sm80::launch_forward_kernel<T, kMaxHeadDim, kMaxHeadDim, 75>(p, plan, stream);
 }
 

@@ -128,8 +128,7 @@ int32_t launch_shape(const AttentionParams& p, const Plan& plan, void* stream) {
   using Tile = ForwardTile<T, kHeadDim, kHeadDimV, kExtras, kPaged, kSharedKb>;
   constexpr int32_t kLeastSm = kSharedKb < kLeastSharedKb ? 75 : 80;
   static_assert(Tile::kShape.rows == kernels_of(kLeastSm, kHeadDim).forward_rows);
-  constexpr int32_t kHeld =
-      smaller(8 / Tile::kShape.warps, kSharedKb * 1024 / Tile::kSharedBytes);
+  constexpr int32_t kHeld = smaller(8 / Tile::kShape.warps, kSharedKb * 1024 / Tile::kSharedBytes);
   return launch_parts<T, kLeastSm>(
       forward_kernel<T, kHeadDim, kHeadDimV, kExtras, kPaged, kSharedKb>,
       arguments_of(p, plan, Tile::kShape.keys, kHeld), plan, Tile::kThreads, Tile::kSharedBytes,
@@ -171,9 +170,11 @@ int32_t launch_forward_kernel(const AttentionParams& p, const Plan& plan, void* 
     case Extras::none:
       return launch_tiles<T, kHeadDim, kHeadDimV, kLeastSm, Extras::none, false>(p, plan, stream);
     case Extras::score_mod:
-      return launch_tiles<T, kHeadDim, kHeadDimV, kLeastSm, Extras::score_mod, false>(p, plan, stream);
+      return launch_tiles<T, kHeadDim, kHeadDimV, kLeastSm, Extras::score_mod, false>(p, plan,
+                                                                                      stream);
     case Extras::dropout:
-      return launch_tiles<T, kHeadDim, kHeadDimV, kLeastSm, Extras::dropout, false>(p, plan, stream);
+      return launch_tiles<T, kHeadDim, kHeadDimV, kLeastSm, Extras::dropout, false>(p, plan,
+                                                                                    stream);
     case Extras::all:
       return launch_tiles<T, kHeadDim, kHeadDimV, kLeastSm, Extras::all, false>(p, plan, stream);
   }

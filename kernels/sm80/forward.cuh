@@ -60,8 +60,8 @@ class ForwardTile {
     }
   };
 
-  // What is common, in front of queries, keys and values. On sm_75 these fill shared memory, so that
-  // each thread has it in registers.
+  // What is common, in front of queries, keys and values. On sm_75 these fill shared memory, so
+  // that each thread has it in registers.
   static constexpr int32_t kCommonBytes = kSharedKb < kLeastSharedKb ? 0 : 128;
   static_assert(kCommonBytes == 0 || sizeof(Common) <= kCommonBytes);
   static constexpr int32_t kSharedBytes =
