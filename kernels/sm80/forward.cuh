@@ -186,7 +186,8 @@ class ForwardTile {
     TileOnItsWay<decltype(copy)> queries;
     queries.template start<false>(copy, query_tile(), rows, num_rows() - b_.row_begin,
                                   int32_t(p_.head_dim));
-    if (!ptx::kHasCpAsync) queries.finish(copy, query_tile());  // else with the first keys
+    // By cp.async they arrive with the first keys.
+    if (!ptx::kHasCpAsync) queries.finish(copy, query_tile());
   }
 
   // The tile before the one that was loaded last, which alone may reach beyond the last key: of it
@@ -231,7 +232,8 @@ class ForwardTile {
       drop(scores, c_.dropout, uint32_t(s_.index * int32_t(p_.heads) + b_.first_head), row(0, 0),
            first_key);
     }
-    if (!kLast && !ptx::kHasCpAsync) load_keys<true>();  // in registers the product alone
+    // Registers are for the keys only while the product runs.
+    if (!kLast && !ptx::kHasCpAsync) load_keys<true>();
     multiply_values<T>(out_, scores, value_reader_);
     if (!kLast) {
       await_keys();

@@ -27,9 +27,6 @@ INSTANTIATED = {
     "sm80/decode.cuh": [
         "sm80::decode_kernel<bf16, 192, 128, Extras::score_mod, true>",
     ],
-    "sm75/attention.cuh": [
-        "sm80::forward_kernel<fp16, 128, 128, Extras::all, true, 64>",
-    ],
     "sm80/forward.cuh": [
         "sm80::forward_kernel<fp16, 64, 64, Extras::all, true, 100>",
     ],
