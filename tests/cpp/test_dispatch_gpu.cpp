@@ -132,7 +132,9 @@ TEST_CASE("dispatch: the attention kernel for a GPU that fits head_dim and head_
     problem.head_dim_v = best.head_dim_v;
     CAPTURE(best.head_dim, best.head_dim_v);
     CHECK(kernel_for(problem) == std::string("attention_forward_fp16_d") +
-                                     (largest <= 64 ? "64" : largest <= 128 ? "128" : "256") +
+                                     (largest <= 64    ? "64"
+                                      : largest <= 128 ? "128"
+                                                       : "256") +
                                      "_sm75");
   }
 }
