@@ -73,7 +73,7 @@ class Tile(NamedTuple):
 
 
 def tiles() -> tuple[Tile, ...]:
-    """The tiles of the sm_80 forward, the preferred one of a head dim first."""
+    """The tiles of the attention forward on GPUs, the preferred one of a head dim first."""
     return tuple(Tile(*map(int, entry.fields)) for entry in entries("tiles"))
 
 
