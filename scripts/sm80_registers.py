@@ -42,6 +42,8 @@ class Kernel(NamedTuple):
     def from_mangled(cls, name: str) -> Kernel:
         kind, dtype, arguments = re.search(r"([a-z]+)_kernelINS_4(\w{4})E(\w*?)EEv", name).groups()
         numbers = [int(x) for x in re.findall(r"(?:Li|ExtrasE|Lb)(\d+)E", arguments + "E")]
+        if kind == "combine":  # one for all
+            numbers = []
         head_dim, head_dim_v, extras, paged, shared_kb = (*numbers, 0, 0, 0, 0, 0)[:5]
         return cls(dtype, head_dim, head_dim_v, kind, extras, bool(paged), shared_kb)
 
