@@ -46,10 +46,11 @@ function(anyflash_nvrtc source output arch)
             "-I${PROJECT_SOURCE_DIR}" ${ARGN})
 endfunction()
 
-# anyflash_embed(<line> <output.cpp> <sm>=<min driver>=<code>...): machine code as C++.
+# anyflash_embed(<line> <output.cpp> <sm>=<min driver>=<code>[=<like>]...): machine code as C++.
 function(anyflash_embed line output)
   set(_embed "${PROJECT_SOURCE_DIR}/tools/embed_code.py")
   string(REGEX REPLACE "[0-9]+=[0-9]+=" "" _files "${ARGN}")
+  string(REPLACE "=" ";" _files "${_files}")
   add_custom_command(
     OUTPUT "${output}" DEPENDS "${_embed}" ${_files} VERBATIM
     COMMAND "${Python_EXECUTABLE}" "${_embed}" ${line} "${output}" ${ARGN})

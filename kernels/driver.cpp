@@ -7,6 +7,7 @@
 #include <map>
 #include <mutex>
 #include <utility>
+#include <vector>
 
 #include "kernels/common/launch_kernel.h"
 #include "kernels/cubin.h"
@@ -145,6 +146,15 @@ DeviceLimits limits_of(const Driver& driver, DeviceHandle device) {
 
 // ---- modules and functions ----
 
+std::vector<char> changed(const Cubin& cubin) {
+  const char* data = static_cast<const char*>(cubin.data);
+  std::vector<char> code(data, data + cubin.bytes);
+  for (int64_t i = 0; i < cubin.num_changes; ++i) {
+    code[cubin.changes[i] >> 8] = char(cubin.changes[i] & 0xFF);
+  }
+  return code;
+}
+
 // Loading may not break the capture of a graph anywhere in the process.
 class CaptureRelaxed {
  public:
@@ -219,7 +229,11 @@ class Modules {
     char what[64];
     std::snprintf(what, sizeof what, "on sm_%d the driver refuses the sm_%d code of ", sm,
                   cubin->sm);
-    return driver.check(driver.load_module(module, cubin->data), what, kernel.name);
+    if (cubin->num_changes == 0) {
+      return driver.check(driver.load_module(module, cubin->data), what, kernel.name);
+    }
+    const std::vector<char> code = changed(*cubin);
+    return driver.check(driver.load_module(module, code.data()), what, kernel.name);
   }
 
   std::mutex mutex_;

@@ -107,7 +107,8 @@ int64_t anyflash_bias_activation_workspace(int64_t rows, int64_t cols, Activatio
 int64_t anyflash_attention_workspace(const Instance* instance,
                                      const anyflash::AttentionParams* params) {
   if (instance->device != anyflash::Device::cuda) return 0;
-  return anyflash::sm80::plan_of(*params, anyflash::device_limits().multiprocessors)
+  const auto kernels = anyflash::sm80::kernels_of(instance->min_sm, instance->max_head_dim);
+  return anyflash::sm80::plan_of(*params, anyflash::device_limits().multiprocessors, kernels)
       .workspace_bytes();
 }
 

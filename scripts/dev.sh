@@ -16,9 +16,10 @@ export PATH="$PWD/.venv/bin:$PATH"
 filter="$1"
 dtype="$(grep -oE 'fp16|bf16' <<< "$filter" || true)"
 head_dim="$(grep -oE 'd[0-9]+' <<< "$filter" | tr -d d || true)"
-lines="${dtype:-[a-z0-9]+}, ${head_dim:-[0-9]+}," # of instances.def
+arch="$(grep -oE 'sm(75|80)' <<< "$filter" || true)"
+lines="${arch:-sm[0-9]+}, forward, ${dtype:-[a-z0-9]+}, ${head_dim:-[0-9]+}," # of instances.def
 build=build/dev_kernels
 cmake -G Ninja -S . -B "$build" -DANYFLASH_TORCH=OFF -DANYFLASH_TESTS=ON \
-  -DANYFLASH_CUDA_ARCHS=80 -DANYFLASH_ONLY="$lines" > /dev/null
+  -DANYFLASH_CUDA_ARCHS="75;80" -DANYFLASH_ONLY="$lines" > /dev/null
 cmake --build "$build" --target emulate_attention
 "$build/tests/emulated/emulate_attention" --instance "$filter" "${@:2}"

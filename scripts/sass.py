@@ -1,4 +1,4 @@
-"""What the CUDA compiler made of a kernel: registers, spills, machine code and its loops."""
+"""What the CUDA compiler makes of a kernel: registers, spills, machine code and its loops."""
 
 from __future__ import annotations
 
@@ -6,9 +6,18 @@ import collections
 import dataclasses
 import importlib.util
 import os
+import pathlib
 import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
 from typing import NamedTuple, Optional
+
+CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.append(str(CHECKOUT / "tools"))
+
+import nvrtc  # noqa: E402
 
 
 class Resources(NamedTuple):
@@ -110,6 +119,43 @@ class Code:
         most = max((count["HMMA"] for _, count in with_products), default=0)
         full = [(done, count) for done, count in with_products if count["HMMA"] >= 0.9 * most]
         return min(full, key=lambda way: sum(way[1].values()), default=(0, None))[1]
+
+
+def compile_cuda(
+    source: str, folder: pathlib.Path, name: str, arch: str, options: Iterable[str] = ()
+) -> tuple[pathlib.Path, str]:
+    """Compiles CUDA as the build does, with the same compiler.
+
+    Args:
+        source: text; what it includes is looked for in the folders of ``-I`` options, then here.
+        folder: where files named ``name`` are written.
+        arch: ``sm_80`` for a cubin, ``compute_80`` for PTX.
+
+    Returns:
+        the output's path, and what the compiler said.
+
+    Raises:
+        nvrtc.NvrtcError: it does not compile, or there is no compiler for the architecture.
+    """
+    compiler = nvrtc.find(int(arch.partition("_")[2].rstrip("af")))
+    if compiler is None:
+        raise nvrtc.NvrtcError(f"no NVRTC for {arch}: python tools/nvrtc.py fetch FOLDER")
+    path = folder / f"{name}.cu"
+    path.write_text(source)
+    compiled = compiler.compile(path, arch, [*options, f"-I{CHECKOUT}"])
+    output = path.with_suffix(".cubin" if arch.startswith("sm_") else ".ptx")
+    output.write_bytes(compiled.code)
+    return output, compiled.log
+
+
+def disassemble(cubin: pathlib.Path) -> dict[str, Code] | None:
+    """Mangled kernel name -> its code; None where there is no nvdisasm (Python package
+    nvidia-cuda-nvdisasm)."""
+    nvdisasm = find_tool("nvdisasm")
+    if nvdisasm is None:
+        return None
+    done = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True)
+    return parse_sass(done.stdout)
 
 
 def find_tool(name: str) -> str | None:

@@ -1,9 +1,10 @@
 """Machine code as C++: what kernels/cubin.h describes, for one line of instances.def.
 
-usage: embed_code.py LINE OUTPUT.cpp SM=MIN_DRIVER=FILE...
+usage: embed_code.py LINE OUTPUT.cpp SM=MIN_DRIVER=FILE[=LIKE]...
 
-FILE is a cubin, or PTX for the emulator, which looks at the names alone. Several lines may hold the
-same kernel (combine_kernel), so that the linker may take either.
+FILE is a cubin, or PTX for the emulator, which looks at the names alone. LIKE is another line's: of
+a file that differs from it in few bytes only these are kept. Several lines may hold the same kernel
+(combine_kernel), so that the linker may take either.
 """
 
 from __future__ import annotations
@@ -11,6 +12,25 @@ from __future__ import annotations
 import pathlib
 import re
 import sys
+from typing import NamedTuple, Optional
+
+LARGEST = 1 << 24  # whose offsets a change can say
+
+
+class Code(NamedTuple):
+    """An argument."""
+
+    sm: int
+    min_driver: int
+    path: pathlib.Path
+    like: Optional[pathlib.Path]
+
+    @classmethod
+    def parse(cls, argument: str) -> Code:
+        sm, driver, path, *like = argument.split("=")
+        return cls(
+            int(sm), int(driver), pathlib.Path(path), pathlib.Path(like[0]) if like else None
+        )
 
 
 def kernel_names(code: bytes) -> list[str]:
@@ -22,30 +42,56 @@ def kernel_names(code: bytes) -> list[str]:
     return sorted({name.decode() for name in found})
 
 
-def source(line: str, codes: list[tuple[int, int, pathlib.Path]]) -> str:
-    """The file's text; codes: (sm, min_driver, path)."""
-    text = ['#include "kernels/cubin.h"', "", "namespace anyflash {", ""]
-    symbols = {
-        path: f"code_{line}_{n}" for n, path in enumerate(dict.fromkeys(c[2] for c in codes))
-    }
-    for path, symbol in symbols.items():
-        where = f'.section .rodata\\n.balign 64\\n{symbol}: .incbin \\"{path}\\"\\n.byte 0\\n.previous\\n'
-        text += [f'asm("{where}");', f'extern const char {symbol}[] asm("{symbol}");']
-    rows = [f"{{{sm}, {driver}, {symbols[p]}, {p.stat().st_size}}}" for sm, driver, p in codes]
+def changes(code: bytes, like: bytes) -> list[int] | None:
+    """What makes `code` of `like`, as kernels/cubin.h keeps it; None: not worth it."""
+    if len(code) != len(like) or len(code) > LARGEST:
+        return None
+    found = [at << 8 | ours for at, (ours, theirs) in enumerate(zip(code, like)) if ours != theirs]
+    return found if 4 * len(found) < len(code) // 4 else None
+
+
+def symbol(path: pathlib.Path) -> str:
+    """Of a file's bytes."""
+    return "code_" + re.sub(r"\W", "_", path.name)
+
+
+def embedded(path: pathlib.Path) -> list[str]:
+    """A file's bytes, which other files of the library may refer to."""
+    name = symbol(path)
+    section = f".section .rodata\\n.balign 64\\n.globl {name}\\n.hidden {name}\\n{name}: "
+    return [f'asm("{section}.incbin \\"{path}\\"\\n.byte 0\\n.previous\\n");']
+
+
+def source(line: str, codes: list[Code]) -> str:
+    """The file's text."""
+    declared: dict[pathlib.Path, None] = {}
+    text, rows, names = [], [], set()
+    for code in codes:
+        data = code.path.read_bytes()
+        names.update(kernel_names(data))
+        found = changes(data, code.like.read_bytes()) if code.like else None
+        holder = code.like if code.like and found is not None else code.path
+        if found is None and holder not in declared:
+            text += embedded(holder)
+        declared[holder] = None
+        row = f"{code.sm}, {code.min_driver}, {symbol(holder)}, {len(data)}"
+        if found:
+            array = f"changes_{code.sm}"
+            text.append(f"const uint32_t {array}[] = {{{', '.join(map(hex, found))}}};")
+            rows.append(f"{{{row}, {array}, {len(found)}}}")
+        else:
+            rows.append(f"{{{row}, nullptr, 0}}")
+    head = ['#include "kernels/cubin.h"', "", "namespace anyflash {", ""]
+    head += [f'extern const char {symbol(path)}[] asm("{symbol(path)}");' for path in declared]
     text.append(f"extern const Cubin cubins_{line}[] = {{{', '.join(rows)}, {{}}}};")
-    names = sorted({name for path in symbols for name in kernel_names(path.read_bytes())})
-    for number, name in enumerate(names):
+    for number, name in enumerate(sorted(names)):
         text.append(f'extern const GpuKernel kernel_{number} asm("{name}") __attribute__((weak));')
         text.append(f'const GpuKernel kernel_{number} = {{"{name}", cubins_{line}}};')
-    return "\n".join([*text, "", "}  // namespace anyflash", ""])
+    return "\n".join([*head, *text, "", "}  // namespace anyflash", ""])
 
 
 def main(line: str, output: str, *codes: str) -> None:
-    rows = []
-    for code in codes:
-        sm, driver, path = code.split("=", 2)
-        rows.append((int(sm), int(driver), pathlib.Path(path)))
-    pathlib.Path(output).write_text(source(line, rows))
+    pathlib.Path(output).write_text(source(line, [Code.parse(code) for code in codes]))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ colons); what `fetch` put beside this Python or a build into its folder; a fetch
 fails, the oldest of what else is installed (NVIDIA's packages, which torch brings along; toolkits).
 
 usage: nvrtc.py fetch FOLDER                the two versions, a folder each
-       nvrtc.py find FOLDER ARCH...         one line per architecture: 80 12.4 <library>; fetches into
-                                            FOLDER what is missing; status 1 where one has none
+       nvrtc.py find FOLDER ARCH...         one line per architecture: 80 12.4 <library>; fetches
+                                            into FOLDER what is missing; status 1 where one has none
        nvrtc.py compile LIBRARY ARCH SOURCE OUTPUT [OPTION...]
                                             ARCH: sm_80 for machine code, compute_80 for PTX
 """

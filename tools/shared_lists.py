@@ -14,6 +14,7 @@ LISTS = (
     "core/measured.def",
     "kernels/features.def",
     "kernels/instances.def",
+    "kernels/sm80/tiles.def",
     "kernels/drivers.def",
 )
 

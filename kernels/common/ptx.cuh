@@ -88,7 +88,11 @@ __device__ __forceinline__ float lg2(float x) {
 // Two numbers in one register, `low` in its low half.
 __device__ __forceinline__ uint32_t pack(fp16, float low, float high) {
   uint32_t y;
+#if __CUDA_ARCH__ >= 800
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+#else
+  asm("mov.b32 %0, {%1, %2};" : "=r"(y) : "h"(fp32_to_fp16(low)), "h"(fp32_to_fp16(high)));
+#endif
   return y;
 }
 __device__ __forceinline__ uint32_t pack(bf16, float low, float high) {  // sm_80
@@ -110,7 +114,11 @@ __device__ __forceinline__ float shuffle(float x, int32_t from_lane) {
   return __shfl_sync(0xFFFFFFFFu, x, from_lane);
 }
 
-// The rest is for sm_80 and newer. Addresses of shared memory are 32-bit.
+// Ends the kernel with an error.
+__device__ __forceinline__ void trap() { asm volatile("trap;"); }
+
+// The rest is for sm_75 and newer, bf16 and cp.async for sm_80. Addresses of shared memory are
+// 32-bit.
 
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return uint32_t(__cvta_generic_to_shared(shared));
@@ -131,6 +139,18 @@ __device__ __forceinline__ uint32_t opaque(uint32_t shared) {
   asm volatile("" : "+r"(shared));
   return shared;
 }
+
+__device__ __forceinline__ void store_shared_16(uint32_t shared, const Words16& x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(x.w[0]), "r"(x.w[1]),
+               "r"(x.w[2]), "r"(x.w[3])
+               : "memory");
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kHasCpAsync = false;
+#else
+constexpr bool kHasCpAsync = true;
+#endif
 
 // Queues a copy of 16 bytes, past L1, and has L2 fetch the 128 bytes around. Only the first `bytes`
 // of them are read, the others are written as zeros; with 0 the source is not touched.
@@ -169,6 +189,14 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t sha
                : "memory");
 }
 
+// c (16x8) += a (16x8) b (8x8): the first half of the fragments below.
+__device__ __forceinline__ void mma_m16n8k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
+
 // c (16x8) += a (16x16) b (16x8). With g = lane / 4 and t = 2 (lane % 4) the registers hold
 //   a[0], a[1], a[2], a[3]: rows g, g + 8, g, g + 8 at columns t, t, t + 8, t + 8 and the next
 //   b0, b1: rows t, t + 8 and the next of column g
@@ -176,10 +204,15 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t sha
 // (PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type").
 __device__ __forceinline__ void mma_m16n8k16(fp16, float (&c)[4], const uint32_t (&a)[4],
                                              uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  mma_m16n8k8(c, a[0], a[1], b0);
+  mma_m16n8k8(c, a[2], a[3], b1);
+#endif
 }
 __device__ __forceinline__ void mma_m16n8k16(bf16, float (&c)[4], const uint32_t (&a)[4],
                                              uint32_t b0, uint32_t b1) {

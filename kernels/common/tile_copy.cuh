@@ -51,6 +51,41 @@ class TileCopy {
     }
   }
 
+  // What a thread holds of a tile.
+  struct Fetched {
+    Words16 chunks[kRows / kRowStep][Tile::kAtoms];
+  };
+
+  // The same in two steps, for GPUs without cp.async: into registers, and from there into the tile.
+  template <bool kWhole, typename Place>
+  __device__ __forceinline__ void fetch(Fetched& fetched, Place& place, int32_t num_rows,
+                                        int32_t num_columns) const {
+    const int32_t columns = num_columns - chunk_ * kChunkElements;
+#pragma unroll
+    for (int32_t i = 0; i < kRows / kRowStep; ++i) {
+      const bool exists = kWhole || row_ + i * kRowStep < num_rows;
+      if (i == 0) place.pin();
+      const char* chunk = i == 0 ? place.chunk(0) : ptx::opaque(place.chunk(i * kRowStep));
+#pragma unroll
+      for (int32_t atom = 0; atom < Tile::kAtoms; ++atom) {
+        Words16& words = fetched.chunks[i][atom];
+        words = {};
+        if (exists && atom * kAtomColumns < columns) {
+          words = ptx::load_16(chunk + atom * Tile::kAtomBytes);
+        }
+      }
+    }
+  }
+  __device__ __forceinline__ void put(uint32_t tile, const Fetched& fetched) const {
+#pragma unroll
+    for (int32_t i = 0; i < kRows / kRowStep; ++i) {
+#pragma unroll
+      for (int32_t atom = 0; atom < Tile::kAtoms; ++atom) {
+        ptx::store_shared_16(tile + offset(i) + atom * Tile::kAtomBytes, fetched.chunks[i][atom]);
+      }
+    }
+  }
+
   // Writes the rows below `num_rows` and the columns below `num_columns` of a tile in shared
   // memory.
   template <typename Place>
@@ -79,6 +114,37 @@ class TileCopy {
   int32_t row_;
   int32_t chunk_;
   uint32_t offset_;  // in the tile
+};
+
+// A tile on its way into shared memory, where the other threads see it behind finish() and a
+// barrier. Between start() and finish() nobody may read the tile.
+template <typename Copy, bool kAsync = ptx::kHasCpAsync>
+class TileOnItsWay {
+ public:
+  template <bool kWhole, typename Place>
+  __device__ __forceinline__ void start(const Copy& copy, uint32_t tile, Place& place,
+                                        int32_t num_rows, int32_t num_columns) {
+    copy.template load<kWhole>(tile, place, num_rows, num_columns);
+    ptx::cp_async_commit();
+  }
+  __device__ __forceinline__ void finish(const Copy&, uint32_t) const { ptx::cp_async_wait<0>(); }
+};
+
+// Through registers.
+template <typename Copy>
+class TileOnItsWay<Copy, false> {
+ public:
+  template <bool kWhole, typename Place>
+  __device__ __forceinline__ void start(const Copy& copy, uint32_t, Place& place, int32_t num_rows,
+                                        int32_t num_columns) {
+    copy.template fetch<kWhole>(fetched_, place, num_rows, num_columns);
+  }
+  __device__ __forceinline__ void finish(const Copy& copy, uint32_t tile) const {
+    copy.put(tile, fetched_);
+  }
+
+ private:
+  typename Copy::Fetched fetched_;
 };
 
 }  // namespace anyflash

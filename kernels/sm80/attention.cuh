@@ -1,4 +1,5 @@
-// From a call to launches: which kernel of the sm_80 family takes it, with which arguments.
+// From a call to launches: which kernel takes it, with which arguments. kLeastSm: 80, or 75 in the
+// family of that name.
 #pragma once
 
 #include "kernels/common/launch_kernel.h"
@@ -101,7 +102,7 @@ inline Arguments arguments_of(const AttentionParams& p, const Plan& plan, int32_
 }
 
 // A kernel, and what combines its parts if there are several.
-template <typename T>
+template <typename T, int32_t kLeastSm>
 int32_t launch_parts(void (*kernel)(Arguments), const Arguments& arguments, const Plan& plan,
                      int32_t threads, int32_t shared_bytes, void* stream) {
   const int64_t blocks = plan.blocks();
@@ -111,7 +112,7 @@ int32_t launch_parts(void (*kernel)(Arguments), const Arguments& arguments, cons
   const int32_t error = launch_kernel(kernel, grid, arguments, stream);
   if (error || plan.splits == 1) return error;
   return launch_kernel(
-      combine_kernel<T>,
+      combine_kernel<T, kLeastSm>,
       Grid{uint32_t(ceil_div(plan.rows, kCombineWarps)), 1, kCombineWarps * kWarpThreads},
       arguments, stream);
 }
@@ -120,44 +121,57 @@ template <typename T, int32_t kHeadDim, int32_t kHeadDimV, Extras kExtras, bool 
           int32_t kSharedKb>
 int32_t launch_shape(const AttentionParams& p, const Plan& plan, void* stream) {
   using Tile = ForwardTile<T, kHeadDim, kHeadDimV, kExtras, kPaged, kSharedKb>;
-  static_assert(Tile::kShape.rows == kForwardRows);
-  return launch_parts<T>(forward_kernel<T, kHeadDim, kHeadDimV, kExtras, kPaged, kSharedKb>,
-                         arguments_of(p, plan, Tile::kShape.keys, 8 / Tile::kShape.warps), plan,
-                         Tile::kThreads, Tile::kSharedBytes, stream);
+  constexpr int32_t kLeastSm = kSharedKb < kLeastSharedKb ? 75 : 80;
+  static_assert(Tile::kShape.rows == kernels_of(kLeastSm, kHeadDim).forward_rows);
+  constexpr int32_t kHeld = smaller(8 / Tile::kShape.warps, kSharedKb * 1024 / Tile::kSharedBytes);
+  return launch_parts<T, kLeastSm>(
+      forward_kernel<T, kHeadDim, kHeadDimV, kExtras, kPaged, kSharedKb>,
+      arguments_of(p, plan, Tile::kShape.keys, kHeld), plan, Tile::kThreads, Tile::kSharedBytes,
+      stream);
 }
 
 // The largest tile for which the device has the shared memory. Extras::all, which few calls need,
 // has one for every device.
-template <typename T, int32_t kHeadDim, int32_t kHeadDimV, Extras kExtras, bool kPaged>
+template <typename T, int32_t kHeadDim, int32_t kHeadDimV, int32_t kLeastSm, Extras kExtras,
+          bool kPaged>
 int32_t launch_tiles(const AttentionParams& p, const Plan& plan, void* stream) {
-  constexpr int32_t kMostKb = tile_shape(kHeadDim, 1024).shared_kb;
-  if constexpr (kMostKb > kLeastSharedKb && kExtras != Extras::all) {
-    if (device_limits().shared_bytes_per_multiprocessor >= kMostKb * 1024) {
-      return launch_shape<T, kHeadDim, kHeadDimV, kExtras, kPaged, kMostKb>(p, plan, stream);
+  if constexpr (kLeastSm < 80) {
+    return launch_shape<T, kHeadDim, kHeadDimV, kExtras, kPaged, kSm75SharedKb>(p, plan, stream);
+  } else {
+    constexpr int32_t kMostKb = tile_shape(kHeadDim, 1024).shared_kb;
+    if constexpr (kMostKb > kLeastSharedKb && kExtras != Extras::all) {
+      if (device_limits().shared_bytes_per_multiprocessor >= kMostKb * 1024) {
+        return launch_shape<T, kHeadDim, kHeadDimV, kExtras, kPaged, kMostKb>(p, plan, stream);
+      }
     }
+    return launch_shape<T, kHeadDim, kHeadDimV, kExtras, kPaged, kLeastSharedKb>(p, plan, stream);
   }
-  return launch_shape<T, kHeadDim, kHeadDimV, kExtras, kPaged, kLeastSharedKb>(p, plan, stream);
 }
 
-// Of the paged kernels there are two: plain, and with everything.
-template <typename T, int32_t kHeadDim, int32_t kHeadDimV>
+// Of the paged kernels there are two: plain, which sm_75 would have no registers for, and with
+// everything.
+template <typename T, int32_t kHeadDim, int32_t kHeadDimV, int32_t kLeastSm = 80>
 int32_t launch_forward_kernel(const AttentionParams& p, const Plan& plan, void* stream) {
   const Extras extras = extras_of(p);
   if (p.block_table) {
-    if (extras == Extras::none) {
-      return launch_tiles<T, kHeadDim, kHeadDimV, Extras::none, true>(p, plan, stream);
+    if constexpr (kLeastSm >= 80) {
+      if (extras == Extras::none) {
+        return launch_tiles<T, kHeadDim, kHeadDimV, kLeastSm, Extras::none, true>(p, plan, stream);
+      }
     }
-    return launch_tiles<T, kHeadDim, kHeadDimV, Extras::all, true>(p, plan, stream);
+    return launch_tiles<T, kHeadDim, kHeadDimV, kLeastSm, Extras::all, true>(p, plan, stream);
   }
   switch (extras) {
     case Extras::none:
-      return launch_tiles<T, kHeadDim, kHeadDimV, Extras::none, false>(p, plan, stream);
+      return launch_tiles<T, kHeadDim, kHeadDimV, kLeastSm, Extras::none, false>(p, plan, stream);
     case Extras::score_mod:
-      return launch_tiles<T, kHeadDim, kHeadDimV, Extras::score_mod, false>(p, plan, stream);
+      return launch_tiles<T, kHeadDim, kHeadDimV, kLeastSm, Extras::score_mod, false>(p, plan,
+                                                                                      stream);
     case Extras::dropout:
-      return launch_tiles<T, kHeadDim, kHeadDimV, Extras::dropout, false>(p, plan, stream);
+      return launch_tiles<T, kHeadDim, kHeadDimV, kLeastSm, Extras::dropout, false>(p, plan,
+                                                                                    stream);
     case Extras::all:
-      return launch_tiles<T, kHeadDim, kHeadDimV, Extras::all, false>(p, plan, stream);
+      return launch_tiles<T, kHeadDim, kHeadDimV, kLeastSm, Extras::all, false>(p, plan, stream);
   }
   return kErrorInvalidParams;
 }
@@ -165,7 +179,7 @@ int32_t launch_forward_kernel(const AttentionParams& p, const Plan& plan, void* 
 template <typename T, int32_t kHeadDim, int32_t kHeadDimV, Extras kExtras, bool kPaged>
 int32_t launch_decode_tiles(const AttentionParams& p, const Plan& plan, void* stream) {
   using Tile = DecodeTile<T, kHeadDim, kHeadDimV, kExtras, kPaged>;
-  return launch_parts<T>(
+  return launch_parts<T, 80>(
       decode_kernel<T, kHeadDim, kHeadDimV, kExtras, kPaged>,
       arguments_of(p, plan, Tile::kKeys * Tile::kWarps, int32_t(kBlocksPerMultiprocessor)), plan,
       Tile::kThreads, Tile::kSharedBytes, stream);

@@ -18,7 +18,9 @@ __device__ __forceinline__ int64_t part_row(const AttentionParams& p, int32_t sp
 // through the parts together, four columns a lane. Parts without keys are not read.
 constexpr int32_t kCombineWarps = 4;
 
-template <typename T>
+// kLeastSm: GPUs from which on it is compiled, so that code for others does not go by the same
+// name.
+template <typename T, int32_t kLeastSm = 80>
 __global__ void __launch_bounds__(kCombineWarps* kWarpThreads) combine_kernel(const Arguments a) {
   const AttentionParams& p = a.attention;
   const int32_t lane = int32_t(threadIdx.x) % kWarpThreads;

@@ -1,6 +1,6 @@
-// Attention forward for sm_80 and newer: mma.sync, cp.async, one block per tile of query rows. The
-// method is FlashAttention-2's (Dao, arXiv:2307.08691); docs/kernels/sm80.md draws tiles, pipeline
-// and swizzle.
+// Attention forward: mma.sync, one block per tile of query rows, whose keys and values come by
+// cp.async, or on sm_75, which has none, through registers. The method is FlashAttention-2's (Dao,
+// arXiv:2307.08691); docs/kernels/sm80.md draws tiles, pipeline and swizzle.
 //
 // A block walks over its key tiles from the last to the first. Keys and values have one buffer
 // each: while one product runs, the operand of the other arrives.
@@ -37,6 +37,7 @@ class ForwardTile {
   using ValueTile = SwizzledTile<kHeadDimV>;
   static constexpr int32_t kQueryBytes = QueryTile::bytes(kShape.rows);
   static constexpr int32_t kKeyBytes = QueryTile::bytes(kShape.keys);
+
   // What a block's threads have in common. In shared memory, because all registers are for scores
   // and results.
   struct Common {
@@ -59,9 +60,10 @@ class ForwardTile {
     }
   };
 
-  // What is common, in front of queries, keys and values.
-  static constexpr int32_t kCommonBytes = 128;
-  static_assert(sizeof(Common) <= kCommonBytes);
+  // What is common, in front of queries, keys and values. On sm_75 these fill shared memory, so
+  // that each thread has it in registers.
+  static constexpr int32_t kCommonBytes = kSharedKb < kLeastSharedKb ? 0 : 128;
+  static_assert(kCommonBytes == 0 || sizeof(Common) <= kCommonBytes);
   static constexpr int32_t kSharedBytes =
       kCommonBytes + kQueryBytes + kKeyBytes + ValueTile::bytes(kShape.keys);
 
@@ -93,7 +95,7 @@ class ForwardTile {
     int32_t tile = some_.end - 1;
     load_queries();
     load_keys<false>(s_.seqlen_k - tile * kShape.keys);
-    arrive();
+    await_keys();
     load_values<false>(s_.seqlen_k - tile * kShape.keys);
     for (; tile > some_.begin; --tile) step<false>(tile);
     step<true>(tile);
@@ -115,9 +117,9 @@ class ForwardTile {
         const float factor =
             drops(kExtras) ? result.inverse_sum * a_.score.keep_scale : result.inverse_sum;
         if (in_parts) {
-          if (exists)
-            write_part_row(m, h, part_row(p_, b_.split, s_.index, query_head, query), result.lse,
-                           factor);
+          if (!exists) continue;
+          const int64_t part = part_row(p_, b_.split, s_.index, query_head, query);
+          write_part_row(m, h, part, result.lse, factor);
           continue;
         }
         if (lane_ % 4 == 0 && exists) {
@@ -181,28 +183,36 @@ class ForwardTile {
   __device__ __forceinline__ void load_queries() {
     const TileCopy<kShape.rows, kHeadDim, kThreads> copy(thread_);
     GroupRows rows = copy.place(GroupRows(p_, p_.q, a_.group, s_, b_.first_head), b_.row_begin);
-    copy.template load<false>(query_tile(), rows, num_rows() - b_.row_begin, int32_t(p_.head_dim));
+    TileOnItsWay<decltype(copy)> queries;
+    queries.template start<false>(copy, query_tile(), rows, num_rows() - b_.row_begin,
+                                  int32_t(p_.head_dim));
+    // By cp.async they arrive with the first keys.
+    if (!ptx::kHasCpAsync) queries.finish(copy, query_tile());
   }
 
   // The tile before the one that was loaded last, which alone may reach beyond the last key: of it
   // num_rows are there. kWhole: all.
   template <bool kWhole>
   __device__ __forceinline__ void load_keys(int32_t num_rows = 0) {
-    Copy(thread_).template load<kWhole>(key_tile(), keys_, num_rows, int32_t(p_.head_dim));
+    key_transfer_.template start<kWhole>(Copy(thread_), key_tile(), keys_, num_rows,
+                                         int32_t(p_.head_dim));
     keys_.skip(-kShape.keys, -a_.k_tile_bytes);
-    ptx::cp_async_commit();
   }
   template <bool kWhole>
   __device__ __forceinline__ void load_values(int32_t num_rows = 0) {
-    CopyV(thread_).template load<kWhole>(value_tile(), values_, num_rows, int32_t(p_.head_dim_v));
+    value_transfer_.template start<kWhole>(CopyV(thread_), value_tile(), values_, num_rows,
+                                           int32_t(p_.head_dim_v));
     values_.skip(-kShape.keys, -a_.v_tile_bytes);
-    ptx::cp_async_commit();
   }
 
   // What was asked for is there for every thread, and behind it nobody reads the buffer that is
   // filled next.
-  __device__ __forceinline__ void arrive() const {
-    ptx::cp_async_wait<0>();
+  __device__ __forceinline__ void await_keys() const {
+    key_transfer_.finish(Copy(thread_), key_tile());
+    __syncthreads();
+  }
+  __device__ __forceinline__ void await_values() const {
+    value_transfer_.finish(CopyV(thread_), value_tile());
     __syncthreads();
   }
 
@@ -211,8 +221,8 @@ class ForwardTile {
   __device__ __forceinline__ void step(int32_t tile) {
     Accumulator<kMTiles, kShape.keys> scores;
     multiply_keys<T>(scores, query_reader_, key_reader_);
-    arrive();
-    if (!kLast) load_keys<true>();
+    await_values();
+    if (!kLast && ptx::kHasCpAsync) load_keys<true>();
 
     const int32_t first_key = tile * kShape.keys + lane_ % 4 * 2;
     if constexpr (modifies_scores(kExtras)) modify(scores, first_key);
@@ -222,9 +232,11 @@ class ForwardTile {
       drop(scores, c_.dropout, uint32_t(s_.index * int32_t(p_.heads) + b_.first_head), row(0, 0),
            first_key);
     }
+    // Registers are for the keys only while the product runs.
+    if (!kLast && !ptx::kHasCpAsync) load_keys<true>();
     multiply_values<T>(out_, scores, value_reader_);
     if (!kLast) {
-      arrive();
+      await_keys();
       load_values<true>();
     }
   }
@@ -296,6 +308,8 @@ class ForwardTile {
   const TileRange<int32_t> whole_;  // key tiles of which every row sees every key
   KeyRows<kPaged> keys_;            // of the next tile to load
   KeyRows<kPaged> values_;
+  TileOnItsWay<Copy> key_transfer_;
+  TileOnItsWay<CopyV> value_transfer_;
   const TileReader<kHeadDim> query_reader_;
   const TileReader<kHeadDim> key_reader_;
   const TileReader<kHeadDimV> value_reader_;
@@ -303,8 +317,8 @@ class ForwardTile {
   Accumulator<kMTiles, kHeadDimV> out_;
 };
 
-// Whether a GPU that runs this code may have so much shared memory and no more (the CUDA C++
-// Programming Guide's table of compute capabilities). What none takes stays empty.
+// Whether a GPU that runs this code takes tiles for so much shared memory (the CUDA C++ Programming
+// Guide's table of compute capabilities). What none takes has no code.
 template <int32_t kSharedKb>
 __device__ constexpr bool runs_here(int32_t max_head_dim) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ > 800
@@ -324,14 +338,23 @@ __global__ void __launch_bounds__(
   if constexpr (kExtras == Extras::all || runs_here<kSharedKb>(kHeadDim)) {
     extern __shared__ __align__(128) unsigned char shared[];
     using Common = typename Tile::Common;
-    auto* common = reinterpret_cast<Common*>(shared);
     const Block block = Block::of<Tile::kShape.rows>(a);
     if (!block.has_rows(a)) return;
-    if (threadIdx.x == 0) *common = Common(a, block);
-    __syncthreads();
-    Tile tile(a, *common, shared + Tile::kCommonBytes);
-    tile.attend();
-    tile.write();
+    if constexpr (Tile::kCommonBytes == 0) {
+      const Common common(a, block);
+      Tile tile(a, common, shared);
+      tile.attend();
+      tile.write();
+    } else {
+      auto* common = reinterpret_cast<Common*>(shared);
+      if (threadIdx.x == 0) *common = Common(a, block);
+      __syncthreads();
+      Tile tile(a, *common, shared + Tile::kCommonBytes);
+      tile.attend();
+      tile.write();
+    }
+  } else {
+    ptx::trap();
   }
 }
 

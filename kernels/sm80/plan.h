@@ -20,6 +20,17 @@ constexpr int64_t kFewestSplitKeys = 256;
 constexpr int64_t kBlocksPerMultiprocessor = 2;
 constexpr int64_t kMostSplits = 128;
 
+// What a family has for a head_dim.
+struct Kernels {
+  bool decode;
+  int64_t forward_rows;  // of a tile
+};
+
+ANYFLASH_HOST_DEVICE constexpr Kernels kernels_of(int32_t least_sm, int32_t max_head_dim) {
+  return least_sm >= 80 ? Kernels{true, kForwardRows}
+                        : Kernels{false, tile_shape(max_head_dim, kSm75SharedKb).rows};
+}
+
 struct Plan {
   bool decodes;       // with the decode kernel
   int64_t group;      // heads of a key head whose rows share tiles
@@ -50,12 +61,13 @@ ANYFLASH_HOST_DEVICE int64_t longest_span(const AttentionParams& p) {
   return smaller(p.seqlen_k, p.window_left + smaller(p.window_right, p.seqlen_k) + p.seqlen_q);
 }
 
-ANYFLASH_HOST_DEVICE Plan plan_of(const AttentionParams& p, int32_t multiprocessors) {
+ANYFLASH_HOST_DEVICE Plan plan_of(const AttentionParams& p, int32_t multiprocessors,
+                                  const Kernels& kernels = {true, kForwardRows}) {
   Plan plan{false, 1, 0, 0, 1, p.batch * p.heads * p.seqlen_q, p.head_dim_v};
   if (p.heads_k <= 0) return plan;
   const int64_t group = p.heads / p.heads_k;
-  plan.decodes = p.dropout_p == 0 && p.seqlen_q * group <= kDecodeRows;
-  const int64_t rows = plan.decodes ? kDecodeRows : kForwardRows;
+  plan.decodes = kernels.decode && p.dropout_p == 0 && p.seqlen_q * group <= kDecodeRows;
+  const int64_t rows = plan.decodes ? kDecodeRows : kernels.forward_rows;
   // Dropout numbers and ALiBi slopes belong to a head, so their tiles have one.
   const bool may_share = p.dropout_p == 0 && !p.alibi_slopes;
   const int64_t apart = tiles_of(p, 1, rows) * group;

@@ -20,8 +20,9 @@ constexpr TileShape kTileShapes[] = {
 #undef TILE
 };
 
-// What every GPU from sm_80 on has.
+// What every GPU from sm_80 on has, and what sm_75 has.
 constexpr int32_t kLeastSharedKb = 100;
+constexpr int32_t kSm75SharedKb = 64;
 
 ANYFLASH_HOST_DEVICE constexpr TileShape tile_shape(int32_t max_head_dim, int32_t shared_kb) {
   TileShape found{};

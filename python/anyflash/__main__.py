@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 
-from . import __version__, _doctor, _machine
+from . import __version__, _defs, _doctor, _machine
 from .explain import add_arguments as add_explain_arguments
 from .explain import main as explain_main
 
@@ -25,6 +25,7 @@ def _info(options: argparse.Namespace) -> int:
         "files": _machine.library_files(),
         "build": kernels["build"],
         "instances": kernels["instances"],
+        "forward_tiles": [tile._asdict() for tile in _defs.tiles()],
     }
     if options.json:
         print(json.dumps(facts, indent=2))
@@ -42,6 +43,9 @@ def _info(options: argparse.Namespace) -> int:
     print(f"{len(facts['instances'])} compiled kernels")
     for instance in facts["instances"]:
         print("  " + "  ".join(f"{key} {value}" for key, value in instance.items()))
+    print("tiles of the attention forward, the first that the GPU has the shared memory for")
+    for tile in facts["forward_tiles"]:
+        print("  " + "  ".join(f"{key} {value}" for key, value in tile.items()))
     return 0
 
 

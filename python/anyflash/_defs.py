@@ -29,7 +29,7 @@ def _text_of(name: str) -> str:
     Raises:
         ImportError: neither place has it.
     """
-    for folder in ("csrc", "core", "kernels"):
+    for folder in ("csrc", "core", "kernels", "kernels/sm80"):
         path = _SOURCE / folder / f"{name}.def"
         if path.is_file():
             return path.read_text(encoding="utf-8")
@@ -60,6 +60,21 @@ def entries(name: str) -> tuple[Entry, ...]:
         if match is not None:
             found.append(Entry(match.group(1), _fields(match.group(2))))
     return tuple(found)
+
+
+class Tile(NamedTuple):
+    """One line of sm80/tiles.def."""
+
+    max_head_dim: int
+    shared_kb: int  # of a multiprocessor, at least
+    rows: int
+    keys: int
+    warps: int
+
+
+def tiles() -> tuple[Tile, ...]:
+    """The tiles of the attention forward on GPUs, the preferred one of a head dim first."""
+    return tuple(Tile(*map(int, entry.fields)) for entry in entries("tiles"))
 
 
 class Operator(NamedTuple):

@@ -209,7 +209,7 @@ def _torch(report: Report) -> dict[str, Any]:
             "runs on the CPU.",
             "cuda_torch",
         )
-    elif driver["cuda"] and _major(driver["cuda"]) < _major(torch.version.cuda):
+    elif driver["cuda"] and _drivers.major(driver["cuda"]) < _drivers.major(torch.version.cuda):
         report.problem(
             f"The NVIDIA driver knows CUDA {driver['cuda']}, torch was built for CUDA "
             f"{torch.version.cuda}: torch cannot use the GPU.",
@@ -221,10 +221,6 @@ def _torch(report: Report) -> dict[str, Any]:
             "ask_torch",
         )
     return state
-
-
-def _major(version: str) -> int:
-    return int(version.partition(".")[0])
 
 
 def _cpu(report: Report) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import re
+from typing import Any
 
 from . import _defs
 
@@ -43,3 +44,19 @@ def text_of(cuda: int) -> str:
     branch = next((b for b, version in _branches().items() if version == cuda), None)
     name = "of a branch that is not known here" if branch is None else f"R{branch}"
     return f"{name} (CUDA {cuda // 1000}.{cuda % 1000 // 10})"
+
+
+def major(cuda: str) -> int:
+    """13 of "13.0"."""
+    return int(cuda.partition(".")[0])
+
+
+def too_old(driver: dict[str, Any] | None, instances: list[dict[str, Any]]) -> str | None:
+    """A sentence if the driver does not run the CUDA kernels of this build."""
+    needed = min((i["min_driver"] for i in instances if i["device"] == "cuda"), default=0)
+    if driver is None or not 0 < driver["version"] < needed:
+        return None
+    return (
+        f"anyflash's CUDA kernels need NVIDIA driver {text_of(needed)} or newer, this is "
+        f"{text_of(driver['version'])}. PyTorch's own kernels run instead."
+    )

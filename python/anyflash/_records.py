@@ -231,6 +231,8 @@ class Cubin(ctypes.Structure):
         ("min_driver", ctypes.c_int32),
         ("data", ctypes.c_void_p),
         ("bytes", ctypes.c_int64),
+        ("changes", ctypes.c_void_p),
+        ("num_changes", ctypes.c_int64),
     ]
 
 

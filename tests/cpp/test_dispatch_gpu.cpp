@@ -1,4 +1,5 @@
 // The kernels for GPUs in instances.def, chosen for every GPU without one.
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -72,10 +73,18 @@ TEST_CASE("dispatch: the attention kernels for GPUs, where named", "[dispatch]")
       Problem problem = on_gpu(sm);
       problem.dtype = dtype;
       CAPTURE(sm, int(dtype));
-      if (sm < 80) {
+      if (sm < 75) {
         CHECK(kernel_for(problem) == "math");
         CHECK(reasons_against_kernel(problem) ==
-              "needs sm_80 or newer, this GPU is sm_" + std::to_string(sm));
+              "needs sm_75 or newer, this GPU is sm_" + std::to_string(sm));
+      } else if (sm < 80 && dtype == Dtype::fp16) {
+        CHECK(kernel_for(problem) == "attention_forward_fp16_d64_sm75");
+      } else if (sm < 80) {
+        CHECK(kernel_for(problem) == "math");
+        CHECK(reasons_against_kernel(problem) ==
+              std::string("needs fp16, got ") + (dtype == Dtype::bf16   ? "bf16"
+                                                 : dtype == Dtype::fp32 ? "fp32"
+                                                                        : "fp64"));
       } else if (!cubin_for(kCubins, sm)) {
         CHECK(kernel_for(problem) == "math");
       } else if (dtype == Dtype::fp16 || dtype == Dtype::bf16) {
@@ -120,6 +129,18 @@ TEST_CASE("dispatch: the attention kernel for a GPU that fits head_dim and head_
       CAPTURE(sm, best.head_dim, best.head_dim_v);
       CHECK(kernel_for(problem) == std::string("attention_forward_fp16_") + best.name + "_sm80");
     }
+  }
+  for (const auto& best : kBest) {  // sm_75: the next of fewer sizes
+    const int32_t largest = std::max(best.head_dim, best.head_dim_v);
+    Problem problem = on_gpu(75, best.head_dim == best.head_dim_v ? 0 : Feature::unequal_head_dims);
+    problem.head_dim = best.head_dim;
+    problem.head_dim_v = best.head_dim_v;
+    CAPTURE(best.head_dim, best.head_dim_v);
+    CHECK(kernel_for(problem) == std::string("attention_forward_fp16_d") +
+                                     (largest <= 64    ? "64"
+                                      : largest <= 128 ? "128"
+                                                       : "256") +
+                                     "_sm75");
   }
 }
 

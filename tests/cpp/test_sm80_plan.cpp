@@ -145,6 +145,27 @@ TEST_CASE("sm80: few rows share tiles and the keys are cut", "[sm80]") {
   CHECK(plan_of(p, 132).group == 1);
 }
 
+TEST_CASE("sm75: one kernel for few rows and many, tiles by head_dim", "[sm75]") {
+  AttentionParams p = params(1, 32, 4, 128);  // one token over 8192 keys, 8 heads to a key head
+  p.seqlen_k = 8192;
+  Plan plan = plan_of(p, 40, kernels_of(75, 128));
+  CHECK_FALSE(plan.decodes);
+  CHECK(plan.group == 8);
+  CHECK(plan.row_tiles * plan.pairs == 4);
+  CHECK(plan.splits == 20);  // 80 blocks
+  p.seqlen_q = 8192;
+  CHECK(plan_of(p, 40, kernels_of(75, 128)).row_tiles == 64);
+  CHECK(plan_of(p, 40, kernels_of(75, 256)).row_tiles == 128);
+}
+
+TEST_CASE("sm75: tiles fill the 64 KB of a multiprocessor and no more", "[sm75]") {
+  for (const int32_t head_dim : {64, 128, 256}) {
+    const TileShape shape = tile_shape(head_dim, kSm75SharedKb);
+    const int32_t bytes = 2 * head_dim * (shape.rows + 2 * shape.keys);
+    CHECK(bytes == (head_dim == 64 ? 32 : 64) * 1024);
+  }
+}
+
 TEST_CASE("sm80: a packed grid is bounded by the rows, not by the longest sequence", "[sm80]") {
   const int32_t cu_seqlens[1] = {};
   AttentionParams p = params(8192, 16, 16, 128);

@@ -31,11 +31,13 @@ class Emulator {
     emu::options().seed = static_cast<uint64_t>(run);
     // By turns a GPU with little shared memory and one with much: tiles differ, and for how many
     // multiprocessors long keys are split. fp16 and bf16 begin with different ones.
+    // sm_75 has one size of shared memory, and one block may have all of it.
     const bool large = (number + (instance->dtype == Dtype::bf16)) % 2 == 0;
+    const bool turing = instance->min_sm < 80;
     emu::options().num_sms = large ? 80 : 20;
-    emu::options().compute_capability = large ? 80 : 86;
-    emu::options().smem_per_sm = (large ? 164 : 100) * 1024;
-    emu::options().smem_limit = uint32_t(emu::options().smem_per_sm - 1024);
+    emu::options().compute_capability = turing ? 75 : large ? 80 : 86;
+    emu::options().smem_per_sm = (turing ? 64 : large ? 164 : 100) * 1024;
+    emu::options().smem_limit = uint32_t(emu::options().smem_per_sm - (turing ? 0 : 1024));
     emu::options().l2_bytes = large ? 1 << 16 : 40 << 20;  // few pairs to a section, or many
     const int32_t error = Transfer<EmulatedMemory>(problem, results).run(instance, results);
     const emu::Result result = emu::take_result();

@@ -36,15 +36,16 @@ class Probe(NamedTuple):
 
     source: str
     command: tuple[str, ...]
+    arch: str = "compute_80"
 
 
-def attention_probe(head_dim: int, *kernels: str) -> Probe:
+def attention_probe(head_dim: int, *kernels: str, dtype: str = "bf16", sm: int = 80) -> Probe:
     """Kernels of one instance, in the words of their template arguments."""
     lines = [f"template __global__ void {kernel};" for kernel in kernels]
-    text = "\n".join(lines).replace("T_D_D", f"bf16, {head_dim}, {head_dim}")
+    text = "\n".join(lines).replace("T_D_D", f"{dtype}, {head_dim}, {head_dim}")
     source = f'#include "kernels/sm80/attention.cuh"\nnamespace anyflash::sm80 {{\n{text}\n}}\n'
-    command = ("emulate_attention", "--instance", f"bf16_d{head_dim}_", "--stop-early")
-    return Probe(source, (*command, "--runs", "1"))
+    command = ("emulate_attention", "--instance", f"{dtype}_d{head_dim}_sm{sm}", "--stop-early")
+    return Probe(source, (*command, "--runs", "1"), f"compute_{sm}")
 
 
 QUICK = (
@@ -65,6 +66,15 @@ ALL = (
 )
 # A mutant that survives one probe meets the next.
 ATTENTION = (attention_probe(64, *QUICK), attention_probe(96, *ALL))
+SM75 = (
+    attention_probe(
+        64,
+        "forward_kernel<T_D_D, Extras::none, false, 64>(const Arguments)",
+        "forward_kernel<T_D_D, Extras::all, true, 64>(const Arguments)",
+        dtype="fp16",
+        sm=75,
+    ),
+)
 KVCACHE_APPEND = (
     Probe(
         """#include "kernels/elementwise/kvcache_append.cuh"
@@ -79,11 +89,11 @@ template __global__ void kernel<fp32, 4>(KvcacheAppendParams);
 )
 
 FILES = {
-    "kernels/sm80/forward.cuh": ATTENTION,
+    "kernels/sm80/forward.cuh": ATTENTION + SM75,
     "kernels/sm80/decode.cuh": ATTENTION,
     "kernels/sm80/combine.cuh": ATTENTION,
     "kernels/sm80/block.cuh": ATTENTION,
-    "kernels/common/tile_copy.cuh": ATTENTION,
+    "kernels/common/tile_copy.cuh": ATTENTION + SM75,
     "kernels/common/sequence.cuh": ATTENTION,
     "kernels/lengths.h": ATTENTION,
     "kernels/common/scores.cuh": ATTENTION,
@@ -227,7 +237,7 @@ def compile_ptx(probe: Probe, folder: Path) -> str | None:
     """The probe's PTX in folder/kernels.ptx, returned without line numbers; None: an error."""
     (folder / "kernels.cu").write_text(probe.source)
     include = (f"-I{folder}", f"-I{ROOT}")
-    options = ("-std=c++17", "-arch=compute_80", "-lineinfo", "-ptx")
+    options = ("-std=c++17", f"-arch={probe.arch}", "-lineinfo", "-ptx")
     ptx = folder / "kernels.ptx"
     status, _ = run("nvcc", *options, *include, "-o", str(ptx), str(folder / "kernels.cu"))
     if status != 0:

@@ -15,6 +15,7 @@ _SOME_HIDDEN = "if (tile < whole_.begin || tile >= whole_.end) hide(scores, tile
 _DROPS = "if (drops(kExtras) && a_.score.dropout_threshold > 0) {"
 _BEHIND = "if (tile >= whole_.end) {"
 _BEFORE = "if (tile < whole_.begin) {"
+_QUERIES = "if (!ptx::kHasCpAsync) queries.finish(copy, query_tile());"
 _NO_SLOPES = "if (!p_.alibi_slopes) return;"
 _HAS_ROWS = "if (!block.has_rows(a)) return;"
 
@@ -29,6 +30,8 @@ _PARTS = (
 _NO_WEIGHT = "if (weight == 0 || column >= p.head_dim_v) continue;"
 _PADDED = "return {span.first + skipped, larger<Index>(span.length - skipped, 0)};"
 _EXISTS = "const bool exists = kWhole || row_ + i * kRowStep < num_rows;"
+_PIN = "if (i == 0) place.pin();"
+_CHUNK = "const char* chunk = i == 0 ? place.chunk(0) : ptx::opaque(place.chunk(i * kRowStep));"
 _ACROSS = "const int across = smaller(pieces, kThreads);"
 _TURN = "return p.rotary_cos ? Turn<T, kCount>(p, position, column) : Turn<T, kCount>();"
 
@@ -44,6 +47,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
                 MORE_TILES,
             ),
             (_EACH, _EACH.replace("larger(tiles.end - tiles.begin, 0)", _SPAN), STAYS_EMPTY),
+            (_QUERIES, _QUERIES.replace("!ptx::kHasCpAsync", "true"), "waits twice"),
             (_SOME_HIDDEN, "if (true) hide(scores, tile, first_key);", MORE_MASKS),
             (_SOME_HIDDEN, _SOME_HIDDEN.replace(" < ", " <= "), MORE_MASKS),
             (_DROPS, "if (true) {", KEEPS_ALL),
@@ -102,6 +106,12 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
         ),
         ("tile_copy.cuh", _EXISTS, _EXISTS.replace("kWhole", "false")): (
             "asks whether rows exist where they do: time, no result"
+        ),
+        ("tile_copy.cuh", _PIN, _PIN.replace("i == 0", "true")): (
+            "the same address in another register"
+        ),
+        ("tile_copy.cuh", _CHUNK, _CHUNK.replace("i == 0", "false")): (
+            "the same address in another register"
         ),
         ("kvcache_append.cuh", _ACROSS, "const int across = (kThreads);"): (
             "threads beyond the last piece have nothing to do: time, no result"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
 
 import pytest
+
+from anyflash import _defs
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGPIPE")
@@ -30,3 +33,18 @@ def test_a_reader_that_leaves_ends_the_command_quietly(arguments):
         said = program.stderr.read()
     assert said == b""
     assert program.returncode == -signal.SIGPIPE
+
+
+def test_info_lists_a_tile_for_every_gpu_and_head_dim():
+    """The forwards on the least shared memory that their GPUs have."""
+    command = [sys.executable, "-m", "anyflash", "info", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    tiles = json.loads(done.stdout)["forward_tiles"]
+    for arch, shared_kb in (("sm75", 64), ("sm80", 100)):
+        compiled = {
+            int(entry.fields[3])
+            for entry in _defs.entries("instances")
+            if entry.macro == "ATTENTION" and entry.fields[0] == arch
+        }
+        there = {tile["max_head_dim"] for tile in tiles if tile["shared_kb"] == shared_kb}
+        assert there == compiled

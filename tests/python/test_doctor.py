@@ -152,15 +152,15 @@ def test_a_torch_without_cuda_beside_a_driver(monkeypatch):
         (
             86,
             OLD_DRIVER,
-            "NVIDIA GPU: anyflash's CUDA kernels need NVIDIA driver R525 (CUDA 12.0) or newer, this "
-            "is R470 (CUDA 11.4). PyTorch's own kernels run instead.",
+            "NVIDIA GPU: anyflash's CUDA kernels need NVIDIA driver R525 (CUDA 12.0) or newer, "
+            "this is R470 (CUDA 11.4). PyTorch's own kernels run instead.",
             "update the NVIDIA driver",
         ),
         (
             90,
             {**OLD_DRIVER, "version": 13000},
-            "NVIDIA GPU (sm_90): anyflash's CUDA kernels were built for sm_75, sm_80. PyTorch's own "
-            "kernels run instead.",
+            "NVIDIA GPU (sm_90): anyflash's CUDA kernels were built for sm_75, sm_80. PyTorch's "
+            "own kernels run instead.",
             "ANYFLASH_CUDA_ARCHS=90",
         ),
         (86, {**OLD_DRIVER, "version": 12000}, None, None),

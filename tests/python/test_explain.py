@@ -100,6 +100,15 @@ def test_a_kernel_for_gpus_runs_where_it_is_named():
     )
 
 
+def test_a_kernel_for_a_t4_runs_where_it_is_named():
+    if "sm75" not in {i["arch"] for i in _core.instances() if i["family"] == "attention"}:
+        pytest.skip("no kernels for sm_75")
+    assert "attention_forward_fp16_d128_sm75" in str(
+        anyflash.explain("fp16 causal d 96 T4", backend="kernel,math")
+    )
+    assert "needs fp16, got bf16" in str(anyflash.explain("bf16 d 96 T4", backend="kernel,math"))
+
+
 def test_nothing_runs():
     answer = anyflash.explain("fp64 softcap H100", backend="sdpa")
     assert not answer.runs

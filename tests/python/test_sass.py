@@ -1,7 +1,7 @@
 """What the CUDA compiler made of the kernels: registers, spills, and the width of memory accesses.
 
-Compiles every kernel family for each architecture; needs nvcc, and nvdisasm for the tests that
-read machine code.
+Compiles every kernel family for each architecture, with the compiler of the build; needs nvdisasm
+for the tests that read machine code.
 """
 
 from __future__ import annotations
@@ -9,15 +9,24 @@ from __future__ import annotations
 import functools
 import pathlib
 import re
-import subprocess
 import sys
 
 import pytest
 from support import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
+sys.path.append(str(REPOSITORY / "tools"))
 
-from sass import Code, Instruction, Resources, find_tool, parse_ptxas, parse_sass  # noqa: E402
+import nvrtc  # noqa: E402
+from sass import (  # noqa: E402
+    Code,
+    Instruction,
+    Resources,
+    compile_cuda,
+    disassemble,
+    parse_ptxas,
+    parse_sass,
+)
 
 ARCHS = ("75", "80", "90")
 DTYPES = ("fp16", "bf16", "fp32")
@@ -57,27 +66,16 @@ def kind_of(name: str) -> str:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory):
     """arch -> (kernels, path of the cubin), compiled when first asked for."""
-    nvcc = find_tool("nvcc")
-    if nvcc is None:
-        pytest.skip("no nvcc: the kernels cannot be compiled here")
+    if nvrtc.find(75) is None:
+        pytest.skip("no NVRTC: the kernels cannot be compiled here")
     folder = tmp_path_factory.mktemp("sass")
-    (folder / "kernels.cu").write_text(SOURCE)
 
     @functools.cache
     def compile_for(arch: str) -> tuple[list[Resources], pathlib.Path]:
-        cubin = folder / f"sm_{arch}.cubin"
-        command = [
-            nvcc,
-            "-std=c++17",
-            f"-I{REPOSITORY}",
-            f"-arch=sm_{arch}",
-            "-Xptxas=-v",
-            "-cubin",
-        ]
-        command += ["-Werror=all-warnings", "-o", str(cubin), str(folder / "kernels.cu")]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return parse_ptxas(done.stdout + done.stderr), cubin
+        options = ("--ptxas-options=-v",)
+        cubin, log = compile_cuda(SOURCE, folder, f"kernels_{arch}", f"sm_{arch}", options)
+        assert "warning" not in log
+        return parse_ptxas(log), cubin
 
     return compile_for
 
@@ -85,18 +83,13 @@ def compiled(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="module")
 def sass(compiled):
     """arch -> {kernel: opcodes}."""
-    nvdisasm = find_tool("nvdisasm")
-    if nvdisasm is None:
-        pytest.skip(
-            "no nvdisasm (Python package nvidia-cuda-nvdisasm): machine code cannot be read"
-        )
 
     @functools.cache
     def read(arch: str) -> dict[str, list[str]]:
-        command = [nvdisasm, "-c", str(compiled(arch)[1])]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return {name: code.opcodes() for name, code in parse_sass(done.stdout).items()}
+        found = disassemble(compiled(arch)[1])
+        if found is None:
+            pytest.skip("no nvdisasm (Python package nvidia-cuda-nvdisasm)")
+        return {name: code.opcodes() for name, code in found.items()}
 
     return read
 

@@ -1,7 +1,8 @@
-"""The sm_80 attention kernels as the CUDA compiler made them: no spills, loops without waste.
+"""The attention kernels for GPUs as the CUDA compiler makes them: no spills, loops without waste.
 
 Every instruction that the method needs per key tile is counted, so that a slow loop is seen where
-there is no GPU. Compiles the bf16 instances; needs nvcc, and nvdisasm for machine code.
+there is no GPU. Compiles the bf16 instances for sm_80 and those for sm_75 (fp16) with the compiler
+of the build; needs nvdisasm for machine code.
 """
 
 from __future__ import annotations

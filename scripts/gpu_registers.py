@@ -1,29 +1,44 @@
-"""Writes docs/kernels/sm80_registers.md: registers and shared memory of the sm_80 kernels.
+"""Writes docs/kernels/gpu_registers.md: registers and shared memory of the attention kernels.
 
-    python scripts/sm80_registers.py           # write
-    python scripts/sm80_registers.py --check   # exit 1 if the page is not current
+    python scripts/gpu_registers.py           # write
+    python scripts/gpu_registers.py --check   # exit 1 if the page is not current
 
-Compiles the instances of kernels/instances.def for sm_80, which needs nvcc.
+Compiles the instances of kernels/instances.def, those for sm_75 and those for sm_80.
 """
 
 from __future__ import annotations
 
 import pathlib
 import re
-import subprocess
 import sys
 import tempfile
 from typing import NamedTuple
 
-from sass import Resources, find_tool, parse_ptxas
+from sass import CHECKOUT, Resources, compile_cuda, parse_ptxas
 
-CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
-PAGE = CHECKOUT / "docs/kernels/sm80_registers.md"
+PAGE = CHECKOUT / "docs/kernels/gpu_registers.md"
 
 EXTRAS = ("plain", "score_mod", "dropout", "everything")  # by the numbers of Extras
 
-# Of a multiprocessor: bytes of shared memory (1 KB of which goes with each block), threads, blocks.
-MULTIPROCESSORS = {"A100": (164 << 10, 2048, 32), "RTX 30, RTX 40": (100 << 10, 1536, 16)}
+
+class Multiprocessor(NamedTuple):
+    """What is shared out among blocks."""
+
+    name: str
+    shared: int  # bytes
+    reserved: int  # bytes of them that go with each block
+    threads: int
+    blocks: int
+
+
+# By the architecture of a family: on which its kernels are looked at.
+MULTIPROCESSORS = {
+    75: (Multiprocessor("T4", 64 << 10, 0, 1024, 16),),
+    80: (
+        Multiprocessor("A100", 164 << 10, 1024, 2048, 32),
+        Multiprocessor("RTX 30, RTX 40", 100 << 10, 1024, 1536, 16),
+    ),
+}
 REGISTERS = 65536
 
 
@@ -42,6 +57,8 @@ class Kernel(NamedTuple):
     def from_mangled(cls, name: str) -> Kernel:
         kind, dtype, arguments = re.search(r"([a-z]+)_kernelINS_4(\w{4})E(\w*?)EEv", name).groups()
         numbers = [int(x) for x in re.findall(r"(?:Li|ExtrasE|Lb)(\d+)E", arguments + "E")]
+        if kind == "combine":  # one for all
+            numbers = []
         head_dim, head_dim_v, extras, paged, shared_kb = (*numbers, 0, 0, 0, 0, 0)[:5]
         return cls(dtype, head_dim, head_dim_v, kind, extras, bool(paged), shared_kb)
 
@@ -63,19 +80,33 @@ class Kernel(NamedTuple):
         return f"DecodeTile<{arguments}>"
 
 
-class Compiled(NamedTuple):
-    """An instance compiled for sm_80."""
+class Instance(NamedTuple):
+    """A line of instances.def."""
 
+    sm: int  # of its family
+    dtype: str
+    head_dim: int
+    line: str
+
+    def name(self) -> str:
+        return f"{self.dtype}_d{self.head_dim}_sm{self.sm}"
+
+
+class Compiled(NamedTuple):
+    """An instance compiled for the architecture of its family."""
+
+    instance: Instance
     resources: list[Resources]
     cubin: pathlib.Path
     log: str
 
 
-def instances() -> dict[str, str]:
-    """dtype_d<head_dim> -> line of instances.def."""
+def instances() -> dict[str, Instance]:
+    """By name: bf16_d64_sm80."""
     text = (CHECKOUT / "kernels/instances.def").read_text()
-    lines = re.findall(r"^(ATTENTION\(sm80, forward, (\w+), (\d+),.*)$", text, re.MULTILINE)
-    return {f"{dtype}_d{head_dim}": line for line, dtype, head_dim in lines}
+    lines = re.findall(r"^(ATTENTION\(sm(\d+), forward, (\w+), (\d+),.*)$", text, re.MULTILINE)
+    all_of_them = [Instance(int(sm), dtype, int(size), line) for line, sm, dtype, size in lines]
+    return {instance.name(): instance for instance in all_of_them}
 
 
 def tile_shapes() -> dict[tuple[int, int], tuple[int, int, int]]:
@@ -86,28 +117,19 @@ def tile_shapes() -> dict[tuple[int, int], tuple[int, int, int]]:
     return {(line[0], line[1]): line[2:] for line in numbers}
 
 
-def run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"{command[0]}: {done.stderr}")
-    return done.stdout + done.stderr
-
-
-def nvcc(source: str, folder: pathlib.Path, name: str, *options: str) -> tuple[pathlib.Path, str]:
-    """Compiles CUDA source; the output and what the compiler said."""
-    (folder / f"{name}.cu").write_text(source)
-    output = folder / f"{name}.{'ptx' if '-ptx' in options else 'cubin'}"
-    command = [find_tool("nvcc") or "nvcc", "-std=c++17", f"-I{CHECKOUT}", *options]
-    return output, run(*command, "-o", str(output), str(folder / f"{name}.cu"))
-
-
 def compile_instance(name: str, folder: pathlib.Path) -> Compiled:
-    """One translation unit as kernels/CMakeLists.txt makes it."""
+    """One line of instances.def as kernels/CMakeLists.txt compiles it.
+
+    Raises:
+        nvrtc.NvrtcError: it does not compile, or there is no compiler.
+    """
+    instance = instances()[name]
     source = (CHECKOUT / "kernels/instance.cu.in").read_text()
-    source = source.replace("@HEADER@", "kernels/sm80/attention.cuh")
-    source = source.replace("@INSTANCES@", instances()[name]).replace("@FAMILY@", name)
-    cubin, log = nvcc(source, folder, name, "-arch=sm_80", "-cubin", "-Xptxas=-v")
-    return Compiled(parse_ptxas(log), cubin, log)
+    source = source.replace("@HEADER@", f"kernels/sm{instance.sm}/attention.cuh")
+    source = source.replace("@INSTANCE@", instance.line)
+    options = ("--ptxas-options=-v",)
+    cubin, log = compile_cuda(source, folder, name, f"sm_{instance.sm}", options)
+    return Compiled(instance, parse_ptxas(log), cubin, log)
 
 
 def tile_sizes(kernels: list[Kernel], folder: pathlib.Path) -> dict[Kernel, tuple[int, int]]:
@@ -120,7 +142,7 @@ def tile_sizes(kernels: list[Kernel], folder: pathlib.Path) -> dict[Kernel, tupl
     ]
     body = "\n".join(lines)
     source = f'#include "kernels/sm80/attention.cuh"\nnamespace anyflash::sm80 {{\n{body}\n}}\n'
-    ptx, _ = nvcc(source, folder, "sizes", "-ptx", "-arch=compute_80")
+    ptx, _ = compile_cuda(source, folder, "sizes", "compute_80")
     pattern = r"((?:Threads|SharedBytes)_\d+)E? = (\d+)"
     found = {name: int(value) for name, value in re.findall(pattern, ptx.read_text())}
     sizes = {
@@ -130,15 +152,16 @@ def tile_sizes(kernels: list[Kernel], folder: pathlib.Path) -> dict[Kernel, tupl
     return {kernel: sizes.get(kernel, (128, 0)) for kernel in kernels}
 
 
-def blocks(registers: int, threads: int, shared: int, multiprocessor: tuple[int, int, int]) -> int:
+def blocks(registers: int, threads: int, shared: int, on: Multiprocessor) -> int:
     """Blocks that a multiprocessor holds at a time."""
-    shared_limit, thread_limit, block_limit = multiprocessor
     by_registers = REGISTERS // (-(-registers // 8) * 8 * threads)
-    return min(by_registers, shared_limit // (shared + 1024), thread_limit // threads, block_limit)
+    return min(
+        by_registers, on.shared // (shared + on.reserved or 1), on.threads // threads, on.blocks
+    )
 
 
 def rows(compiled: list[Compiled], folder: pathlib.Path) -> list[str]:
-    """The table's rows of these instances."""
+    """The table's rows of these instances, which are of one family."""
     resources = {
         Kernel.from_mangled(entry.name): entry
         for instance in compiled
@@ -150,7 +173,7 @@ def rows(compiled: list[Compiled], folder: pathlib.Path) -> list[str]:
         entry, (threads, shared) = resources[kernel], sizes[kernel]
         held = [
             str(blocks(entry.registers, threads, shared, multiprocessor))
-            for multiprocessor in MULTIPROCESSORS.values()
+            for multiprocessor in MULTIPROCESSORS[compiled[0].instance.sm]
         ]
         cells = (entry.registers, entry.spilled_bytes, threads, shared, *held)
         lines.append(f"| {kernel.label()} | {' | '.join(map(str, cells))} |")
@@ -163,34 +186,42 @@ def missing(there: list[str]) -> list[str]:
     return [row for row in there if row not in lines]
 
 
-def page(table: list[str]) -> str:
-    held = " | ".join(f"blocks, {name}" for name in MULTIPROCESSORS)
+def table(sm: int, lines: list[str]) -> list[str]:
+    held = [f"blocks, {multiprocessor.name}" for multiprocessor in MULTIPROCESSORS[sm]]
+    head = ["kernel", "registers", "spilled bytes", "threads", "shared memory", *held]
+    return [f"## sm_{sm}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines, ""]
+
+
+def page(tables: list[str]) -> str:
     return "\n".join(
         (
-            "# Registers and shared memory of the sm_80 kernels",
+            "# Registers and shared memory of the attention kernels for GPUs",
             "",
-            "Written by `python scripts/sm80_registers.py`, compiled for sm_80. Names are kind,",
-            "dtype, head_dim and extras (`kernels/common/scores.cuh`); blocks are those that a",
-            "multiprocessor holds at a time.",
+            "Written by `python scripts/gpu_registers.py`, compiled as the build does for the",
+            "first GPUs of each family. Names are kind, dtype, head_dim and extras",
+            "(`kernels/common/scores.cuh`); blocks are what a multiprocessor holds at a time.",
             "",
-            f"| kernel | registers | spilled bytes | threads | shared memory | {held} |",
-            "|---" * (5 + len(MULTIPROCESSORS)) + "|",
-            *table,
-            "",
+            *tables,
         )
     )
 
 
 def main() -> int:
+    written: list[str] = []
+    lacking: list[str] = []
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        table = rows([compile_instance(instance, folder) for instance in instances()], folder)
+        for sm in MULTIPROCESSORS:
+            of_family = [name for name, instance in instances().items() if instance.sm == sm]
+            lines = rows([compile_instance(name, folder) for name in of_family], folder)
+            written += table(sm, lines)
+            lacking += missing(lines)
     if "--check" not in sys.argv:
-        PAGE.write_text(page(table))
+        PAGE.write_text(page(written))
         return 0
-    for row in missing(table):
+    for row in lacking:
         print(f"{PAGE.relative_to(CHECKOUT)} lacks {row}")
-    return 1 if missing(table) else 0
+    return 1 if lacking else 0
 
 
 if __name__ == "__main__":
