@@ -17,7 +17,6 @@ from support import REPOSITORY
 sys.path.insert(0, str(REPOSITORY / "scripts"))
 sys.path.append(str(REPOSITORY / "tools"))
 
-import nvrtc  # noqa: E402
 from sass import (  # noqa: E402
     Code,
     Instruction,
@@ -27,6 +26,8 @@ from sass import (  # noqa: E402
     parse_ptxas,
     parse_sass,
 )
+
+import nvrtc  # noqa: E402
 
 ARCHS = ("75", "80", "90")
 DTYPES = ("fp16", "bf16", "fp32")

@@ -11,7 +11,6 @@ import functools
 import json
 import pathlib
 import re
-import subprocess
 import sys
 from typing import NamedTuple
 
@@ -19,11 +18,16 @@ import pytest
 from support import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "scripts"))
+sys.path.append(str(REPOSITORY / "tools"))
 
-from sass import Code, find_tool, parse_sass  # noqa: E402
-from sm80_registers import Compiled, Kernel, compile_instance, missing, rows, tile_shapes  # noqa: E402
+from gpu_registers import Kernel, compile_instance, instances, missing, rows, tile_shapes  # noqa: E402
+from sass import Code, disassemble  # noqa: E402
 
-HEAD_DIMS = (64, 96, 128, 192, 256)
+import nvrtc  # noqa: E402
+
+# For sm_80 bf16 stands for both dtypes.
+INSTANCES = [name for name in instances() if not re.match(r"fp16_.*_sm80", name)]
+SM80 = [name for name in INSTANCES if name.endswith("_sm80")]
 
 
 class Tile(NamedTuple):
@@ -37,7 +41,7 @@ class Tile(NamedTuple):
 DECODE_KEYS = {64: 64, 96: 32, 128: 32, 192: 16, 256: 16}
 
 # FlashAttention-2's loops, built by the same compiler.
-PEERS = json.loads((pathlib.Path(__file__).parent / "sm80_peers.json").read_text())
+PEERS = json.loads((pathlib.Path(__file__).parent / "attention_peers.json").read_text())
 
 # What shows that a pass does it.
 MODES = {"plain": "", "ALiBi": r"\|R", "softcap": r"MUFU\.RCP", "dropout": "-0x2daee0ad"}
@@ -67,6 +71,12 @@ SPILL_BUDGET = {
     "forward bf16 128 dropout 164 KB": 12,
     "forward bf16 192 plain paged 164 KB": 20,
     "forward bf16 256 plain paged 164 KB": 20,
+    # sm_75
+    "forward fp16 256 plain": 144,
+    "forward fp16 256 score_mod": 260,
+    "forward fp16 256 dropout": 216,
+    "forward fp16 256 everything": 316,
+    "forward fp16 256 everything paged": 152,
 }
 
 # Local loads and stores in one pass of the mask-free loop, of some 900 instructions.
@@ -80,7 +90,17 @@ LOOP_BUDGET = {
     "forward bf16 128 plain paged 164 KB": 12,
     "forward bf16 192 plain paged 164 KB": 2,
     "forward bf16 256 plain paged 164 KB": 2,
+    # sm_75
+    "forward fp16 256 plain": 13,
+    "forward fp16 256 score_mod": 17,
+    "forward fp16 256 dropout": 10,
+    "forward fp16 256 everything": 13,
+    "forward fp16 256 everything paged": 7,
 }
+
+# Integer arithmetic and moves per product of the plain loops: one to four. On sm_75, where two
+# numbers are packed by two conversions and tiles pass through registers, more.
+ADDRESSES_PER_PRODUCT = {"fp16_d64_sm75": 0.4, "fp16_d128_sm75": 0.3, "fp16_d256_sm75": 1.0}
 
 
 def tile_of(kernel: Kernel) -> Tile:
@@ -91,14 +111,19 @@ def tile_of(kernel: Kernel) -> Tile:
     return Tile(rows // warps // 16, keys)
 
 
-def needed(tile: Tile, head_dim: int, head_dim_v: int) -> dict[str, int]:
+def products(name: str) -> int:
+    """Instructions of an instance for a 16x8x16 product."""
+    return 1 if name in SM80 else 2
+
+
+def needed(tile: Tile, head_dim: int, head_dim_v: int, products: int) -> dict[str, int]:
     """Instructions of a warp per pass: matrix products, ldmatrix.x4 for their operands,
     exponentials, fp32 arithmetic."""
     scores = tile.row_tiles * tile.keys // 2  # of one thread
     out = tile.row_tiles * head_dim_v // 2
     blocks = tile.keys // 16  # of 16 keys
     return {
-        "HMMA": tile.row_tiles * blocks * (head_dim // 16 + head_dim_v // 16) * 2,
+        "HMMA": products * tile.row_tiles * blocks * (head_dim // 16 + head_dim_v // 16) * 2,
         "LDSM": (tile.row_tiles + blocks) * (head_dim // 16) + blocks * (head_dim_v // 16),
         "MUFU": scores + 2 * tile.row_tiles,  # and how much each row's maximum has grown
         "FP32": 2 * scores + out,  # scale and subtract, sum; shrink
@@ -107,111 +132,109 @@ def needed(tile: Tile, head_dim: int, head_dim_v: int) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """head_dim -> Compiled, made when first asked for."""
-    if find_tool("nvcc") is None:
-        pytest.skip("no nvcc: the kernels cannot be compiled here")
-    folder = tmp_path_factory.mktemp("sm80")
-    return functools.cache(lambda head_dim: compile_instance(f"bf16_d{head_dim}", folder))
+    """Name of an instance -> Compiled, made when first asked for."""
+    if nvrtc.find(80) is None:
+        pytest.skip("no NVRTC: the kernels cannot be compiled here")
+    folder = tmp_path_factory.mktemp("attention")
+    return functools.cache(lambda name: compile_instance(name, folder))
 
 
 @pytest.fixture(scope="module")
 def sass(compiled):
-    """head_dim -> {Kernel: Code}."""
-    nvdisasm = find_tool("nvdisasm")
-    if nvdisasm is None:
-        pytest.skip("no nvdisasm (Python package nvidia-cuda-nvdisasm)")
+    """Name of an instance -> {Kernel: Code}."""
 
     @functools.cache
-    def read(head_dim: int) -> dict[Kernel, Code]:
-        command = [nvdisasm, "-c", str(compiled(head_dim).cubin)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return {Kernel.from_mangled(name): code for name, code in parse_sass(done.stdout).items()}
+    def read(name: str) -> dict[Kernel, Code]:
+        found = disassemble(compiled(name).cubin)
+        if found is None:
+            pytest.skip("no nvdisasm (Python package nvidia-cuda-nvdisasm)")
+        return {Kernel.from_mangled(name): code for name, code in found.items()}
 
     return read
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_no_warnings(compiled, head_dim):
-    assert "warning" not in compiled(head_dim).log
+@pytest.mark.parametrize("name", INSTANCES)
+def test_no_warnings(compiled, name):
+    assert "warning" not in compiled(name).log
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_spills(compiled, head_dim):
+@pytest.mark.parametrize("name", INSTANCES)
+def test_spills(compiled, name):
     spilled = {
         Kernel.from_mangled(entry.name).label(): entry.spilled_bytes
-        for entry in compiled(head_dim).resources
+        for entry in compiled(name).resources
     }
     assert {k: n for k, n in spilled.items() if n > SPILL_BUDGET.get(k, 0)} == {}
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("kind", ("forward", "decode"))
-def test_the_loop_has_what_the_method_needs(sass, kind, head_dim):
-    seen = 0
-    for kernel, code in sass(head_dim).items():
-        if kernel.kind != kind or kernel.extras:
+@pytest.mark.parametrize("name", INSTANCES)
+def test_the_loop_has_what_the_method_needs(sass, name):
+    seen = set()
+    for kernel, code in sass(name).items():
+        if kernel.kind == "combine" or kernel.extras:
             continue
-        seen += 1
-        need = needed(tile_of(kernel), kernel.head_dim, kernel.head_dim_v)
+        seen.add(kernel.kind)
+        need = needed(tile_of(kernel), kernel.head_dim, kernel.head_dim_v, products(name))
         found = code.hot_loop()
         found["FP32"] = found["FFMA"] + found["FMUL"] + found["FADD"]
         assert found["HMMA"] == need["HMMA"], kernel.label()
-        for name, count in need.items():
-            assert found[name] <= 1.15 * count, f"{kernel.label()}: {name}"
-    assert seen
+        for opcode, count in need.items():
+            assert found[opcode] <= 1.15 * count, f"{kernel.label()}: {opcode}"
+    assert seen == ({"forward", "decode"} if name in SM80 else {"forward"})
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_local_memory_in_the_loop(sass, head_dim):
+@pytest.mark.parametrize("name", INSTANCES)
+def test_local_memory_in_the_loop(sass, name):
     local = {}
-    for kernel, code in sass(head_dim).items():
+    for kernel, code in sass(name).items():
         if kernel.kind == "forward":
             found = code.hot_loop(MODES["dropout"] if kernel.extras == 2 else "")
             local[kernel.label()] = found["LDL"] + found["STL"]
     assert {k: n for k, n in local.items() if n > LOOP_BUDGET.get(k, 0)} == {}
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_addresses_and_moves(sass, head_dim):
-    """Integer arithmetic and moves of the plain loops: at most one to four products."""
-    for kernel, code in sass(head_dim).items():
+@pytest.mark.parametrize("name", INSTANCES)
+def test_addresses_and_moves(sass, name):
+    for kernel, code in sass(name).items():
         if kernel.kind != "forward" or kernel.extras or kernel.paged:
             continue
         found = code.hot_loop()
         other = sum(n for name, n in found.items() if re.match(ADDRESSES_AND_MOVES, name))
-        assert other <= 0.25 * found["HMMA"], f"{kernel.label()}: {other} of {found['HMMA']}"
+        count = found["HMMA"] // products(name)
+        assert other <= ADDRESSES_PER_PRODUCT.get(name, 0.25) * count, f"{kernel.label()}: {other} of {count}"
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_no_more_instructions_than_flash_attention(sass, head_dim):
+@pytest.mark.parametrize("name", SM80)
+def test_no_more_instructions_than_flash_attention(sass, name):
+    head_dim = instances()[name].head_dim
     compared = set()
-    for kernel, code in sass(head_dim).items():
+    for kernel, code in sass(name).items():
         if kernel.kind != "forward" or kernel.paged or kernel.head_dim_v != head_dim:
             continue
-        name = f"{head_dim}, 164 KB" if kernel.shared_kb > 100 else str(head_dim)
+        line = f"{head_dim}, 164 KB" if kernel.shared_kb > 100 else str(head_dim)
         for mode in EXTRAS_MODES[kernel.extras]:
-            peer = PEERS["instructions_per_mma"].get(name, {}).get(mode)
+            peer = PEERS["instructions_per_mma"].get(line, {}).get(mode)
             if peer is None:
                 continue
             found = code.hot_loop(MODES[mode])
             ours = sum(found.values()) / found["HMMA"]
-            allowed = peer + OVER_PEER.get((name, mode), 0)
+            allowed = peer + OVER_PEER.get((line, mode), 0)
             assert round(ours, 2) <= allowed, f"{kernel.label()}, {mode}: {ours:.2f}, {peer}"
-            compared.add((name, mode))
-    wanted = [name for name in PEERS["instructions_per_mma"] if name.split(",")[0] == str(head_dim)]
-    assert {name for name, _ in compared} == set(wanted)
+            compared.add((line, mode))
+    wanted = [line for line in PEERS["instructions_per_mma"] if line.split(",")[0] == str(head_dim)]
+    assert {line for line, _ in compared} == set(wanted)
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_the_loop_has_no_mask(sass, head_dim):
-    for kernel, code in sass(head_dim).items():
+@pytest.mark.parametrize("name", INSTANCES)
+def test_the_loop_has_no_mask(sass, name):
+    for kernel, code in sass(name).items():
         if kernel.kind != "forward" or kernel.extras:
             continue
         tile = tile_of(kernel)
         assert code.hot_loop()["FSEL"] < tile.row_tiles * tile.keys // 16, kernel.label()
 
 
-def test_the_page_of_registers_is_current(compiled, tmp_path):
-    found: list[Compiled] = [compiled(head_dim) for head_dim in HEAD_DIMS]
-    assert missing(rows(found, tmp_path)) == [], "run python scripts/sm80_registers.py"
+@pytest.mark.parametrize("of_family", (SM80, sorted(set(INSTANCES) - set(SM80))))
+def test_the_page_of_registers_is_current(compiled, of_family, tmp_path):
+    found = [compiled(name) for name in of_family]
+    assert missing(rows(found, tmp_path)) == [], "run python scripts/gpu_registers.py"
