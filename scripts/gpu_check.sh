@@ -5,7 +5,8 @@
 #   scripts/gpu_check.sh              all stages
 #   scripts/gpu_check.sh build tests  only these; stages: build conformance kernels gpu tests bench sanitizer
 #
-# Needs on the machine: torch (2.10 or newer) in the Python called python3 (or $PYTHON), nvcc, a C++ compiler, cmake,
+# Needs on the machine: torch (2.10 or newer) in the Python called python3 (or $PYTHON), a C++ compiler, cmake, an NVRTC (see
+# tools/nvrtc.py; torch for CUDA brings one along),
 # setuptools >= 77, pytest, hypothesis, einops; pytest-xdist and compute-sanitizer if they are there. Code is built for the machine's own
 # GPU, or for $ANYFLASH_CUDA_ARCHS.
 #
@@ -39,7 +40,7 @@ except ImportError:
 if torch.cuda.is_available():
     sm = "%d%d" % torch.cuda.get_device_capability()
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    print(name, sm + "a" if sm == "90" else sm)
+    print(name, sm)
 PY
 )" || exit 2
 read -r GPU ARCH <<< "$facts"
@@ -55,11 +56,11 @@ mkdir -p "$RESULTS"
 RESULTS="$(cd "$RESULTS" && pwd)"
 : > "$RESULTS/log.txt"
 : > "$WORK/stages"
-export HOST_PYTHON PYTHON WORK RESULTS ARCH
+export HOST_PYTHON PYTHON WORK RESULTS ARCH PIP_NO_INDEX=1
 
 # summarize: the stages so far. After every one, so that a run which is ended early leaves it too.
 summarize() {
-  "$HOST_PYTHON" - "$WORK/stages" "$RESULTS/summary.json" <<'PY'
+  "$HOST_PYTHON" - "$WORK/stages" "$RESULTS/summary.json" "$PYTHON" tools/nvrtc.py find "$WORK/nvrtc" "${ARCH:-90}" <<'PY'
 import json, platform, subprocess, sys
 
 def said(*command):
@@ -72,7 +73,7 @@ stages = [line.split() for line in open(sys.argv[1])]
 query = "name,compute_cap,driver_version,clocks.max.sm,power.limit"
 summary = {
     "gpu": said("nvidia-smi", "--query-gpu=" + query, "--format=csv,noheader"),
-    "nvcc": said("nvcc", "--version")[-60:],
+    "nvrtc": said(*sys.argv[3:]),
     "python": platform.python_version(),
     "commit": said("git", "rev-parse", "HEAD"),
     "changed": len(said("git", "status", "--porcelain", "--untracked-files=no").splitlines()),
@@ -107,7 +108,6 @@ stage() {
 # An environment of its own that sees the machine's packages, so that anyflash is installed as a user installs it, start-up hook included.
 # Beside it the programs of the stages conformance and kernels.
 build() {
-  nvcc --version
   "$HOST_PYTHON" -m venv --clear --without-pip "$WORK/venv" || return
   local purelib='import sysconfig; print(sysconfig.get_paths()["purelib"])'
   "$HOST_PYTHON" -c "$purelib" > "$("$PYTHON" -c "$purelib")/machine.pth" || return
@@ -116,15 +116,17 @@ build() {
   "$PYTHON" -c 'import anyflash._loader as l; print(*l.reasons); assert l.provider == "binary", l.provider' || return
   local library
   library="$("$PYTHON" -c 'import anyflash, pathlib; print(pathlib.Path(anyflash.__file__).parent)')"
-  nvcc -std=c++17 -O1 -I. tests/gpu/attention_on_device.cpp -o "$WORK/attention_on_device" \
-    -L"$library" -lanyflash_kernels -Xlinker "-rpath=$library" || return
-  local arch="${ARCH:-90a}" options=()
-  [[ "$arch" == 90a ]] || options=(-DCONFORMANCE_SM80)
-  nvcc -std=c++17 -gencode "arch=compute_$arch,code=sm_$arch" "${options[@]}" -I. emulator/tests/conf.cu -o "$WORK/conformance"
+  "${CXX:-c++}" -std=c++17 -O1 -I. tests/gpu/attention_on_device.cpp -o "$WORK/attention_on_device" \
+    -L"$library" -lanyflash_kernels -ldl "-Wl,-rpath,$library" || return
+  "${CXX:-c++}" -std=c++17 -O1 -I. emulator/tests/conf.cpp -o "$WORK/conformance" -ldl || return
+  local arch="${ARCH:-90}" compiler
+  [[ "$arch" != 90 ]] || arch=90a # wgmma and TMA
+  compiler="$("$PYTHON" tools/nvrtc.py find "$WORK/nvrtc" "$arch")" || return
+  "$PYTHON" tools/nvrtc.py compile "${compiler##* }" "sm_$arch" emulator/tests/conf_kernels.cu "$WORK/conformance.cubin" -I.
 }
 
 # What single instructions return, for the emulator to be compared with.
-conformance() { "$WORK/conformance" write "$RESULTS/conformance.txt"; }
+conformance() { "$WORK/conformance" write "$RESULTS/conformance.txt" "$WORK/conformance.cubin"; }
 
 # Every attention kernel on the emulator's problems. Most of the time goes into the reference, on one core per process.
 kernels() { printf '%s\n' 64 96 128 192 256 | xargs -P 5 -I {} "$WORK/attention_on_device" --instance _d{}_; }

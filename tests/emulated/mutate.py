@@ -3,8 +3,8 @@
 python tests/emulated/mutate.py BUILD [--only TEXT] [--jobs N] [--list]
 
 BUILD is a CMake build folder with the programs emulate_attention and emulate_kvcache_append. Each
-mutant is compiled like the kernels of those programs (nvcc, ptx_to_cpp, C++) and put in their place
-by LD_PRELOAD: the kernels that register last count. A mutant is killed by a report of the emulator
+mutant is compiled like the kernels of those programs (NVRTC, ptx_to_cpp, C++) and put in their
+place by LD_PRELOAD: the kernels that register last count. A mutant is killed by a report of the emulator
 or by a wrong result. One that survives must stand in EQUIVALENT with the reason why nothing can
 show, or compile to the same PTX; else the exit status is 1.
 """
@@ -26,6 +26,11 @@ from typing import NamedTuple
 from mutate_equivalent import EQUIVALENT
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path += [str(ROOT / "scripts"), str(ROOT / "tools")]
+
+from nvrtc import NvrtcError  # noqa: E402
+from sass import compile_cuda  # noqa: E402
+
 COMPILER = shutil.which("clang++") or "c++"  # compiles faster
 COMPILE = (COMPILER, "-std=c++17", "-O0", "-g1", "-ffp-contract=off", "-fPIC", "-shared")
 SECONDS = 300  # a mutant that runs longer hangs
@@ -235,12 +240,10 @@ def run(*command: str, environment: dict[str, str] | None = None) -> tuple[int, 
 
 def compile_ptx(probe: Probe, folder: Path) -> str | None:
     """The probe's PTX in folder/kernels.ptx, returned without line numbers; None: an error."""
-    (folder / "kernels.cu").write_text(probe.source)
-    include = (f"-I{folder}", f"-I{ROOT}")
-    options = ("-std=c++17", f"-arch={probe.arch}", "-lineinfo", "-ptx")
-    ptx = folder / "kernels.ptx"
-    status, _ = run("nvcc", *options, *include, "-o", str(ptx), str(folder / "kernels.cu"))
-    if status != 0:
+    options = (f"-I{folder}", "-lineinfo")
+    try:
+        ptx, _ = compile_cuda(probe.source, folder, "kernels", probe.arch, options)
+    except NvrtcError:
         return None
     code = ptx.read_text().split("\n\t.section")[0]  # behind it, debug information
     return re.sub(r"^\s*(\.loc|//).*$", "", code, flags=re.MULTILINE)

@@ -4,32 +4,32 @@
 //
 // Two runs of each case. Every buffer is an allocation of its own, so that compute-sanitizer sees a
 // step beyond it. scripts/gpu_check.sh builds and runs it.
-#include <cuda_runtime_api.h>
-
+#include "emulator/driver/driver_api.h"
 #include "tests/emulated/attention_driver.h"
 
 namespace anyflash::emulated {
 namespace {
 
-void require(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  std::fprintf(stderr, "%s\n", cudaGetErrorString(error));
-  std::exit(1);
-}
+using driver_api::DevicePointer;
+using driver_api::require;
+
+const driver_api::Driver& gpu() { return driver_api::Driver::get(); }
+
+DevicePointer address(const void* data) { return reinterpret_cast<DevicePointer>(data); }
 
 struct DeviceMemory {
   static void* allocate(int64_t bytes) {
-    void* data = nullptr;
-    require(cudaMalloc(&data, static_cast<size_t>(bytes)));
-    require(cudaMemset(data, 0xFF, static_cast<size_t>(bytes)));
-    return data;
+    DevicePointer data = 0;
+    require(gpu().allocate(&data, size_t(bytes)), "cuMemAlloc");
+    require(gpu().fill(data, 0xFF, size_t(bytes)), "cuMemsetD8");
+    return reinterpret_cast<void*>(data);
   }
-  static void release(void* data) { require(cudaFree(data)); }
+  static void release(void* data) { require(gpu().release(address(data)), "cuMemFree"); }
   static void copy_in(void* to, const void* from, int64_t bytes) {
-    require(cudaMemcpy(to, from, static_cast<size_t>(bytes), cudaMemcpyHostToDevice));
+    require(gpu().copy_in(address(to), from, size_t(bytes)), "cuMemcpyHtoD");
   }
   static void copy_out(void* to, const void* from, int64_t bytes) {
-    require(cudaMemcpy(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost));
+    require(gpu().copy_out(to, address(from), size_t(bytes)), "cuMemcpyDtoH");
   }
 };
 
@@ -39,7 +39,7 @@ struct Gpu {
   std::string run(const Instance* instance, const fuzz::Problem& problem, int64_t, int64_t,
                   fuzz::Results& results) {
     const int32_t error = Transfer<DeviceMemory>(problem, results).run(instance, results);
-    require(cudaDeviceSynchronize());
+    require(gpu().synchronize(), "cuCtxSynchronize");
     return error == 0 ? "" : std::string(anyflash_error_string(error)) + "; ";
   }
 };
