@@ -163,7 +163,9 @@ void visit_missing_kernel(const Problem& problem, InstanceTable table, Obstacle 
     if (instance.direction != problem.direction) continue;
     dtypes |= uint32_t(instance.dtype);
     int32_t obstacles = 0;
-    visit_limits(limits_of(instance), problem, [&](auto) { ++obstacles; });
+    const auto count = [&](auto) { ++obstacles; };
+    visit_limits(limits_of(instance), problem, count);
+    visit_code(instance, problem, count);
     const bool wider = closest && instance.max_head_dim > closest->max_head_dim;
     if (obstacles < fewest || (obstacles == fewest && wider)) {
       fewest = obstacles;

@@ -89,7 +89,11 @@ class Instance(NamedTuple):
     line: str
 
     def name(self) -> str:
-        return f"{self.dtype}_d{self.head_dim}_sm{self.sm}"
+        return f"{self.dtype}_d{self.head_dim}_{self.arch()}"
+
+    def arch(self) -> str:
+        """Its name in instances.def."""
+        return f"sm{self.sm}"
 
 
 class Compiled(NamedTuple):
@@ -125,7 +129,7 @@ def compile_instance(name: str, folder: pathlib.Path) -> Compiled:
     """
     instance = instances()[name]
     source = (CHECKOUT / "kernels/instance.cu.in").read_text()
-    source = source.replace("@HEADER@", f"kernels/sm{instance.sm}/attention.cuh")
+    source = source.replace("@HEADER@", f"kernels/{instance.arch()}/attention.cuh")
     source = source.replace("@INSTANCE@", instance.line)
     options = ("--ptxas-options=-v",)
     cubin, log = compile_cuda(source, folder, name, f"sm_{instance.sm}", options)

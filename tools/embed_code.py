@@ -1,6 +1,6 @@
 """Machine code as C++: what kernels/cubin.h describes, for one line of instances.def.
 
-usage: embed_code.py LINE OUTPUT.cpp SM=MIN_DRIVER=FILE[=LIKE]...
+usage: embed_code.py LINE OUTPUT SM=MIN_DRIVER=FILE[=LIKE]...
 
 FILE is a cubin, or PTX for the emulator, which looks at the names alone. LIKE is another line's: of
 a file that differs from it in few bytes only these are kept. Several lines may hold the same kernel

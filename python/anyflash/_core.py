@@ -177,7 +177,7 @@ def cpu_isa() -> tuple[str, bool]:
     return name.value.decode(), lowered.value
 
 
-def _cubins(instance: Instance) -> Iterator[Cubin]:
+def cubins(instance: Instance) -> Iterator[Cubin]:
     """The machine code of a kernel for GPUs."""
     for place in itertools.count() if instance.cubins else ():
         if not instance.cubins[place].data:
@@ -203,7 +203,7 @@ def instances() -> list[dict[str, Any]]:
         row["device"] = DEVICES[instance.device]
         row["direction"] = DIRECTIONS[instance.direction]
         row["dtype"] = DTYPE_NAMES[instance.dtype]
-        row["code"] = {cubin.sm: cubin.min_driver for cubin in _cubins(instance)}
+        row["code"] = {cubin.sm: cubin.min_driver for cubin in cubins(instance)}
         row["features"] = [
             name for bit, name in enumerate(features) if instance.features >> bit & 1
         ]

@@ -244,37 +244,11 @@ def _gpus(report: Report) -> list[dict[str, Any]]:
                 f"{', '.join(gpu['torch_archs'])}.",
                 "torch_for_gpu",
             )
-    instances = _machine.kernel_state()["instances"]
-    codes = [instance["code"] for instance in instances if instance["device"] == "cuda"]
-    for gpu in gpus if codes else ():
-        if gpu["kind"] == "cuda":
-            _code_for(report, gpu, codes)
+    instances = _machine.kernel_state()["instances"] if gpus else []
+    for gpu in gpus:
+        if why := _drivers.why_no_kernels(gpu, _machine.driver(), instances):
+            report.note(*why, sm=str(gpu["sm"]))
     return gpus
-
-
-def _code_for(report: Report, gpu: dict[str, Any], codes: list[dict[int, int]]) -> None:
-    """Notes a GPU that this build's CUDA kernels do not run on, or a driver that does not load
-    them."""
-    driver, sm = _machine.driver(), gpu["sm"]
-    instead = "PyTorch's own kernels run instead."
-    needed = [
-        least for code in codes for arch, least in code.items()
-        if arch <= sm and arch // 10 == sm // 10
-    ]  # fmt: skip
-    if not needed:
-        built = ", ".join(f"sm_{arch}" for arch in sorted(set().union(*codes)))
-        report.note(
-            f"{gpu['name']} (sm_{sm}): anyflash's CUDA kernels were built for {built}. {instead}",
-            "build_for_gpu",
-            sm=str(sm),
-        )
-    elif driver is not None and 0 < driver["version"] < min(needed):
-        report.note(
-            f"{gpu['name']}: anyflash's CUDA kernels need NVIDIA driver "
-            f"{_drivers.text_of(min(needed))} or newer, this is "
-            f"{_drivers.text_of(driver['version'])}. {instead}",
-            "newer_driver",
-        )
 
 
 def _flash_attn(report: Report, probe: bool) -> dict[str, Any]:

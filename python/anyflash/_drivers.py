@@ -51,12 +51,35 @@ def major(cuda: str) -> int:
     return int(cuda.partition(".")[0])
 
 
-def too_old(driver: dict[str, Any] | None, instances: list[dict[str, Any]]) -> str | None:
-    """A sentence if the driver does not run the CUDA kernels of this build."""
-    needed = min((i["min_driver"] for i in instances if i["device"] == "cuda"), default=0)
-    if driver is None or not 0 < driver["version"] < needed:
+def why_no_kernels(
+    gpu: dict[str, Any], driver: dict[str, Any] | None, instances: list[dict[str, Any]]
+) -> tuple[str, str] | None:
+    """Why this build's CUDA kernels do not run on a GPU: a sentence and the name of a remedy.
+
+    Args:
+        gpu: of _machine.gpus.
+        instances: of _core.instances; "code" is the architectures that a kernel has machine code
+            for, with the oldest CUDA of a driver that loads it.
+    """
+    codes = [instance["code"] for instance in instances if instance["device"] == "cuda"]
+    if gpu["kind"] != "cuda" or not codes:
         return None
-    return (
-        f"anyflash's CUDA kernels need NVIDIA driver {text_of(needed)} or newer, this is "
-        f"{text_of(driver['version'])}. PyTorch's own kernels run instead."
+    sm, instead = gpu["sm"], "PyTorch's own kernels run instead."
+    # Code runs on later GPUs of its major version.
+    needed = [
+        oldest
+        for code in codes
+        for arch, oldest in code.items()
+        if arch <= sm and arch // 10 == sm // 10
+    ]
+    if not needed:
+        built = ", ".join(f"sm_{arch}" for arch in sorted(set().union(*codes)))
+        text = f"{gpu['name']} (sm_{sm}): anyflash's CUDA kernels were built for {built}. {instead}"
+        return text, "build_for_gpu"
+    if driver is None or not 0 < driver["version"] < min(needed):
+        return None
+    text = (
+        f"{gpu['name']}: anyflash's CUDA kernels need NVIDIA driver {text_of(min(needed))} or "
+        f"newer, this is {text_of(driver['version'])}. {instead}"
     )
+    return text, "newer_driver"

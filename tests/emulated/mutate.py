@@ -4,9 +4,9 @@ python tests/emulated/mutate.py BUILD [--only TEXT] [--jobs N] [--list]
 
 BUILD is a CMake build folder with the programs emulate_attention and emulate_kvcache_append. Each
 mutant is compiled like the kernels of those programs (NVRTC, ptx_to_cpp, C++) and put in their
-place by LD_PRELOAD: the kernels that register last count. A mutant is killed by a report of the emulator
-or by a wrong result. One that survives must stand in EQUIVALENT with the reason why nothing can
-show, or compile to the same PTX; else the exit status is 1.
+place by LD_PRELOAD: the kernels that register last count. A mutant is killed by a report of the
+emulator or by a wrong result. One that survives must stand in EQUIVALENT with the reason why
+nothing can show, or compile to the same PTX; else the exit status is 1.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from mutate_equivalent import EQUIVALENT
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "scripts"), str(ROOT / "tools")]
 
-from nvrtc import NvrtcError  # noqa: E402
 from sass import compile_cuda  # noqa: E402
+
+from nvrtc import NvrtcError  # noqa: E402
 
 COMPILER = shutil.which("clang++") or "c++"  # compiles faster
 COMPILE = (COMPILER, "-std=c++17", "-O0", "-g1", "-ffp-contract=off", "-fPIC", "-shared")

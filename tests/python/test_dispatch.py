@@ -271,7 +271,7 @@ EXPECTED_ROUTES = [
     (dict(device="xpu", order="aten_cpu"), "none"),
     (dict(sm=90, order="aten_cudnn"), "aten_cudnn"),
     (dict(sm=80, order="aten_cudnn"), "none"),
-    (dict(sm=75, order="kernel"), "none"),
+    (dict(sm=70, order="kernel"), "none"),
     (dict(sm=90, direction="backward", order="kernel"), "none"),
     (dict(sm=90, order="math"), "math"),
     (dict(sm=90, order="math,sdpa"), "math"),

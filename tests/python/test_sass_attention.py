@@ -201,7 +201,9 @@ def test_addresses_and_moves(sass, name):
         found = code.hot_loop()
         other = sum(n for name, n in found.items() if re.match(ADDRESSES_AND_MOVES, name))
         count = found["HMMA"] // products(name)
-        assert other <= ADDRESSES_PER_PRODUCT.get(name, 0.25) * count, f"{kernel.label()}: {other} of {count}"
+        assert other <= ADDRESSES_PER_PRODUCT.get(name, 0.25) * count, (
+            f"{kernel.label()}: {other} of {count}"
+        )
 
 
 @pytest.mark.parametrize("name", SM80)
