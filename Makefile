@@ -61,7 +61,8 @@ fuzz: $(VENV)/.packages build-address   ## 100000 random attention problems on t
 
 sanitize: build-address build-thread   ## the C++ tests under the address, undefined-behaviour and thread sanitizers
 	for kind in address thread; do \
-	  build/$$kind/tests/cpp/anyflash_tests && build/$$kind/$(FUZZ) --count 1000 || exit 1; \
+	  build/$$kind/tests/cpp/anyflash_tests && build/$$kind/tests/cpp/driver_tests && \
+	  build/$$kind/$(FUZZ) --count 1000 || exit 1; \
 	done
 
 FUZZ := tests/cpp/fuzz_cpu_attention

@@ -11,8 +11,8 @@ struct Cubin {
   int32_t min_driver;  // oldest CUDA of a driver that loads it, 12040 = 12.4
   const void* data;    // an ELF file; with changes, that of a kernel which differs in a few bytes
   int64_t bytes;
-  const uint32_t* changes;  // offset << 8 | byte
-  int64_t num_changes;
+  const uint32_t* changes = nullptr;  // offset << 8 | byte
+  int64_t num_changes = 0;
 
   constexpr bool runs_on(int32_t device_sm) const {
     return sm <= device_sm && sm / 10 == device_sm / 10;

@@ -46,26 +46,30 @@ struct Driver {
   // 0, or the driver's code with a text that says what was tried.
   int32_t check(Result result, const char* what, const char* of = "") const {
     if (result == 0) return 0;
-    const char* name = "an unknown error";
-    const char* text = "";
+    const char* name = nullptr;  // and left so for a code that the driver does not know
+    const char* text = nullptr;
     error_name(result, &name);
     error_text(result, &text);
-    return fail(result, "%s%s: %s (%s, %d)", what, of, text, name, result);
+    return fail(result, "%s%s: %s (%s, %d)", what, of, text ? text : "an unknown error",
+                name ? name : "CUresult", result);
   }
 
   // Finds everything that this driver has.
   int32_t open() {
     void* library = dlopen("libcuda.so.1", RTLD_NOW);
     if (!library) return fail(kErrorNoCuda, "no NVIDIA driver: %s", dlerror());
-#define FUNCTION(member, symbol, parameters) \
-  member = reinterpret_cast<decltype(member)>(dlsym(library, #symbol));
+    const char* missing = nullptr;
+#define FUNCTION(member, symbol, parameters)                            \
+  member = reinterpret_cast<decltype(member)>(dlsym(library, #symbol)); \
+  if (!member) missing = #symbol;
     ANYFLASH_DRIVER_FUNCTIONS(FUNCTION)
 #undef FUNCTION
     const bool usable =
         get_version && init && get_device && get_attribute && error_name && error_text;
     int found = 0;
-    if (!usable || get_version(&found) != 0) {
-      return fail(kErrorNoCuda, "libcuda.so.1 is no driver of NVIDIA's");
+    if (!usable || get_version(&found) != 0 || (missing && found >= kOldestVersion)) {
+      return fail(kErrorNoCuda, "libcuda.so.1 is no driver of NVIDIA's: it has no %s",
+                  missing ? missing : "version");
     }
     if (const int32_t error = check(init(0), "cuInit")) return error;
     version = found;
@@ -208,7 +212,8 @@ class Modules {
     uint32_t shared_bytes = kSharedBytesOfAnyKernel;
   };
 
-  int32_t find(const Driver& driver, uint64_t context, const GpuKernel& kernel, Function* function) {
+  int32_t find(const Driver& driver, uint64_t context, const GpuKernel& kernel,
+               Function* function) {
     Module& module = modules_[{context, kernel.cubins}];
     const CaptureRelaxed relaxed(driver);
     if (!module) {

@@ -7,6 +7,7 @@
 #include "catch.h"
 #include "kernels/arch.h"
 #include "kernels/cross_entropy_params.h"
+#include "kernels/driver.h"
 #include "kernels/launch.h"
 #include "kernels/norm_params.h"
 #include "kernels/rotary_params.h"
@@ -16,6 +17,7 @@ using anyflash::Arch;
 using anyflash::AttentionParams;
 using anyflash::BiasActivationParams;
 using anyflash::CrossEntropyParams;
+using anyflash::Cubin;
 using anyflash::Device;
 using anyflash::Dtype;
 using anyflash::Family;
@@ -108,6 +110,21 @@ TEST_CASE("instances: each names the device it was checked on, or none", "[insta
     CHECK(instance.min_sm <= instance.max_sm);
     CHECK(instance.head_dim_multiple > 0);
     CHECK(instance.run != nullptr);
+  }
+}
+
+TEST_CASE("instances: those for GPUs have code for ever newer ones, then an end", "[instances]") {
+  for (const Instance& instance : Table()) {
+    CAPTURE(instance.name);
+    REQUIRE((instance.cubins != nullptr) == (instance.device == Device::cuda));
+    if (!instance.cubins) continue;
+    CHECK(instance.cubins->data != nullptr);
+    int32_t last = instance.min_sm - 1;
+    for (const Cubin* cubin = instance.cubins; cubin->data; last = cubin++->sm) {
+      CHECK(cubin->sm > last);
+      CHECK(cubin->bytes > 0);
+      CHECK(cubin->min_driver >= anyflash::driver::kOldestVersion);
+    }
   }
 }
 
