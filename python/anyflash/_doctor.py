@@ -51,6 +51,7 @@ ENVIRONMENT = {
     "ANYFLASH_BUILD": "when installing; 0: no compiled operators, 1: an error without them",
     "ANYFLASH_CUDA": "when installing; 0: no CUDA kernels, 1: with them, without a GPU too",
     "ANYFLASH_CUDA_ARCHS": "when installing: GPU architectures to compile for",
+    "ANYFLASH_NVRTC": "when installing: NVRTC libraries to compile with, joined by colons",
     "ANYFLASH_WERROR": "when installing; 1: a compiler's warning is an error",
     "ANYFLASH_TORCH_INCLUDE": "when installing: the folder with torch's headers",
     "ANYFLASH_COMPANION_VERSION": "when building the flash-attn wheel: its version",
