@@ -225,18 +225,19 @@ const char* anyflash_route_name(Route route) { return route_name(route); }
 void anyflash_set_notice_sink(NoticeSink sink) { set_notice_sink(sink); }
 
 const char* anyflash_layout(void) {
-  static const std::string lines = text(
-      "TensorView ", sizeof(TensorView), "\nAttentionOptions ", sizeof(AttentionOptions),
-      "\nAttentionCall ", sizeof(AttentionCall), "\nBackwardCall ", sizeof(BackwardCall),
-      "\nAttentionResults ", sizeof(AttentionResults), "\nKVCacheCall ", sizeof(KVCacheCall),
-      "\nAppendResults ", sizeof(AppendResults), "\nBiasActivationCall ",
-      sizeof(BiasActivationCall), "\nBiasActivationResults ", sizeof(BiasActivationResults),
-      "\nMlpCall ", sizeof(MlpCall), "\nRotaryCall ", sizeof(RotaryCall), "\nNormCall ",
-      sizeof(NormCall), "\nNormGradient ", sizeof(NormGradient), "\nNormResults ",
-      sizeof(NormResults), "\nCrossEntropyCall ", sizeof(CrossEntropyCall),
-      "\nCrossEntropyResults ", sizeof(CrossEntropyResults), "\nCaller ", sizeof(Caller),
-      "\nChoice ", sizeof(Choice), "\nPiece ", sizeof(Piece), "\nCpuThreads ", sizeof(CpuThreads),
-      "\nDecisionView ", sizeof(DecisionView), "\nCubin ", sizeof(Cubin), "\nInstance ", sizeof(Instance), "\n");
+  static const std::string lines =
+      text("TensorView ", sizeof(TensorView), "\nAttentionOptions ", sizeof(AttentionOptions),
+           "\nAttentionCall ", sizeof(AttentionCall), "\nBackwardCall ", sizeof(BackwardCall),
+           "\nAttentionResults ", sizeof(AttentionResults), "\nKVCacheCall ", sizeof(KVCacheCall),
+           "\nAppendResults ", sizeof(AppendResults), "\nBiasActivationCall ",
+           sizeof(BiasActivationCall), "\nBiasActivationResults ", sizeof(BiasActivationResults),
+           "\nMlpCall ", sizeof(MlpCall), "\nRotaryCall ", sizeof(RotaryCall), "\nNormCall ",
+           sizeof(NormCall), "\nNormGradient ", sizeof(NormGradient), "\nNormResults ",
+           sizeof(NormResults), "\nCrossEntropyCall ", sizeof(CrossEntropyCall),
+           "\nCrossEntropyResults ", sizeof(CrossEntropyResults), "\nCaller ", sizeof(Caller),
+           "\nChoice ", sizeof(Choice), "\nPiece ", sizeof(Piece), "\nCpuThreads ",
+           sizeof(CpuThreads), "\nDecisionView ", sizeof(DecisionView), "\nCubin ", sizeof(Cubin),
+           "\nInstance ", sizeof(Instance), "\n");
   return lines.c_str();
 }
 

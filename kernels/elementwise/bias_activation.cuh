@@ -14,7 +14,6 @@
 #include "kernels/launch.h"
 #include "kernels/params.h"
 
-
 namespace anyflash {
 namespace bias_activation {
 
