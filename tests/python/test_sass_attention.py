@@ -227,6 +227,16 @@ def test_no_more_instructions_than_flash_attention(sass, name):
     assert {line for line, _ in compared} == set(wanted)
 
 
+def test_half_of_the_instructions_of_memory_efficient_attention(sass):
+    """On sm_75, where PyTorch has no other."""
+    for head_dim, peer in PEERS["instructions_per_product_sm75"].items():
+        name = f"fp16_d{head_dim}_sm75"
+        (plain,) = (c for k, c in sass(name).items() if (k.kind, k.extras) == ("forward", 0))
+        found = plain.hot_loop()
+        ours = sum(found.values()) / (found["HMMA"] / products(name))
+        assert ours <= peer["plain"] / 2, f"{name}: {ours:.2f}, {peer['plain']}"
+
+
 @pytest.mark.parametrize("name", INSTANCES)
 def test_the_loop_has_no_mask(sass, name):
     for kernel, code in sass(name).items():
