@@ -52,7 +52,7 @@ function(anyflash_embed line output)
   string(REGEX REPLACE "[0-9]+=[0-9]+=" "" _files "${ARGN}")
   string(REPLACE "=" ";" _files "${_files}")
   add_custom_command(
-    OUTPUT "${output}" DEPENDS "${_embed}" ${_files} VERBATIM
+    OUTPUT "${output}" DEPENDS "${_embed}" "${PROJECT_SOURCE_DIR}/kernels/checked.def" ${_files} VERBATIM
     COMMAND "${Python_EXECUTABLE}" "${_embed}" ${line} "${output}" ${ARGN})
   set_source_files_properties("${output}" PROPERTIES OBJECT_DEPENDS "${_files}")
 endfunction()

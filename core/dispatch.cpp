@@ -214,6 +214,14 @@ bool aten_cpu_runs(const Problem& problem) {
   return runs;
 }
 
+// Whether the kernel, or the machine code of it that this GPU runs, has passed its tests on such a
+// machine.
+bool has_passed(const Instance& instance, const Problem& problem) {
+  if (instance.device == Device::cpu) return std::strcmp(instance.checked_on, "none") != 0;
+  const Cubin* cubin = cubin_for(instance.cubins, problem.sm);
+  return cubin && cubin->passed_on(problem.sm);
+}
+
 // Calls obstacle(make_text) once if the default order passes over a kernel that could compute the
 // problem.
 template <typename Obstacle>
@@ -224,7 +232,7 @@ void visit_doubt(const Instance& instance, const Problem& problem, Obstacle obst
     });
   };
   const bool on_cpu = instance.device == Device::cpu;
-  if (std::strcmp(instance.checked_on, "none") == 0) {
+  if (!has_passed(instance, problem)) {
     return doubt([&] {
       return std::string("has not been checked on a ") + (on_cpu ? "CPU" : "GPU") +
              " of its architecture yet";

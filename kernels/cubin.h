@@ -13,9 +13,17 @@ struct Cubin {
   int64_t bytes;
   const uint32_t* changes = nullptr;  // offset << 8 | byte
   int64_t num_changes = 0;
+  const int32_t* checked_on = nullptr;  // sm of the GPUs that it passed on, ended by 0: checked.def
 
   constexpr bool runs_on(int32_t device_sm) const {
     return sm <= device_sm && sm / 10 == device_sm / 10;
+  }
+
+  constexpr bool passed_on(int32_t device_sm) const {
+    for (const int32_t* gpu = checked_on; gpu && *gpu; ++gpu) {
+      if (*gpu == device_sm) return true;
+    }
+    return false;
   }
 };
 

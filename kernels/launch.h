@@ -44,7 +44,7 @@ struct Instance {
   int32_t max_head_dim;  // of q and of v; 0: the family has none
   int32_t head_dim_multiple;
   uint32_t features;       // supported ones, a set of features.h
-  const char* checked_on;  // the GPU or CPU that ran its tests, "none" until then
+  const char* checked_on;  // the CPU that ran its tests, "none" until then; "code": see the cubins
   const Cubin* cubins;     // by GPU generation; null on a CPU
   int32_t (*run)(const void* params, void* stream);
 };

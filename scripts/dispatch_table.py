@@ -125,6 +125,16 @@ def features() -> str:
     return _markdown(["name", "meaning"], rows)
 
 
+def _passed_on(family: str, arch: str, direction: str) -> str:
+    """The GPUs on which some code of these lines passed."""
+    found = {
+        int(sm)
+        for line, sm, _ in (entry.fields for entry in _defs.entries("checked"))
+        if line.startswith(f"{family}_{direction}_") and line.endswith(f"_{arch}")
+    }
+    return ", ".join(f"sm_{sm}" for sm in sorted(found)) or "none"
+
+
 def kernels() -> str:
     """instances.def, a row for the dtypes of a family, an architecture and a direction."""
     dtypes: dict[tuple[str, ...], list[str]] = {}
@@ -145,7 +155,8 @@ def kernels() -> str:
         row = (family, arch, direction, dims, lacks, rest[-1])
         dtypes.setdefault(row, []).append(rest[0])
     rows = [
-        [family, arch, direction, ", ".join(names), dims, lacks, checked_on]
+        [family, arch, direction, ", ".join(names), dims, lacks]
+        + [_passed_on(family, arch, direction) if checked_on == "code" else checked_on]
         for (family, arch, direction, dims, lacks, checked_on), names in dtypes.items()
     ]
     header = ["family", "architecture", "direction", "dtype", "head_dim", "lacks", "checked on"]

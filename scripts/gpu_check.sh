@@ -11,7 +11,8 @@
 # GPU, or for $ANYFLASH_CUDA_ARCHS.
 #
 # Results go to $OUT where that is set, else to benchmarks/results/<gpu>/. Commit that folder: summary.json, log.txt, bench.json and
-# bench.txt (the measurements, also as a table), conformance.txt (what instructions return there; ctest compares the emulator with it).
+# bench.txt (the measurements, also as a table), conformance.txt (what instructions return there; ctest compares the emulator with it),
+# and where all passed checked.def, whose lines go to kernels/checked.def.
 # Exit status: 0 all passed, 1 a stage failed, 2 wrong use, 3 no GPU (everything that a GPU would run was built).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
@@ -129,7 +130,10 @@ build() {
 conformance() { "$WORK/conformance" write "$RESULTS/conformance.txt" "$WORK/conformance.cubin"; }
 
 # Every attention kernel on the emulator's problems. Most of the time goes into the reference, on one core per process.
-kernels() { printf '%s\n' 64 96 128 192 256 | xargs -P 5 -I {} "$WORK/attention_on_device" --instance _d{}_; }
+kernels() {
+  local family=$((ARCH < 80 ? 75 : 80))
+  printf '%s\n' 64 96 128 192 256 | xargs -P 5 -I {} "$WORK/attention_on_device" --instance "_d{}_sm$family"
+}
 
 # What only a GPU can show: graphs, streams, large tensors.
 gpu() { "$PYTHON" -m pytest -q tests/gpu -p no:cacheprovider; }
@@ -171,5 +175,7 @@ stage gpu 60 || failed=1
 stage tests 120 || failed=1
 stage bench 150 || failed=1
 stage sanitizer 60 || failed=1
+# What passed everything may be chosen by itself: lines for kernels/checked.def.
+[[ $failed == 1 || "$STAGES" != "$ALL" ]] || "$PYTHON" scripts/checked.py "$ARCH" > "$RESULTS/checked.def"
 echo "results: $RESULTS"
 exit $failed

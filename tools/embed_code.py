@@ -9,11 +9,13 @@ a file that differs from it in few bytes only these are kept. Several lines may 
 
 from __future__ import annotations
 
+import hashlib
 import pathlib
 import re
 import sys
 from typing import NamedTuple, Optional
 
+CHECKED = pathlib.Path(__file__).resolve().parents[1] / "kernels/checked.def"
 LARGEST = 1 << 24  # whose offsets a change can say
 
 
@@ -50,6 +52,13 @@ def changes(code: bytes, like: bytes) -> list[int] | None:
     return found if 4 * len(found) < len(code) // 4 else None
 
 
+def checked_on(line: str, code: bytes, records: str) -> list[int]:
+    """The GPUs on which this code passed, by the text of checked.def."""
+    digest = hashlib.sha256(code).hexdigest()[:16]
+    found = re.findall(rf"^CHECKED\({line}, (\d+), {digest}\)$", records, re.MULTILINE)
+    return sorted(map(int, found))
+
+
 def symbol(path: pathlib.Path) -> str:
     """Of a file's bytes."""
     return "code_" + re.sub(r"\W", "_", path.name)
@@ -66,6 +75,7 @@ def source(line: str, codes: list[Code]) -> str:
     """The file's text."""
     declared: dict[pathlib.Path, None] = {}
     text, rows, names = [], [], set()
+    records = CHECKED.read_text()
     for code in codes:
         data = code.path.read_bytes()
         names.update(kernel_names(data))
@@ -75,12 +85,14 @@ def source(line: str, codes: list[Code]) -> str:
             text += embedded(holder)
         declared[holder] = None
         row = f"{code.sm}, {code.min_driver}, {symbol(holder)}, {len(data)}"
+        array, gpus = "nullptr", "nullptr"
         if found:
             array = f"changes_{code.sm}"
             text.append(f"const uint32_t {array}[] = {{{', '.join(map(hex, found))}}};")
-            rows.append(f"{{{row}, {array}, {len(found)}}}")
-        else:
-            rows.append(f"{{{row}, nullptr, 0}}")
+        if passed := checked_on(line, data, records):
+            gpus = f"checked_on_{code.sm}"
+            text.append(f"const int32_t {gpus}[] = {{{', '.join(map(str, passed))}, 0}};")
+        rows.append(f"{{{row}, {array}, {len(found or [])}, {gpus}}}")
     head = ['#include "kernels/cubin.h"', "", "namespace anyflash {", ""]
     head += [f'extern const char {symbol(path)}[] asm("{symbol(path)}");' for path in declared]
     text.append(f"extern const Cubin cubins_{line}[] = {{{', '.join(rows)}, {{}}}};")

@@ -16,6 +16,7 @@ LISTS = (
     "kernels/instances.def",
     "kernels/sm80/tiles.def",
     "kernels/drivers.def",
+    "kernels/checked.def",
 )
 
 

@@ -185,15 +185,28 @@ def cubins(instance: Instance) -> Iterator[Cubin]:
         yield instance.cubins[place]
 
 
+def machine_code(cubin: Cubin) -> bytes:
+    """The ELF file that the driver is given."""
+    code = bytearray(ctypes.string_at(cubin.data, cubin.bytes))
+    changes = ctypes.cast(cubin.changes, ctypes.POINTER(ctypes.c_uint32))
+    for change in changes[: cubin.num_changes]:
+        code[change >> 8] = change & 0xFF
+    return bytes(code)
+
+
+def table() -> list[Instance]:
+    """The records of the compiled kernels."""
+    count = ctypes.c_int32()
+    return loaded().anyflash_instances(ctypes.byref(count))[: count.value]
+
+
 def instances() -> list[dict[str, Any]]:
     """The compiled kernels, a dict for each line of instances.def that is in this build."""
     from . import _defs
 
-    count = ctypes.c_int32()
-    table = loaded().anyflash_instances(ctypes.byref(count))
     features = tuple(_defs.feature_phrases())
     rows = []
-    for instance in table[: count.value]:
+    for instance in table():
         row = {
             name: value.decode() if isinstance(value, bytes) else value
             for name, value in ((name, getattr(instance, name)) for name, _ in instance._fields_)

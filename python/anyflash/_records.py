@@ -233,6 +233,7 @@ class Cubin(ctypes.Structure):
         ("bytes", ctypes.c_int64),
         ("changes", ctypes.c_void_p),
         ("num_changes", ctypes.c_int64),
+        ("checked_on", ctypes.POINTER(ctypes.c_int32)),
     ]
 
 

@@ -15,11 +15,16 @@ int32_t never_run(const void*, void*) { return 0; }
 constexpr Cubin kCubins[] = {{75, 12000, kCubins, 1},  {80, 12000, kCubins, 1},
                              {90, 12000, kCubins, 1},  {100, 12080, kCubins, 1},
                              {120, 12080, kCubins, 1}, {}};
+constexpr int32_t kEvery[] = {75, 80, 90, 100, 120, 0};
+constexpr Cubin kPassed[] = {
+    {75, 12000, kCubins, 1, nullptr, 0, kEvery},  {80, 12000, kCubins, 1, nullptr, 0, kEvery},
+    {90, 12000, kCubins, 1, nullptr, 0, kEvery},  {100, 12080, kCubins, 1, nullptr, 0, kEvery},
+    {120, 12080, kCubins, 1, nullptr, 0, kEvery}, {}};
 
 Instance instance(Family family, int32_t min_sm, int32_t max_sm, Direction direction, Dtype dtype,
-                  int32_t max_head_dim, const char* checked_on) {
-  return {"an instance", family, Device::cuda, "sm",       min_sm,  max_sm,   direction, dtype,
-          max_head_dim,  1,      Feature::lse, checked_on, kCubins, never_run};
+                  int32_t max_head_dim, const Cubin* cubins) {
+  return {"an instance", family, Device::cuda, "sm",   min_sm, max_sm,   direction, dtype,
+          max_head_dim,  1,      Feature::lse, "code", cubins, never_run};
 }
 
 Instance cpu_instance(const Arch& arch, Direction direction, Dtype dtype, const char* checked_on) {
@@ -268,9 +273,9 @@ TEST_CASE("dispatch: digits that are no back end choose nothing", "[dispatch]") 
 
 TEST_CASE("dispatch: kernels of the table", "[dispatch]") {
   const Instance instances[] = {
-      instance(Family::attention, 80, 9999, Direction::forward, Dtype::fp16, 64, "A100"),
-      instance(Family::attention, 90, 90, Direction::forward, Dtype::fp16, 64, "H200"),
-      instance(Family::attention, 80, 9999, Direction::forward, Dtype::fp16, 128, "none"),
+      instance(Family::attention, 80, 9999, Direction::forward, Dtype::fp16, 64, kPassed),
+      instance(Family::attention, 90, 90, Direction::forward, Dtype::fp16, 64, kPassed),
+      instance(Family::attention, 80, 9999, Direction::forward, Dtype::fp16, 128, kCubins),
   };
   const InstanceTable table{instances, 3};
   CHECK(route_of(on_gpu(75), table) == "aten_efficient");
@@ -360,8 +365,8 @@ TEST_CASE("dispatch: a CPU with AMX computes plain 16-bit attention with PyTorch
 
 TEST_CASE("dispatch: bias_activation", "[dispatch]") {
   const Instance instances[] = {
-      instance(Family::bias_activation, 75, 9999, Direction::forward, Dtype::fp16, 0, "none"),
-      instance(Family::bias_activation, 75, 9999, Direction::forward, Dtype::bf16, 0, "H200"),
+      instance(Family::bias_activation, 75, 9999, Direction::forward, Dtype::fp16, 0, kCubins),
+      instance(Family::bias_activation, 75, 9999, Direction::forward, Dtype::bf16, 0, kPassed),
   };
   const InstanceTable table{instances, 2};
   Problem problem = on_gpu(90);

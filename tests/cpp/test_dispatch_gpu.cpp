@@ -99,15 +99,22 @@ TEST_CASE("dispatch: the attention kernels for GPUs, where named", "[dispatch]")
   }
 }
 
-TEST_CASE("dispatch: an attention kernel for a GPU that has run on none is not chosen by itself",
+TEST_CASE("dispatch: a kernel for GPUs is chosen by itself where its very code has passed",
           "[dispatch]") {
+  // sm_80's code on A100, but not on RTX 30; sm_90's.
+  constexpr int32_t kOn80[] = {80, 0}, kOn90[] = {90, 0};
+  const Cubin kSome[] = {{75, 12000, kCubins, 1},
+                             {80, 12000, kCubins, 1, nullptr, 0, kOn80},
+                             {90, 12000, kCubins, 1, nullptr, 0, kOn90},
+                             {}};
+  std::vector<Instance> instances = gpu_instances();
+  for (Instance& instance : instances) instance.cubins = kSome;
   for (const int32_t sm : kGpus) {
-    const Choice choice = choose(on_gpu(sm), gpu_table());
-    const bool checked = choice.instance && std::string(choice.instance->checked_on) != "none";
     CAPTURE(sm);
-    CHECK(choice.route == (checked    ? Route::kernel
-                           : sm >= 80 ? Route::aten_flash
-                                      : Route::aten_efficient));
+    const Route others = sm >= 80 ? Route::aten_flash : Route::aten_efficient;
+    CHECK(choose(on_gpu(sm), gpu_table()).route == others);
+    const Choice choice = choose(on_gpu(sm), {instances.data(), int32_t(instances.size())});
+    CHECK(choice.route == (sm == 80 || sm == 90 ? Route::kernel : others));
   }
 }
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
+import hashlib
 import re
 import struct
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from support import REPOSITORY
 
-from anyflash import _core, _loader
+from anyflash import _core, _defs, _loader
+
+sys.path.append(str(REPOSITORY / "tools"))
+import embed_code  # noqa: E402
 
 if _loader.provider != "binary":
     pytest.skip("anyflash runs without the binary", allow_module_level=True)
@@ -18,9 +23,7 @@ if _loader.provider != "binary":
 
 def cubins_of_lines() -> dict[str, list]:
     """Line of instances.def to its records of kernels/cubin.h."""
-    count = ctypes.c_int32()
-    table = _core.loaded().anyflash_instances(ctypes.byref(count))
-    lines = {line.name.decode(): list(_core.cubins(line)) for line in table[: count.value]}
+    lines = {line.name.decode(): list(_core.cubins(line)) for line in _core.table()}
     return {name: found for name, found in lines.items() if found}
 
 
@@ -59,18 +62,10 @@ def read(code: bytes) -> Image:
     return Image(abi, flags >> (8 if abi >= 8 else 0) & 0xFF, {name.decode() for name in names})
 
 
-def code_of(cubin) -> bytes:
-    code = bytearray(ctypes.string_at(cubin.data, cubin.bytes))
-    changes = ctypes.cast(cubin.changes, ctypes.POINTER(ctypes.c_uint32))
-    for at in range(cubin.num_changes):
-        code[changes[at] >> 8] = changes[at] & 0xFF
-    return bytes(code)
-
-
 @pytest.mark.parametrize("line", LINES)
 def test_code_is_for_the_architectures_and_drivers_that_it_says(line):
     for cubin in LINES[line]:
-        image = read(code_of(cubin))
+        image = read(_core.machine_code(cubin))
         assert image.sm == cubin.sm
         assert cubin.min_driver == {7: 12000, 8: 13000 if cubin.sm < 100 else 12080}[image.abi]
 
@@ -79,9 +74,32 @@ def test_code_is_for_the_architectures_and_drivers_that_it_says(line):
 def test_code_has_the_kernels_of_its_line_alone(line):
     others = {"fp16", "bf16"} - {re.search("fp16|bf16|fp32", line)[0]}
     for cubin in LINES[line]:
-        kernels = read(code_of(cubin)).kernels
+        kernels = read(_core.machine_code(cubin)).kernels
         assert kernels
         assert not [name for name in kernels for other in others if f"4{other}" in name]
+
+
+def test_what_is_kept_of_similar_code():
+    like = bytes(range(256)) * 8
+    code = bytearray(like)
+    code[3], code[1000] = 0, 7
+    kept = embed_code.changes(bytes(code), like)
+    assert kept == [3 << 8 | 0, 1000 << 8 | 7]
+    assert embed_code.changes(bytes(code[:-1]), like) is None
+    assert embed_code.changes(bytes(reversed(like)), like) is None
+
+
+def test_trust_is_in_the_very_code():
+    digest = hashlib.sha256(b"code").hexdigest()[:16]
+    records = f"CHECKED(a_line, 90, {digest})\nCHECKED(a_line, 80, {digest})\n"
+    assert embed_code.checked_on("a_line", b"code", records) == [80, 90]
+    assert embed_code.checked_on("a_line", b"changed", records) == []
+    assert embed_code.checked_on("line", b"code", records) == []
+
+
+def test_records_belong_to_lines_of_instances_def():
+    lines = {entry.fields[0] for entry in _defs.entries("checked")}
+    assert lines <= set(LINES)
 
 
 def test_few_drivers_are_too_old():
