@@ -10,8 +10,9 @@ namespace anyflash::cpu::ANYFLASH_ISA {
 
 constexpr int kItemRows = kLanes == 16 ? 256 : 128;  // a block's conversion serves them all
 constexpr int kPanels = kItemRows / kPanel;
-constexpr int kSmallBlock =
-    24;  // keys per vector of rows, where one panel reads all keys: whole tiles
+// Keys per vector of rows, where one panel reads all keys: whole tiles. A block for one vector
+// alone would be over before the next block's rows are there, so it takes those for two.
+constexpr int kSmallBlock = 24;
 
 // The online softmax of a panel, and its output so far.
 struct Panel {
@@ -128,6 +129,12 @@ ANYFLASH_INLINE void attend(const AttentionParams& p, const Sequence& sequence, 
       {block.values, 1, columns, reinterpret_cast<Word*>(block.scores), kPanel, panel.out, kPanel,
        columns, steps, ahead[1]},
       scale);
+}
+
+template <class T>
+ANYFLASH_INLINE Prefetch prefetch_rows(const void* const* rows, int count, int columns) {
+  const int lines = (columns * static_cast<int>(sizeof(T)) + 63) / 64;
+  return {rows, lines, 0, count * lines};
 }
 
 // A panel's queries, transposed.
@@ -257,7 +264,7 @@ static void forward_item(const ForwardPlan& plan, const Item& item, char* memory
   seen.end = smaller(seen.end, item.key_end);
 
   // With few rows, reading the keys is the work: in small blocks, the next is on its way earlier.
-  const int block_keys = num_panels == 1 ? kSmallBlock * panels[0].lanes.vectors
+  const int block_keys = num_panels == 1 ? kSmallBlock * larger(2, panels[0].lanes.vectors)
                                          : balanced_block(seen.end - seen.begin);
   for (int64_t first = seen.begin; first < seen.end; first += block_keys) {
     const int count = static_cast<int>(smaller<int64_t>(block_keys, seen.end - first));
@@ -267,18 +274,15 @@ static void forward_item(const ForwardPlan& plan, const Item& item, char* memory
     find_key_rows<T>(p, p.v, sequence, kv_head, first, count, rows);
     zipped_rows<Product>(rows, count, columns, columns, block.values);
     // The next block's rows, some during each panel.
-    const void* ahead[2][kBlock];
+    const void* next_rows[2][kBlock];
     const int64_t next = first + count;
     const auto next_count =
         static_cast<int>(larger<int64_t>(0, smaller<int64_t>(block_keys, seen.end - next)));
-    find_key_rows<T>(p, p.k, sequence, kv_head, next, next_count, ahead[0]);
-    find_key_rows<T>(p, p.v, sequence, kv_head, next, next_count, ahead[1]);
+    find_key_rows<T>(p, p.k, sequence, kv_head, next, next_count, next_rows[0]);
+    find_key_rows<T>(p, p.v, sequence, kv_head, next, next_count, next_rows[1]);
+    const Prefetch ahead[2] = {prefetch_rows<T>(next_rows[0], next_count, head_dim),
+                               prefetch_rows<T>(next_rows[1], next_count, columns)};
     for (int i = 0; i < num_panels; ++i) {
-      const int begin = next_count * i / num_panels;
-      const int part = next_count * (i + 1) / num_panels - begin;
-      constexpr int kBytes = sizeof(T);
-      const Prefetch rows_ahead[2] = {{ahead[0] + begin, part, head_dim * kBytes},
-                                      {ahead[1] + begin, part, columns * kBytes}};
       // Keys outside of what the panel sees are left out; zipped values begin at even keys.
       const TileRange<int64_t>& some = panels[i].lanes.some;
       const int64_t skipped = larger<int64_t>(0, some.begin - first) & -Product::kPerWord;
@@ -288,7 +292,8 @@ static void forward_item(const ForwardPlan& plan, const Item& item, char* memory
       visible.keys += skipped * words;
       visible.values += skipped / Product::kPerWord * columns;
       attend<Product>(p, sequence, panels[i], visible, first + skipped,
-                      static_cast<int>(end - skipped), rows_ahead);
+                      static_cast<int>(end - skipped),
+                      {ahead[0].part(i, num_panels), ahead[1].part(i, num_panels)});
     }
   }
   for (int i = 0; i < num_panels; ++i) {

@@ -33,11 +33,52 @@ constexpr int rows_in_registers(int vectors) { return vectors == 1 ? 8 : 6; }
 
 enum class Start { zero, add, scaled };  // C = A B, C + A B, C * scale + A B
 
-// Rows that the next product needs, brought into the second-level cache meanwhile.
+// Rows that the next product needs, brought into the second-level cache meanwhile: lines
+// [begin, end) of all their cache lines, one row after the other.
 struct Prefetch {
   const void* const* rows;
-  int count;
-  int bytes;  // of a row
+  int row_lines;
+  int begin;
+  int end;
+
+  // The i-th of so many parts.
+  __attribute__((always_inline)) Prefetch part(int i, int parts) const {
+    const int lines = end - begin;
+    return {rows, row_lines, begin + lines * i / parts, begin + lines * (i + 1) / parts};
+  }
+};
+
+// The way through a prefetch, without a division per line.
+class PrefetchWalk {
+ public:
+  __attribute__((always_inline)) explicit PrefetchWalk(const Prefetch& ahead)
+      : row_lines_(ahead.row_lines), left_(ahead.end - ahead.begin) {
+    if (left_ == 0) return;
+    const int line = ahead.begin % row_lines_;
+    row_ = ahead.rows + ahead.begin / row_lines_;
+    next_ = static_cast<const char*>(*row_++) + line * 64;
+    left_in_row_ = row_lines_ - line;
+  }
+
+  __attribute__((always_inline)) int left() const { return left_; }
+
+  __attribute__((always_inline)) void prefetch_line() {
+    if (left_in_row_ == 0) {
+      next_ = static_cast<const char*>(*row_++);
+      left_in_row_ = row_lines_;
+    }
+    __builtin_prefetch(next_, 0, 2);
+    next_ += 64;
+    --left_in_row_;
+    --left_;
+  }
+
+ private:
+  const void* const* row_ = nullptr;
+  const char* next_ = nullptr;
+  int row_lines_;
+  int left_in_row_ = 0;
+  int left_;
 };
 
 // a[row * a_row + step * a_step], b[step * b_step + lane], c[row * c_row + lane]
@@ -54,8 +95,11 @@ struct Operands {
   Prefetch ahead = {};
 };
 
+// `lines` of `ahead`, one per step: all at once, they would wait for free line buffers, and the
+// product with them, and hardware prefetchers would not follow.
 template <class Product, Start kStart, bool kMaximum, int kRows, int kVectors>
-ANYFLASH_INLINE void register_tile(const Operands& m, int row, const Float* scale, Float* maxima) {
+ANYFLASH_INLINE void register_tile(const Operands& m, int row, PrefetchWalk& ahead, int lines,
+                                   const Float* scale, Float* maxima) {
   Float sums[kRows][kVectors];
   float* c = m.c + row * m.c_row;
   for (int r = 0; r < kRows; ++r) {
@@ -63,7 +107,7 @@ ANYFLASH_INLINE void register_tile(const Operands& m, int row, const Float* scal
   }
   const Word* a = m.a + row * m.a_row;
   const Word* b = m.b;
-  for (int step = 0; step < m.steps; ++step, a += m.a_step, b += m.b_step) {
+  const auto add_step = [&]() __attribute__((always_inline)) {
     Words lanes[kVectors];
     for (int v = 0; v < kVectors; ++v) lanes[v] = load_words(b + v * kLanes);
 #pragma GCC unroll 12
@@ -73,7 +117,15 @@ ANYFLASH_INLINE void register_tile(const Operands& m, int row, const Float* scal
         sums[r][v] = Product::multiply_add(x, lanes[v], sums[r][v]);
       }
     }
+    a += m.a_step;
+    b += m.b_step;
+  };
+  int step = 0;
+  for (; step < lines; ++step) {
+    ahead.prefetch_line();
+    add_step();
   }
+  for (; step < m.steps; ++step) add_step();
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) {
       // Block sums first: one running sum over many thousand steps would lose digits.
@@ -86,23 +138,16 @@ ANYFLASH_INLINE void register_tile(const Operands& m, int row, const Float* scal
   }
 }
 
-// A few rows per register tile: all at once, they would wait for free line buffers, and the product
-// with them.
-ANYFLASH_INLINE void prefetch_part(const Prefetch& ahead, int tile, int tiles) {
-  for (int i = ahead.count * tile / tiles; i < ahead.count * (tile + 1) / tiles; ++i) {
-    const char* row = static_cast<const char*>(ahead.rows[i]);
-    for (int byte = 0; byte < ahead.bytes; byte += 64) __builtin_prefetch(row + byte, 0, 2);
-  }
-}
-
 // The last `rows` rows, fewer than a full tile.
 template <class Product, Start kStart, bool kMaximum, int kRows, int kVectors>
-ANYFLASH_INLINE void last_rows(const Operands& m, int rows, const Float* scale, Float* maxima) {
+ANYFLASH_INLINE void last_rows(const Operands& m, int rows, PrefetchWalk& ahead, const Float* scale,
+                               Float* maxima) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      register_tile<Product, kStart, kMaximum, kRows, kVectors>(m, m.rows - kRows, scale, maxima);
+      register_tile<Product, kStart, kMaximum, kRows, kVectors>(m, m.rows - kRows, ahead, 0, scale,
+                                                                maxima);
     } else {
-      last_rows<Product, kStart, kMaximum, kRows - 1, kVectors>(m, rows, scale, maxima);
+      last_rows<Product, kStart, kMaximum, kRows - 1, kVectors>(m, rows, ahead, scale, maxima);
     }
   }
 }
@@ -119,12 +164,21 @@ static __attribute__((noinline)) void multiply(const Operands& operands, const f
     if (kStart == Start::scaled) scales[v] = load(scale + v * kLanes);
     largest[v] = broadcast(-kInfinity);
   }
+  const int tiles = m.rows / kRows;
+  PrefetchWalk ahead(m.ahead);
+  const int lines = tiles > 0 ? (ahead.left() + tiles - 1) / tiles : 0;
+  // Hardware has nothing to follow in rows of a line or two: those come at once (measured).
+  const int most_in_steps = m.ahead.row_lines > 2 ? m.steps : 0;
   int row = 0;
-  for (int tile = 0, tiles = m.rows / kRows; tile < tiles; ++tile, row += kRows) {
-    prefetch_part(m.ahead, tile, tiles);
-    register_tile<Product, kStart, kMaximum, kRows, kVectors>(m, row, scales, largest);
+  for (int tile = 0; tile < tiles; ++tile, row += kRows) {
+    const int some = lines < ahead.left() ? lines : ahead.left();
+    const int in_steps = most_in_steps < some ? most_in_steps : some;
+    for (int line = in_steps; line < some; ++line) ahead.prefetch_line();
+    register_tile<Product, kStart, kMaximum, kRows, kVectors>(m, row, ahead, in_steps, scales,
+                                                              largest);
   }
-  last_rows<Product, kStart, kMaximum, kRows - 1, kVectors>(m, m.rows - row, scales, largest);
+  last_rows<Product, kStart, kMaximum, kRows - 1, kVectors>(m, m.rows - row, ahead, scales,
+                                                            largest);
   if (kMaximum) {
     for (int v = 0; v < kVectors; ++v) store(maxima + v * kLanes, largest[v]);
   }
