@@ -30,9 +30,9 @@ elseif(_problem)
   set(ANYFLASH_COMPILED_ARCHS)
 endif()
 
-# Headers that a kernel may include; NVRTC does not say which it read.
+# Headers that a kernel may include; NVRTC does not say which it read. Others are the launchers' and the library's.
 file(GLOB_RECURSE _headers CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/kernels/*.h" "${PROJECT_SOURCE_DIR}/kernels/*.cuh" "${PROJECT_SOURCE_DIR}/kernels/*.def")
-list(FILTER _headers EXCLUDE REGEX "/kernels/cpu/")
+list(FILTER _headers EXCLUDE REGEX "/kernels/(cpu/|cubin|driver|host_cuda|measured|instances|checked)")
 
 # anyflash_nvrtc(<source.cu> <output> <arch> [option...]): a cubin for sm_80, PTX for compute_80.
 function(anyflash_nvrtc source output arch)
