@@ -32,7 +32,7 @@ endif()
 
 # Headers that a kernel may include; NVRTC does not say which it read. Others are the launchers' and the library's.
 file(GLOB_RECURSE _headers CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/kernels/*.h" "${PROJECT_SOURCE_DIR}/kernels/*.cuh" "${PROJECT_SOURCE_DIR}/kernels/*.def")
-list(FILTER _headers EXCLUDE REGEX "/kernels/(cpu/|cubin|driver|host_cuda|measured|instances|checked)")
+list(FILTER _headers EXCLUDE REGEX "/kernels/(cpu/|cubin|driver|host_cuda|instances|checked)")
 
 # anyflash_nvrtc(<source.cu> <output> <arch> [option...]): a cubin for sm_80, PTX for compute_80.
 function(anyflash_nvrtc source output arch)
