@@ -219,7 +219,7 @@ bool aten_cpu_runs(const Problem& problem) {
 bool has_passed(const Instance& instance, const Problem& problem) {
   if (instance.device == Device::cpu) return std::strcmp(instance.checked_on, "none") != 0;
   const Cubin* cubin = cubin_for(instance.cubins, problem.sm);
-  return cubin && cubin->passed_on(problem.sm);
+  return cubin && passed_on(*cubin, problem.sm);
 }
 
 // Calls obstacle(make_text) once if the default order passes over a kernel that could compute the

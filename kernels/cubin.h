@@ -18,13 +18,6 @@ struct Cubin {
   constexpr bool runs_on(int32_t device_sm) const {
     return sm <= device_sm && sm / 10 == device_sm / 10;
   }
-
-  constexpr bool passed_on(int32_t device_sm) const {
-    for (const int32_t* gpu = checked_on; gpu && *gpu; ++gpu) {
-      if (*gpu == device_sm) return true;
-    }
-    return false;
-  }
 };
 
 // The build defines one under the mangled name of every kernel: a launcher that takes the address
@@ -41,6 +34,13 @@ constexpr const Cubin* cubin_for(const Cubin* cubins, int32_t device_sm) {
     if (cubin->runs_on(device_sm) && (!found || found->sm < cubin->sm)) found = cubin;
   }
   return found;
+}
+
+constexpr bool passed_on(const Cubin& cubin, int32_t device_sm) {
+  for (const int32_t* gpu = cubin.checked_on; gpu && *gpu; ++gpu) {
+    if (*gpu == device_sm) return true;
+  }
+  return false;
 }
 
 }  // namespace anyflash
