@@ -48,7 +48,7 @@ def call(*command, check=True, cwd=None, **environment) -> subprocess.CompletedP
     }
     done = subprocess.run(
         list(map(str, command)),
-        text=True,
+        encoding="utf-8",  # pip's, in every locale
         capture_output=True,
         cwd=cwd,
         env={**inherited, **environment},
