@@ -15,6 +15,7 @@ usage: nvrtc.py fetch FOLDER                the two versions, a folder each
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import glob
@@ -43,6 +44,19 @@ class NvrtcError(Exception):
 class Compiled(NamedTuple):
     code: bytes  # a cubin, or PTX
     log: str  # warnings, and what ptxas was asked to say
+
+
+@contextlib.contextmanager
+def kept_locale() -> Iterator[None]:
+    """NVRTC 12.4 leaves the thread in the C locale (12.8 does not), and Python would read what
+    programs write as ASCII."""
+    libc = ctypes.CDLL(None)
+    libc.uselocale.restype, libc.uselocale.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+    before = libc.uselocale(None)
+    try:
+        yield
+    finally:
+        libc.uselocale(before)
 
 
 class Nvrtc:
@@ -83,7 +97,8 @@ class Nvrtc:
         flags = [flag.encode() for flag in (f"-arch={arch}", *OPTIONS, *options)]
         array = (ctypes.c_char_p * len(flags))(*flags)
         try:
-            failed = lib.nvrtcCompileProgram(program, len(flags), array)
+            with kept_locale():
+                failed = lib.nvrtcCompileProgram(program, len(flags), array)
             log = self._read(program, "ProgramLog").rstrip(b"\0").decode().strip()
             if failed:
                 raise NvrtcError(log or f"NVRTC error {failed}")

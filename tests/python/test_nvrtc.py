@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 import sys
 
 import pytest
@@ -50,6 +51,18 @@ def test_headers_need_no_host_compiler(header, sm, tmp_path):
         f"void instantiate() {{\n  void* use;\n{uses}}}\n"
     )
     assert library.compile(source, f"sm_{sm}", (f"-I{REPOSITORY}",)).code
+
+
+@pytest.mark.parametrize("sm", (75, 100))
+def test_the_locale_stays(sm, tmp_path):
+    """NVRTC 12.4 changes it."""
+    library = nvrtc.find(sm)
+    if library is None:
+        pytest.skip(f"no NVRTC that knows sm_{sm}")
+    (tmp_path / "a.cu").write_text("__global__ void kernel() {}")
+    before = locale.nl_langinfo(locale.CODESET)
+    library.compile(tmp_path / "a.cu", f"sm_{sm}")
+    assert locale.nl_langinfo(locale.CODESET) == before
 
 
 def test_every_header_with_kernels_is_instantiated():
