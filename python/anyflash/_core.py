@@ -209,7 +209,9 @@ def instances() -> list[dict[str, Any]]:
     for instance in table():
         row = {
             name: value.decode() if isinstance(value, bytes) else value
-            for name, value in ((name, getattr(instance, name)) for name, _ in instance._fields_)
+            for name, value in (
+                (field[0], getattr(instance, field[0])) for field in instance._fields_
+            )
             if name not in ("cubins", "run")
         }
         row["family"] = FAMILIES[instance.family]
