@@ -104,9 +104,9 @@ TEST_CASE("dispatch: a kernel for GPUs is chosen by itself where its very code h
   // sm_80's code on A100, but not on RTX 30; sm_90's.
   constexpr int32_t kOn80[] = {80, 0}, kOn90[] = {90, 0};
   const Cubin kSome[] = {{75, 12000, kCubins, 1},
-                             {80, 12000, kCubins, 1, nullptr, 0, kOn80},
-                             {90, 12000, kCubins, 1, nullptr, 0, kOn90},
-                             {}};
+                         {80, 12000, kCubins, 1, nullptr, 0, kOn80},
+                         {90, 12000, kCubins, 1, nullptr, 0, kOn90},
+                         {}};
   std::vector<Instance> instances = gpu_instances();
   for (Instance& instance : instances) instance.cubins = kSome;
   for (const int32_t sm : kGpus) {
