@@ -237,7 +237,7 @@ class Modules {
     if (cubin->num_changes == 0) {
       return driver.check(driver.load_module(module, cubin->data), what, kernel.name);
     }
-    const std::vector<char> code = changed(*cubin);
+    const std::vector<char> code = changed(*cubin);  // of which the driver keeps what it needs
     return driver.check(driver.load_module(module, code.data()), what, kernel.name);
   }
 
