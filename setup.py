@@ -55,7 +55,7 @@ def cmake(cuda: bool, prefix: pathlib.Path) -> None:
     options = {
         "Python_EXECUTABLE": sys.executable,
         "CMAKE_INSTALL_PREFIX": str(prefix),
-        "ANYFLASH_CUDA": ("ON" if setting("ANYFLASH_CUDA") else "AUTO") if cuda else "OFF",
+        "ANYFLASH_CUDA": "ON" if cuda else "OFF",
         "ANYFLASH_WERROR": "ON" if setting("ANYFLASH_WERROR") else "OFF",
     }
     if host_compiler() is None:

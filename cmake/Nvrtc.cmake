@@ -22,6 +22,9 @@ endmacro()
 # ANYFLASH_COMPILED_ARCHS: ANYFLASH_CUDA_ARCHS in digits where there is a compiler for all of them, else empty.
 list(TRANSFORM ANYFLASH_CUDA_ARCHS REPLACE "[^0-9]" "" OUTPUT_VARIABLE ANYFLASH_COMPILED_ARCHS)
 list(REMOVE_DUPLICATES ANYFLASH_COMPILED_ARCHS)
+if(NOT ANYFLASH_COMPILED_ARCHS MATCHES "^[0-9;]*[0-9]$" OR ANYFLASH_COMPILED_ARCHS MATCHES "^;|;;")
+  message(FATAL_ERROR "ANYFLASH_CUDA_ARCHS: expected architectures such as 80 or 75;80;90, got ${ANYFLASH_CUDA_ARCHS}")
+endif()
 anyflash_find_nvrtc(_problem ${ANYFLASH_COMPILED_ARCHS})
 if(_problem AND NOT ANYFLASH_CUDA STREQUAL "AUTO")
   message(FATAL_ERROR "ANYFLASH_CUDA=${ANYFLASH_CUDA}: ${_problem}")
@@ -46,11 +49,12 @@ function(anyflash_nvrtc source output arch)
             "-I${PROJECT_SOURCE_DIR}" ${ARGN})
 endfunction()
 
-# anyflash_embed(<line> <output.cpp> <sm>=<min driver>=<code>[=<like>]...): machine code as C++.
+# anyflash_embed(<line> <output.cpp> (<sm> <min driver> <code> <like>)...): machine code as C++.
 function(anyflash_embed line output)
   set(_embed "${PROJECT_SOURCE_DIR}/tools/embed_code.py")
-  string(REGEX REPLACE "[0-9]+=[0-9]+=" "" _files "${ARGN}")
-  string(REPLACE "=" ";" _files "${_files}")
+  set(_files ${ARGN})
+  list(FILTER _files EXCLUDE REGEX "^[0-9]+$")
+  list(REMOVE_DUPLICATES _files)
   add_custom_command(
     OUTPUT "${output}" DEPENDS "${_embed}" "${PROJECT_SOURCE_DIR}/kernels/checked.def" ${_files} VERBATIM
     COMMAND "${Python_EXECUTABLE}" "${_embed}" ${line} "${output}" ${ARGN})

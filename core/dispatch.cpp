@@ -146,7 +146,7 @@ void visit_code(const Instance& instance, const Problem& problem, Obstacle obsta
 }
 
 // The obstacles when no kernel computes the problem: what the architecture lacks, or what is in the
-// way of the kernel that comes closest, of several the one for the largest head_dim.
+// way of the kernel that comes closest.
 template <typename Obstacle>
 void visit_missing_kernel(const Problem& problem, InstanceTable table, Obstacle obstacle) {
   const Instance* oldest = nullptr;  // of those for this kind of device
@@ -166,8 +166,11 @@ void visit_missing_kernel(const Problem& problem, InstanceTable table, Obstacle 
     const auto count = [&](auto) { ++obstacles; };
     visit_limits(limits_of(instance), problem, count);
     visit_code(instance, problem, count);
-    const bool wider = closest && instance.max_head_dim > closest->max_head_dim;
-    if (obstacles < fewest || (obstacles == fewest && wider)) {
+    // Of several the newest architecture's, of those the one for the largest head_dim.
+    const bool closer = closest && (instance.min_sm != closest->min_sm
+                                        ? instance.min_sm > closest->min_sm
+                                        : instance.max_head_dim > closest->max_head_dim);
+    if (obstacles < fewest || (obstacles == fewest && closer)) {
       fewest = obstacles;
       closest = &instance;
     }

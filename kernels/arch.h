@@ -5,9 +5,8 @@
 
 namespace anyflash {
 
-// Compute capabilities are written as major * 10 + minor. An Arch covers an interval of them: code
-// without architecture-specific instructions runs on every later GPU (as PTX where no SASS fits),
-// sm_90a code on sm_90 alone.
+// Compute capabilities are written as major * 10 + minor. An Arch covers an interval of them: GPUs
+// that can run its source, where there is machine code for them (cubin.h).
 struct Arch {
   const char* name;
   Device device;

@@ -5,6 +5,9 @@
 
 namespace anyflash {
 
+// Integrated GPUs (Xavier, Orin, Thor), which run their own code alone.
+constexpr bool is_integrated(int32_t sm) { return sm == 72 || sm == 87 || sm == 101; }
+
 // Machine code for one generation of GPUs. A line has several, ended by one without data.
 struct Cubin {
   int32_t sm;          // compute capability as major * 10 + minor; later ones of its major run it
@@ -16,7 +19,8 @@ struct Cubin {
   const int32_t* checked_on = nullptr;  // sm of the GPUs that it passed on, ended by 0: checked.def
 
   constexpr bool runs_on(int32_t device_sm) const {
-    return sm <= device_sm && sm / 10 == device_sm / 10;
+    return sm == device_sm ||
+           (sm < device_sm && sm / 10 == device_sm / 10 && !is_integrated(device_sm));
   }
 };
 

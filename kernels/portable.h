@@ -1,4 +1,4 @@
-// What lets one header serve nvcc, NVRTC and a plain host compiler.
+// What lets one header serve NVRTC and a plain host compiler.
 #pragma once
 
 #if defined(__CUDACC_RTC__)  // NVRTC has no standard headers

@@ -1,10 +1,10 @@
 """Machine code as C++: what kernels/cubin.h describes, for one line of instances.def.
 
-usage: embed_code.py LINE OUTPUT SM=MIN_DRIVER=FILE[=LIKE]...
+usage: embed_code.py LINE OUTPUT (SM MIN_DRIVER FILE LIKE)...
 
-FILE is a cubin, or PTX for the emulator, which looks at the names alone. LIKE is another line's: of
-a file that differs from it in few bytes only these are kept. Several lines may hold the same kernel
-(combine_kernel), so that the linker may take either.
+FILE is a cubin, or PTX for the emulator, which looks at the names alone. LIKE is another line's, or
+FILE itself: of a file that differs from it in few bytes only these are kept. Several lines may hold
+the same kernel (combine_kernel), so that the linker may take either.
 """
 
 from __future__ import annotations
@@ -13,26 +13,19 @@ import hashlib
 import pathlib
 import re
 import sys
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 CHECKED = pathlib.Path(__file__).resolve().parents[1] / "kernels/checked.def"
 LARGEST = 1 << 24  # whose offsets a change can say
 
 
 class Code(NamedTuple):
-    """An argument."""
+    """Machine code for one architecture."""
 
     sm: int
     min_driver: int
     path: pathlib.Path
-    like: Optional[pathlib.Path]
-
-    @classmethod
-    def parse(cls, argument: str) -> Code:
-        sm, driver, path, *like = argument.split("=")
-        return cls(
-            int(sm), int(driver), pathlib.Path(path), pathlib.Path(like[0]) if like else None
-        )
+    like: pathlib.Path
 
 
 def kernel_names(code: bytes) -> list[str]:
@@ -66,9 +59,10 @@ def symbol(path: pathlib.Path) -> str:
 
 def embedded(path: pathlib.Path) -> list[str]:
     """A file's bytes, which other files of the library may refer to."""
-    name = symbol(path)
+    name, digest = symbol(path), hashlib.sha256(path.read_bytes()).hexdigest()
     section = f".section .rodata\\n.balign 64\\n.globl {name}\\n.hidden {name}\\n{name}: "
-    return [f'asm("{section}.incbin \\"{path}\\"\\n.byte 0\\n.previous\\n");']
+    # Caches of compilers compare texts, which do not have the bytes.
+    return [f"// {digest}", f'asm("{section}.incbin \\"{path}\\"\\n.byte 0\\n.previous\\n");']
 
 
 def source(line: str, codes: list[Code]) -> str:
@@ -79,8 +73,8 @@ def source(line: str, codes: list[Code]) -> str:
     for code in codes:
         data = code.path.read_bytes()
         names.update(kernel_names(data))
-        found = changes(data, code.like.read_bytes()) if code.like else None
-        holder = code.like if code.like and found is not None else code.path
+        found = changes(data, code.like.read_bytes()) if code.like != code.path else None
+        holder = code.path if found is None else code.like
         if found is None and holder not in declared:
             text += embedded(holder)
         declared[holder] = None
@@ -102,8 +96,12 @@ def source(line: str, codes: list[Code]) -> str:
     return "\n".join([*head, *text, "", "}  // namespace anyflash", ""])
 
 
-def main(line: str, output: str, *codes: str) -> None:
-    pathlib.Path(output).write_text(source(line, [Code.parse(code) for code in codes]))
+def main(line: str, output: str, *words: str) -> None:
+    codes = [
+        Code(int(sm), int(driver), pathlib.Path(path), pathlib.Path(like))
+        for sm, driver, path, like in zip(*[iter(words)] * 4)
+    ]
+    pathlib.Path(output).write_text(source(line, codes))
 
 
 if __name__ == "__main__":

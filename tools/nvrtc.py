@@ -145,6 +145,16 @@ def fetch(folder: pathlib.Path, version: str) -> str:
     return next(path for path in fetched(folder) if f"/{version}/" in path)
 
 
+@functools.cache
+def fetched_now(folder: pathlib.Path, version: str) -> str | None:
+    """The same, once, and None where it failed, which is said."""
+    try:
+        return fetch(folder, version)
+    except NvrtcError as error:
+        print(error, file=sys.stderr)
+        return None
+
+
 def installed() -> Iterator[str]:
     """Libraries of NVIDIA's Python packages and of toolkits."""
     spec = importlib.util.find_spec("nvidia")
@@ -187,12 +197,11 @@ def find(sm: int, folder: pathlib.Path | None = None) -> Nvrtc | None:
     there = list(fetched(beside_python())) + (list(fetched(folder)) if folder else [])
     if library := first(there):
         return library
-    if folder is not None:
-        try:
-            if library := first([fetch(folder, pin_for(sm))]):
-                return library
-        except NvrtcError as error:
-            print(error, file=sys.stderr)
+    pin = pin_for(sm)
+    if folder is not None and not (folder / pin).exists():
+        path = fetched_now(folder, pin)
+        if path is not None and (library := first([path])):
+            return library
     return first(installed())
 
 
@@ -205,7 +214,9 @@ def main(command: str, *arguments: str) -> int:
         for arch in arguments[1:]:
             library = find(int(arch.rstrip("af")), pathlib.Path(arguments[0]))
             if library is None:
-                print(f"no NVRTC for sm_{arch}", file=sys.stderr)
+                chosen = os.environ.get("ANYFLASH_NVRTC")
+                where = f" in ANYFLASH_NVRTC={chosen}" if chosen else ""
+                print(f"no NVRTC for sm_{arch}{where}", file=sys.stderr)
                 return 1
             print(arch, "{}.{}".format(*library.version), library.path)
         return 0

@@ -16,7 +16,7 @@ struct Grid {
 constexpr uint32_t kSharedBytesOfAnyKernel = 48 * 1024;
 
 int32_t launch_on_device(const void* kernel, Grid grid, void** arguments,
-                         void* stream);  // launch.cpp
+                         void* stream);  // driver.cpp
 
 // What a launcher chooses by. A device that tells nothing has the least that any GPU has.
 struct DeviceLimits {
@@ -27,7 +27,7 @@ struct DeviceLimits {
   int32_t l2_bytes = 0;
 };
 
-DeviceLimits device_limits();  // of the current device, asked for once; launch.cpp
+DeviceLimits device_limits();  // of the current device, asked for once; driver.cpp
 
 template <typename Params>
 int32_t launch_kernel(void (*kernel)(Params), Grid grid, Params params, void* stream) {

@@ -51,6 +51,15 @@ def major(cuda: str) -> int:
     return int(cuda.partition(".")[0])
 
 
+#: Integrated GPUs, which run their own code alone.
+INTEGRATED = (72, 87, 101)
+
+
+def runs_on(code: int, sm: int) -> bool:
+    """Whether a GPU runs machine code for an architecture: Cubin::runs_on."""
+    return code == sm or (code < sm and code // 10 == sm // 10 and sm not in INTEGRATED)
+
+
 def why_no_kernels(
     gpu: dict[str, Any], driver: dict[str, Any] | None, instances: list[dict[str, Any]]
 ) -> tuple[str, str] | None:
@@ -65,13 +74,7 @@ def why_no_kernels(
     if gpu["kind"] != "cuda" or not codes:
         return None
     sm, instead = gpu["sm"], "PyTorch's own kernels run instead."
-    # Code runs on later GPUs of its major version.
-    needed = [
-        oldest
-        for code in codes
-        for arch, oldest in code.items()
-        if arch <= sm and arch // 10 == sm // 10
-    ]
+    needed = [oldest for code in codes for arch, oldest in code.items() if runs_on(arch, sm)]
     if not needed:
         built = ", ".join(f"sm_{arch}" for arch in sorted(set().union(*codes)))
         text = f"{gpu['name']} (sm_{sm}): anyflash's CUDA kernels were built for {built}. {instead}"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 from support import REPOSITORY
 
-from anyflash import _core, _defs, _loader
+from anyflash import _core, _loader
 
 sys.path.append(str(REPOSITORY / "tools"))
 import embed_code  # noqa: E402
@@ -95,11 +95,6 @@ def test_trust_is_in_the_very_code():
     assert embed_code.checked_on("a_line", b"code", records) == [80, 90]
     assert embed_code.checked_on("a_line", b"changed", records) == []
     assert embed_code.checked_on("line", b"code", records) == []
-
-
-def test_records_belong_to_lines_of_instances_def():
-    lines = {entry.fields[0] for entry in _defs.entries("checked")}
-    assert lines <= set(LINES)
 
 
 def test_few_drivers_are_too_old():

@@ -163,6 +163,13 @@ def test_a_torch_without_cuda_beside_a_driver(monkeypatch):
             "own kernels run instead.",
             "ANYFLASH_CUDA_ARCHS=90",
         ),
+        (
+            87,  # Orin, which runs code of its own alone
+            {**OLD_DRIVER, "version": 13000},
+            "NVIDIA GPU (sm_87): anyflash's CUDA kernels were built for sm_75, sm_80. PyTorch's "
+            "own kernels run instead.",
+            "ANYFLASH_CUDA_ARCHS=87",
+        ),
         (86, {**OLD_DRIVER, "version": 12000}, None, None),
     ),
 )
