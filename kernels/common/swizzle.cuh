@@ -51,7 +51,9 @@ struct TileReader {
 
   // row_step: a multiple of 8.
   ANYFLASH_HOST_DEVICE uint32_t at(uint32_t row_step, uint32_t pair) const {
-    const uint32_t chunk = 2 * pair;
+    return at_chunk(row_step, 2 * pair);
+  }
+  ANYFLASH_HOST_DEVICE uint32_t at_chunk(uint32_t row_step, uint32_t chunk) const {
     return (address ^ chunk % Tile::kAtomChunks * kChunkBytes) + row_step * Tile::kRowBytes +
            chunk / Tile::kAtomChunks * Tile::kAtomBytes;
   }
