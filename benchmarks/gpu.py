@@ -23,8 +23,8 @@ from typing import Any, Callable
 import torch
 import torch.nn.functional as F
 from benchmarks.gpu_table import (
+    BACKWARD,
     ROUTES,
-    TRAINING,
     Row,
     attention_flop,
     cache_bytes,
@@ -40,7 +40,6 @@ import anyflash
 TOKENS, HIDDEN = 16384, 2048
 HEAD_DIMS = (64, 128, 256)
 SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
-TRAINING_SEQLEN = 4096
 
 DECODE_TOKENS, DECODE_HEADS, DECODE_HEAD_DIM, MOST_SEQUENCES = 131072, 32, 128, 64
 DECODE_HEADS_K = (4, 32)
@@ -48,7 +47,7 @@ CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 PAGE_SIZES = (16, 64, 256)
 ROTARY_CONTEXT = 8192
 
-# Of the second dtype, whose code differs in few bytes.
+# Of backwards, and of the second dtype, whose code differs in few bytes.
 FEW_SEQLENS = (512, 8192)
 FEW_CONTEXTS = (1024, 65536)
 
@@ -126,13 +125,14 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """PyTorch's attention by its own choice, on (batch, seqlen, heads, head_dim)."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     grouped = {"enable_gqa": True} if q.size(1) != k.size(1) else {}
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, **grouped)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, **grouped).transpose(1, 2)
 
 
-def others(causal: bool) -> dict[str, Attend]:
-    """The routes through PyTorch, and what it does without this library."""
+def held_to(*back_ends: str, causal: bool) -> dict[str, Attend]:
+    """These back ends, the routes through PyTorch, and PyTorch without this library."""
     attends: dict[str, Attend] = {
-        name: functools.partial(anyflash.attention, causal=causal, backend=name) for name in ROUTES
+        name: functools.partial(anyflash.attention, causal=causal, backend=name)
+        for name in (*back_ends, *ROUTES)
     }
     return {**attends, "sdpa": functools.partial(sdpa, causal=causal)}
 
@@ -155,8 +155,7 @@ def flex(seqlen_q: int, seqlen_k: int, causal: bool) -> Attend:
 def forward_row(clock: Clock, dtype: str, seqlen: int, head_dim: int, causal: bool) -> Row:
     batch, heads = TOKENS // seqlen, HIDDEN // head_dim
     q, k, v = (randn(batch, seqlen, heads, head_dim, dtype=dtype) for _ in range(3))
-    attends = others(causal)
-    attends["kernel"] = functools.partial(anyflash.attention, causal=causal, backend="kernel")
+    attends = held_to("kernel", causal=causal)
     if seqlen in FLEX_SEQLENS:
         attends["flex"] = flex(seqlen, seqlen, causal)
     row = Row(
@@ -171,26 +170,27 @@ def forward_row(clock: Clock, dtype: str, seqlen: int, head_dim: int, causal: bo
     return fill(row, clock.graph_us, calls)
 
 
-def training_row(clock: Clock, dtype: str, head_dim: int, causal: bool) -> Row:
-    """Forward and backward; here anyflash runs what it chooses by itself."""
-    seqlen, heads = TRAINING_SEQLEN, HIDDEN // head_dim
-    shape = (TOKENS // seqlen, seqlen, heads, head_dim)
+def backward_row(clock: Clock, dtype: str, seqlen: int, head_dim: int, causal: bool) -> Row:
+    """The backward alone, each after a forward of its own."""
+    batch, heads = TOKENS // seqlen, HIDDEN // head_dim
+    shape = (batch, seqlen, heads, head_dim)
     q, k, v = (randn(*shape, dtype=dtype, requires_grad=True) for _ in range(3))
-    attends = others(causal)
-    attends["auto"] = functools.partial(anyflash.attention, causal=causal)
+    dout = randn(*shape, dtype=dtype)
 
-    def step(attend: Attend) -> Any:
-        out = attend(q, k, v)
-        return torch.autograd.grad(out, (q, k, v), out.detach())
+    def backward(attend: Attend) -> Call:
+        forward = functools.cache(lambda: attend(q, k, v))
+        return lambda: torch.autograd.grad(forward(), (q, k, v), dout, retain_graph=True)
 
     row = Row(
-        group=f"forward and backward, {dtype}, anyflash by its own choice",
+        group=f"backward, {dtype}, {TOKENS} tokens, hidden {HIDDEN}",
         shape=f"head_dim {head_dim} {'causal' if causal else 'full'} {seqlen}",
         unit="TFLOP/s",
-        work=TRAINING * attention_flop(shape[0], heads, seqlen, head_dim, causal),
-        ours=("auto",),
+        work=BACKWARD * attention_flop(batch, heads, seqlen, head_dim, causal),
+        ours=("kernel",),
+        point=("backward", dtype, head_dim),
     )
-    return fill(row, clock.us, {n: functools.partial(step, a) for n, a in attends.items()})
+    attends = held_to("kernel", causal=causal)
+    return fill(row, clock.us, {name: backward(attend) for name, attend in attends.items()})
 
 
 def paged(k: Tensor, v: Tensor, page_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,7 +207,7 @@ def decode_row(clock: Clock, dtype: str, context: int, heads_k: int) -> Row:
     q = randn(batch, 1, DECODE_HEADS, DECODE_HEAD_DIM, dtype=dtype)
     k, v = (randn(batch, context, heads_k, DECODE_HEAD_DIM, dtype=dtype) for _ in range(2))
     used = torch.full((batch,), context, device=q.device, dtype=torch.int32)
-    attends = others(causal=False)
+    attends = held_to(causal=False)
     attends["contiguous"] = lambda q, k, v: flash_attn_with_kvcache(q, k, v, cache_seqlens=used)
     if context in FLEX_CONTEXTS:
         attends["flex"] = flex(1, context, causal=False)
@@ -287,8 +287,8 @@ def rows(clock: Clock, sm: int) -> Iterator[Row]:
             for causal in (False, True):
                 for seqlen in SEQLENS if is_first else FEW_SEQLENS:
                     yield forward_row(clock, dtype, seqlen, head_dim, causal)
-                if is_first:
-                    yield training_row(clock, dtype, head_dim, causal)
+                for seqlen in FEW_SEQLENS if sm >= 80 else ():
+                    yield backward_row(clock, dtype, seqlen, head_dim, causal)
         for heads_k in DECODE_HEADS_K:
             for context in CONTEXTS if is_first else FEW_CONTEXTS:
                 yield decode_row(clock, dtype, context, heads_k)

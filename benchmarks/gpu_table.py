@@ -16,8 +16,8 @@ def attention_flop(batch: int, heads: int, seqlen: int, head_dim: int, causal: b
     return 4.0 * batch * heads * seqlen * seqlen * head_dim * (0.5 if causal else 1.0)
 
 
-#: Operations of forward and backward together, in forwards.
-TRAINING = 3.5
+#: Operations of a backward, in forwards.
+BACKWARD = 2.5
 
 
 def cache_bytes(batch: int, heads_k: int, seqlen_k: int, head_dim: int, itemsize: int) -> float:

@@ -115,6 +115,9 @@ TEST_CASE("records: a kernel for GPUs is chosen where it is measured as no slowe
                                        "same")
                  : ""));
   }
+  CHECK(reasons(on_gpu(80, 0, Direction::backward), Route::kernel, kTable) ==
+        "measured 0.50x PyTorch's attention at worst, below 0.97x; naming `kernel` as the first "
+        "back end selects it all the same");
   const auto speed = measured(kInstances[0], with(on_gpu(80), Dtype::fp16, 128));
   REQUIRE(speed.has_value());
   CHECK(speed->worst == 0.96);

@@ -125,13 +125,16 @@ def test_rows_call_what_they_name(monkeypatch):
     def randn(*shape, dtype, **options):
         return torch.randn(*shape, dtype=gpu.DTYPES[dtype], **options)
 
-    small = dict(TOKENS=64, HIDDEN=128, SEQLENS=(32,), TRAINING_SEQLEN=32, CONTEXTS=(256, 512))
+    small = dict(TOKENS=64, HIDDEN=128, SEQLENS=(32,), CONTEXTS=(256, 512))
     small |= dict(DECODE_TOKENS=512, ROTARY_CONTEXT=256, FEW_SEQLENS=(64,), FEW_CONTEXTS=(256,))
     small |= dict(FLEX_SEQLENS=(), FLEX_CONTEXTS=(), HEAD_DIMS=(64, 128), randn=randn)
     small |= dict(bias_activation_rows=lambda clock: iter(()), sm_mhz=lambda: None)
     for name, value in small.items():
         monkeypatch.setattr(gpu, name, value)
-    for sm, points in ((75, {"fp16"}), (90, {"bf16", "fp16"})):
+    for sm, points in (
+        (75, ["forward fp16"]),
+        (90, [f"{d} {t}" for d in ("forward", "backward") for t in ("bf16", "fp16")]),
+    ):
         rows = list(gpu.rows(Clock(), sm))
         for row in rows:
             assert set(row.ours) <= set(row.us), row.refused
@@ -140,7 +143,7 @@ def test_rows_call_what_they_name(monkeypatch):
             for name, reason in row.refused.items():
                 assert f"{name}: runs on cuda only" in reason
         grid = {row.point for row in rows if row.point is not None}
-        assert grid == {("forward", dtype, d) for dtype in points for d in (64, 128)}
+        assert grid == {(*point.split(), d) for point in points for d in (64, 128)}
         for row in rows:
             row.us["aten_flash"] = 2.0
         assert len(measured_lines(sm, rows)) == len(grid)
