@@ -105,7 +105,7 @@ struct AttentionParams {
   void* workspace;  // anyflash_attention_workspace() bytes, 16-byte aligned; may be null for 0
 
   // Backward alone.
-  bool deterministic;      // the same bits every time, on a GPU too
+  bool deterministic;  // the same bits every time, on a GPU too
   Rows dout;           // head_dim_v columns
   RowStatistics dlse;  // data may be null
   Rows dq;             // like q, every row is written

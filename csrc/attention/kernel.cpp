@@ -153,9 +153,9 @@ Gradients backward(const Instance& instance, const AttentionArgs& args, const Ba
     results.dsinks = view_to_write(*dsinks);
   }
   const LaunchOn where(args.q);
-  const OptionalTensor workspace = workspace_of(
-      anyflash_attention_backward_workspace(&instance, &call, &grad_call, &results), args.q,
-      results);
+  const OptionalTensor workspace =
+      workspace_of(anyflash_attention_backward_workspace(&instance, &call, &grad_call, &results),
+                   args.q, results);
   check_status(
       anyflash_run_attention_backward(&instance, &call, &grad_call, &results, where.get()));
   Gradients result{dq.finish(), dk.finish(), dv.finish(), std::nullopt, std::nullopt};

@@ -66,6 +66,7 @@ template <typename T, int32_t kSteps, int32_t kMTiles, int32_t kNTiles, typename
           typename LoadB>
 __device__ __forceinline__ void multiply(float (&c)[kMTiles][kNTiles][4], const LoadA& load_a,
                                          const LoadB& load_b) {
+  static_assert(kNTiles % 2 == 0);
 #pragma unroll
   for (int32_t k = 0; k < kSteps; ++k) {
     uint32_t a[kMTiles][4];
@@ -92,8 +93,8 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[kMTiles][kNTiles][
   clear(scores);
   multiply<T, kColumns / 16>(
       scores,
-      [&](uint32_t(&a)[4], int32_t m, int32_t k) { ptx::ldmatrix_x4(a, queries.at(16 * m, k)); },
-      [&](uint32_t(&b)[4], int32_t n, int32_t k) { ptx::ldmatrix_x4(b, keys.at(8 * n, k)); });
+      [&](uint32_t (&a)[4], int32_t m, int32_t k) { ptx::ldmatrix_x4(a, queries.at(16 * m, k)); },
+      [&](uint32_t (&b)[4], int32_t n, int32_t k) { ptx::ldmatrix_x4(b, keys.at(8 * n, k)); });
 }
 
 // out += probabilities * values. Two neighbouring 8-column tiles of an accumulator, rounded to T,
@@ -104,14 +105,14 @@ __device__ __forceinline__ void multiply_values(float (&out)[kMTiles][kOutTiles]
                                                 const TileReader<kColumns>& values) {
   multiply<T, kNTiles / 2>(
       out,
-      [&](uint32_t(&a)[4], int32_t m, int32_t k) {
+      [&](uint32_t (&a)[4], int32_t m, int32_t k) {
 #pragma unroll
         for (int32_t i = 0; i < 4; ++i) {
-          const float(&tile)[4] = probabilities[m][2 * k + i / 2];
+          const float (&tile)[4] = probabilities[m][2 * k + i / 2];
           a[i] = ptx::pack(T{}, tile[i % 2 * 2], tile[i % 2 * 2 + 1]);
         }
       },
-      [&](uint32_t(&b)[4], int32_t n, int32_t k) {
+      [&](uint32_t (&b)[4], int32_t n, int32_t k) {
         ptx::ldmatrix_x4_trans(b, values.at(16 * k, n / 2));
       });
 }

@@ -134,8 +134,9 @@ __device__ __forceinline__ void add_alibi(float (&scores)[kMTiles][kNTiles][4], 
   }
 }
 
-// What dropout takes of probabilities whose first row (of the thread) is `row`, in 16-row tiles from
-// there on, becomes function(x). One draw of Philox is what the thread holds of a 16 x 16 tile.
+// What dropout takes of probabilities whose first row (of the thread) is `row`, in 16-row tiles
+// from there on, becomes function(x). One draw of Philox is what the thread holds of a 16 x 16
+// tile.
 template <int32_t kMTiles, int32_t kNTiles, typename Function>
 __device__ __forceinline__ void drop(float (&probabilities)[kMTiles][kNTiles][4],
                                      const Dropout& dropout, uint32_t bh, int32_t row,

@@ -80,6 +80,8 @@ struct StridedRows {
   }
   __device__ __forceinline__ char* chunk(int32_t row) const { return (*this)[row]; }
   __device__ __forceinline__ void pin() { data = ptx::opaque(data); }
+  // So many bytes, which the caller knows to be rows.
+  __device__ __forceinline__ void skip(int64_t bytes) { data += bytes; }
 };
 
 // `packed`: sequences follow each other in the rows.

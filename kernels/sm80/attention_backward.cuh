@@ -50,20 +50,21 @@ inline int32_t launch_ordered(void (*kernel)(BackwardArguments), BackwardArgumen
   if (tiles * pairs == 0) return 0;
   if (tiles * pairs > 0x7FFFFFFF) return kErrorInvalidParams;
   a.order = backward_order(a.attention, tiles, pairs, rows);
-  return launch_kernel(
-      kernel, Grid{uint32_t(tiles * pairs), 1, uint32_t(threads), uint32_t(shared_bytes)}, a,
-      stream);
+  return launch_kernel(kernel,
+                       Grid{uint32_t(tiles * pairs), 1, uint32_t(threads), uint32_t(shared_bytes)},
+                       a, stream);
 }
 
 template <typename T, int32_t kHeadDim, int32_t kHeadDimV, Extras kExtras, int32_t kSharedKb>
-int32_t launch_keys(const BackwardArguments& a, void* stream) {
+int32_t launch_keys(BackwardArguments a, void* stream) {
   using Tile = KeyTile<T, kHeadDim, kHeadDimV, kExtras, kSharedKb>;
   const AttentionParams& p = a.attention;
-  return launch_ordered(keys_kernel<T, kHeadDim, kHeadDimV, kExtras, kSharedKb>, a,
-                        key_tiles_of(p, Tile::kKeys),
-                        p.cu_seqlens_k ? p.heads_k : p.heads_k * p.batch,
-                        p.seqlen_q * (p.heads / p.heads_k), kBackwardThreads, Tile::kSharedBytes,
-                        stream);
+  a.q_tile_bytes = 2 * p.q.row_stride * Tile::kRows;
+  a.dout_tile_bytes = 2 * p.dout.row_stride * Tile::kRows;
+  return launch_ordered(
+      keys_kernel<T, kHeadDim, kHeadDimV, kExtras, kSharedKb>, a, key_tiles_of(p, Tile::kKeys),
+      p.cu_seqlens_k ? p.heads_k : p.heads_k * p.batch, p.seqlen_q * (p.heads / p.heads_k),
+      kBackwardThreads, Tile::kSharedBytes, stream);
 }
 
 template <typename T, int32_t kHeadDim, int32_t kHeadDimV, Extras kExtras>
@@ -102,7 +103,7 @@ int32_t launch_gradients(const BackwardArguments& a, const BackwardPlan& plan, v
 template <typename T, int32_t kHeadDim, int32_t kHeadDimV, Extras kExtras>
 int32_t launch_extras(const BackwardArguments& a, const BackwardPlan& plan, void* stream) {
   constexpr int32_t kMostKb = key_tile_shape(kHeadDim, 1024).shared_kb;
-  if constexpr (kExtras != Extras::all) {
+  if constexpr (kExtras != Extras::all && kMostKb > kLeastSharedKb) {
     if (device_limits().shared_bytes_per_multiprocessor >= kMostKb * 1024) {
       return launch_gradients<T, kHeadDim, kHeadDimV, kExtras, kMostKb>(a, plan, stream);
     }

@@ -7,6 +7,8 @@
 namespace anyflash::sm80 {
 
 struct BackwardArguments : Arguments {
+  int64_t q_tile_bytes;  // how far keys_kernel's next tile is
+  int64_t dout_tile_bytes;
   int64_t padded_rows;  // of a pair: its row tiles times kRowTile
   RowNumbers* rows;     // (pairs, padded_rows)
   float* dq_sums;       // (pairs, padded_rows, max_head_dim), in the order of QuerySums; or null

@@ -1,8 +1,8 @@
-// Attention backward, a block per tile of keys: dk and dv, which stay in registers, and dq, to whose
-// sums all blocks of a row add. The method is FlashAttention-2's (Dao, arXiv:2307.08691).
+// Attention backward, a block per tile of keys: dk and dv, which stay in registers, and dq, to
+// whose sums all blocks of a row add. The method is FlashAttention-2's (Dao, arXiv:2307.08691).
 //
-// A block walks over the query tiles that see its keys, for each head of the group that shares them,
-// from the last tile to the first. The five products of a step, and what keeps them apart:
+// A block walks over the query tiles that see its keys, for each head of the group that shares
+// them, from the last tile to the first. The five products of a step, and what keeps them apart:
 //
 //   S = Q K^T, dP = dO V^T   | barrier |   dV += P^T dO   | barrier |   dQ = dS K, dK += dS^T Q
 //                              P and dS                     dO of the
@@ -36,34 +36,62 @@ class KeyTile {
   using KTile = SwizzledTile<kHeadDim>;
   using VTile = SwizzledTile<kHeadDimV>;
   using ScoreTile = SwizzledTile<kKeys>;
-  // Where tiles lie in shared memory. V that goes into registers passes through dO's place.
+  // Where tiles lie in shared memory. V that goes into registers passes through the place of what
+  // comes next.
   static constexpr int32_t kK = 0;
-  static constexpr int32_t kDout = kK + KTile::bytes(kKeys);
-  static constexpr int32_t kV = kShape.v_in_registers ? kDout : kDout + VTile::bytes(kRows);
-  static constexpr int32_t kP = kShape.v_in_registers ? kDout + VTile::bytes(kRows)
-                                                      : kV + VTile::bytes(kKeys);
+  static constexpr int32_t kV = kK + KTile::bytes(kKeys);
+  static constexpr int32_t kP = kShape.v_in_registers ? kV : kV + VTile::bytes(kKeys);
   static constexpr int32_t kDs = kP + ScoreTile::bytes(kRows);
-  static constexpr int32_t kQ = kDs + ScoreTile::bytes(kRows);
+  static constexpr int32_t kDout = kDs + ScoreTile::bytes(kRows);
+  static constexpr int32_t kQ = kDout + VTile::bytes(kRows);
 
  public:
-  static_assert(!kShape.v_in_registers || kRows >= kKeys, "V passes through dO's place");
-  static constexpr int32_t kSharedBytes = kQ + kShape.q_buffers * KTile::bytes(kRows);
+  // What a block's threads have in common. In shared memory, because all registers are for scores
+  // and gradients.
+  struct Common {
+    KeyBlock block;
+    int32_t group;     // heads that share the keys
+    HeadNumbers head;  // of the one at work
+  };
+  static constexpr int32_t kCommonBytes = 128;
+  static_assert(sizeof(Common) <= kCommonBytes);
+  static constexpr int32_t kSharedBytes =
+      kCommonBytes + kQ + kShape.q_buffers * KTile::bytes(kRows);
+  static_assert(kCommonBytes + kV + VTile::bytes(kKeys) <= kSharedBytes);
 
-  __device__ __forceinline__ KeyTile(const BackwardArguments& a, const KeyBlock& block,
+  __device__ __forceinline__ KeyTile(const BackwardArguments& a, Common& common,
                                      unsigned char* shared)
       : a_(a),
         p_(a.attention),
-        b_(block),
-        s_(block.sequence),
+        c_(common),
+        b_(common.block),
+        s_(common.block.sequence),
         thread_(int32_t(threadIdx.x)),
         lane_(thread_ % kWarpThreads),
         warp_(thread_ / kWarpThreads),
         shared_(shared),
-        mask_{s_.seqlen_q, s_.seqlen_k, a.score.window_left, a.score.window_right},
-        some_(mask_.transposed().tiles(block.key_begin,
-                                       smaller(block.key_begin + kKeys, s_.seqlen_k), kRows)),
-        whole_(mask_.transposed().full_tiles(block.key_begin, block.key_begin + kKeys, kRows)) {
-    if (block.key_begin + kKeys > s_.seqlen_k) whole_ = {0, 0};  // there are keys to hide
+        some_(mask().transposed().tiles(b_.key_begin, smaller(b_.key_begin + kKeys, s_.seqlen_k),
+                                        kRows)),
+        whole_(mask().transposed().full_tiles(b_.key_begin, b_.key_begin + kKeys, kRows)),
+        scores_q_(query_reader<kHeadDim>(address(0), score_row(), lane_)),
+        scores_k_(key_reader_at<kHeadDim>(address(0))),
+        put_{address(0) + ScoreTile::offset(score_row() + lane_ / 4, score_key() / 8) +
+             lane_ % 4 * 4},
+        transposed_(tile_reader<kKeys>(address(0), lane_ / 16 * 8 + lane_ % 8,
+                                       key_row() / 8 + lane_ / 8 % 2)),
+        columns_q_(tile_reader<kHeadDim>(address(0), lane_ % 16, 2 * key_column() + lane_ / 16)),
+        scores_dout_(alike<kHeadDimV>(
+            scores_q_, [&] { return query_reader<kHeadDimV>(address(0), score_row(), lane_); })),
+        scores_v_(
+            alike<kHeadDimV>(scores_k_, [&] { return key_reader_at<kHeadDimV>(address(0)); })),
+        columns_dout_(alike<kHeadDimV>(columns_q_,
+                                       [&] {
+                                         return tile_reader<kHeadDimV>(
+                                             address(0), lane_ % 16, 2 * key_column() + lane_ / 16);
+                                       })),
+        query_ds_(query_reader<kKeys>(address(0), query_row(), lane_)),
+        query_k_(tile_reader<kHeadDim>(address(0), lane_ % 16, 2 * query_column() + lane_ / 16)) {
+    if (b_.key_begin + kKeys > s_.seqlen_k) whole_ = {0, 0};  // there are keys to hide
     clear(dk_);
     clear(dv_);
   }
@@ -73,16 +101,9 @@ class KeyTile {
     load(KCopy(thread_), kK, keys(p_.k), 0, s_.seqlen_k - b_.key_begin, p_.head_dim);
     load(VCopy(thread_), kV, keys(p_.v), 0, s_.seqlen_k - b_.key_begin, p_.head_dim_v);
     if constexpr (kShape.v_in_registers) hold_values();
-    const int32_t group = int32_t(p_.heads / p_.heads_k);
-    const int32_t tiles = some_.end - some_.begin, steps = tiles * group;
-    Step now{b_.head_k * group, some_.end - 1};
-    load_queries(now, 0);
-    load_dout(now);
-    for (int32_t step = 0; step < steps; ++step) {
-      Step next{now.head, now.tile - 1};
-      if (next.tile < some_.begin) next = {now.head + 1, some_.end - 1};
-      work(now, next, step % kShape.q_buffers, step + 1 < steps);
-      now = next;
+    for (int32_t i = 0; i < c_.group; ++i) {
+      if (i > 0) __syncthreads();
+      attend_head(b_.head_k * c_.group + i);
     }
     __syncthreads();
   }
@@ -91,8 +112,7 @@ class KeyTile {
     const float dv_factor = drops(kExtras) ? a_.score.keep_scale : 1.0f;
     stage<T, kHeadDim, kColumnWarps>(dk_, float(p_.softmax_scale), address(kK), key_row(),
                                      key_column(), lane_);
-    stage<T, kHeadDimV, kColumnWarps>(dv_, dv_factor, address(kV), key_row(), key_column(),
-                                      lane_);
+    stage<T, kHeadDimV, kColumnWarps>(dv_, dv_factor, address(kV), key_row(), key_column(), lane_);
     __syncthreads();
     const KCopy k_copy(thread_);
     const VCopy v_copy(thread_);
@@ -107,16 +127,12 @@ class KeyTile {
   using QCopy = TileCopy<kRows, kHeadDim, kBackwardThreads>;
   using DoutCopy = TileCopy<kRows, kHeadDimV, kBackwardThreads>;
 
-  struct Step {
-    int32_t head;
-    int32_t tile;  // of query rows
-  };
+  __device__ __forceinline__ IntervalMask<int32_t> mask() const {
+    return {s_.seqlen_q, s_.seqlen_k, a_.score.window_left, a_.score.window_right};
+  }
 
   __device__ __forceinline__ uint32_t address(int32_t place) const {
     return ptx::shared_address(shared_) + place;
-  }
-  __device__ __forceinline__ uint32_t q_address(int32_t buffer) const {
-    return address(kQ) + buffer * KTile::bytes(kRows);
   }
 
   // Where warps stand.
@@ -144,23 +160,38 @@ class KeyTile {
     return strided_rows(rows, p_.cu_seqlens_q != nullptr, s_.index, s_.first_q, head);
   }
 
+  // A lane's place in tiles of other rows: the same register where they are as long.
+  template <int32_t kColumns, typename Make>
+  __device__ __forceinline__ static TileReader<kColumns> alike(const TileReader<kHeadDim>& reader,
+                                                               const Make& make) {
+    if constexpr (kColumns == kHeadDim) {
+      return reader;
+    } else {
+      return make();
+    }
+  }
+
   template <typename Copy>
   __device__ __forceinline__ void load(const Copy& copy, int32_t place, const StridedRows& rows,
                                        int32_t first_row, int32_t num_rows, int64_t columns) {
     StridedRows from = copy.place(rows, first_row);
     copy.template load<false>(address(place), from, num_rows, int32_t(columns));
   }
-  __device__ __forceinline__ void load_queries(const Step& step, int32_t buffer) {
-    const int32_t row = step.tile * kRows;
-    load(QCopy(thread_), kQ + buffer * KTile::bytes(kRows), queries(p_.q, step.head), row,
-         s_.seqlen_q - row, p_.head_dim);
+  // The tile before the one that was loaded last, which alone may reach beyond the last row: of it
+  // num_rows are there. kWhole: all.
+  template <bool kWhole>
+  __device__ __forceinline__ void load_queries(int32_t num_rows = 0) {
+    QCopy(thread_).template load<kWhole>(address(kQ) + q_buffer_, queries_, num_rows,
+                                         int32_t(p_.head_dim));
     ptx::cp_async_commit();
+    queries_.skip(-a_.q_tile_bytes);
   }
-  __device__ __forceinline__ void load_dout(const Step& step) {
-    const int32_t row = step.tile * kRows;
-    load(DoutCopy(thread_), kDout, queries(p_.dout, step.head), row, s_.seqlen_q - row,
-         p_.head_dim_v);
+  template <bool kWhole>
+  __device__ __forceinline__ void load_dout(int32_t num_rows = 0) {
+    DoutCopy(thread_).template load<kWhole>(address(kDout), douts_, num_rows,
+                                            int32_t(p_.head_dim_v));
     ptx::cp_async_commit();
+    douts_.skip(-a_.dout_tile_bytes);
   }
 
   // The warp's keys' rows of V, as fragments of dP's product.
@@ -183,39 +214,56 @@ class KeyTile {
     return key_reader<kColumns>(tile + SwizzledTile<kColumns>::bytes(score_key()), lane_);
   }
 
-  __device__ __forceinline__ void work(const Step& now, const Step& next, int32_t buffer,
-                                       bool more) {
-    const HeadNumbers head = HeadNumbers::of(p_, a_.score, s_.index, now.head);
-    const int64_t first = first_number(a_, s_, now.head) + now.tile * kRows;
-    Gradients<kExtras, kMTiles, kNTiles> gradients(
-        a_.score, p_, a_.rows + first + score_row() + lane_ / 4,
-        now.tile * kRows + score_row() + lane_ / 4,
-        b_.key_begin + score_key() + lane_ % 4 * 2);
+  // All tiles of one head's rows.
+  __device__ __forceinline__ void attend_head(int32_t head) {
+    int32_t tile = some_.end - 1;
+    const int32_t row = tile * kRows;
+    const int64_t first = first_number(a_, s_, head) + row;
+    // Seen behind the first barrier of a step.
+    if (thread_ == 0) c_.head = HeadNumbers::of(p_, a_.score, s_.index, head);
+    numbers_ = a_.rows + first + score_row() + lane_ / 4;
+    sums_ = Sums::of(a_.dq_sums, first, thread_);
+    queries_ = QCopy(thread_).place(queries(p_.q, head), row);
+    douts_ = DoutCopy(thread_).place(queries(p_.dout, head), row);
+    load_queries<false>(s_.seqlen_q - row);
+    load_dout<false>(s_.seqlen_q - row);
+    for (; tile > some_.begin; --tile) step<false>(tile);
+    step<true>(tile);
+  }
 
+  template <bool kLast>
+  __device__ __forceinline__ void step(int32_t tile) {
+    Gradients<kExtras, kMTiles, kNTiles> gradients(a_.score, p_, numbers_);
+    const uint32_t q = kQ + q_buffer_;
     ptx::cp_async_wait<0>();
     __syncthreads();
-    if (kShape.q_buffers == 2 && more) load_queries(next, 1 - buffer);
+    if (kShape.q_buffers == 2 && !kLast) {
+      q_buffer_ ^= KTile::bytes(kRows);
+      load_queries<true>();
+    }
 
-    Accumulator<kMTiles, kScoreKeys> scores;
-    multiply_keys<T>(scores, query_reader<kHeadDim>(q_address(buffer), score_row(), lane_),
-                     key_reader_at<kHeadDim>(address(kK)));
-    gradients.probabilities(scores, head, mask_, now.tile < whole_.begin || now.tile >= whole_.end,
-                            [&](int32_t m, int32_t n, int32_t h, float x, float y) {
-                              put(kP, m, n, h, x, y);
-                            });
-    Accumulator<kMTiles, kScoreKeys> dp;
-    const auto dout = query_reader<kHeadDimV>(address(kDout), score_row(), lane_);
+    Accumulator<kMTiles, kScoreKeys> scores, dp;
+    multiply_keys<T>(scores, TileReader<kHeadDim>{scores_q_.address + q}, scores_k_.in(kK));
+    gradients.probabilities(
+        scores, c_.head,
+        [&] {
+          return Corner{tile * kRows + score_row() + lane_ / 4,
+                        b_.key_begin + score_key() + lane_ % 4 * 2};
+        },
+        [&] { return mask(); }, tile < whole_.begin || tile >= whole_.end,
+        [&](int32_t m, int32_t n, int32_t h, float x, float y) { put(kP, m, n, h, x, y); });
+    const TileReader<kHeadDimV> dout = scores_dout_.in(kDout);
     if constexpr (kShape.v_in_registers) {
       clear(dp);
       multiply<T, kHeadDimV / 16>(
           dp,
-          [&](uint32_t(&f)[4], int32_t m, int32_t k) { ptx::ldmatrix_x4(f, dout.at(16 * m, k)); },
-          [&](uint32_t(&f)[4], int32_t n, int32_t k) {
+          [&](uint32_t (&f)[4], int32_t m, int32_t k) { ptx::ldmatrix_x4(f, dout.at(16 * m, k)); },
+          [&](uint32_t (&f)[4], int32_t n, int32_t k) {
 #pragma unroll
             for (int32_t i = 0; i < 4; ++i) f[i] = values_[k][n / 2][i];
           });
     } else {
-      multiply_keys<T>(dp, dout, key_reader_at<kHeadDimV>(address(kV)));
+      multiply_keys<T>(dp, dout, scores_v_.in(kV));
     }
     gradients.scores(dp, scores);
 #pragma unroll
@@ -228,76 +276,94 @@ class KeyTile {
     }
 
     __syncthreads();
-    add_transposed<kHeadDimV>(dv_, address(kP), address(kDout));
-    __syncthreads();
-    if (more) load_dout(next);
-    if (a_.dq_sums) add_queries(first);
-    add_transposed<kHeadDim>(dk_, address(kDs), q_address(buffer));
-    if (kShape.q_buffers == 1) {
+    add_transposed(dv_, transposed_.in(kP), columns_dout_.in(kDout));
+    if (!kLast) {
       __syncthreads();
-      if (more) load_queries(next, 0);
+      load_dout<true>();
     }
+    if (a_.dq_sums) add_queries();
+    add_transposed(dk_, transposed_.in(kDs), TileReader<kHeadDim>{columns_q_.address + q});
+    if (kShape.q_buffers == 1 && !kLast) {
+      __syncthreads();
+      load_queries<true>();
+    }
+    numbers_ -= kRows;
+    sums_ -= kRows * kHeadDim;
   }
 
   // Two neighbours of a row of scores.
   __device__ __forceinline__ void put(int32_t place, int32_t m, int32_t n, int32_t h, float x,
                                       float y) const {
-    const TileReader<kKeys> at{address(place) +
-                               ScoreTile::offset(score_row() + lane_ / 4, score_key() / 8) +
-                               lane_ % 4 * 4};
-    ptx::store_shared_4(at.at_chunk(16 * m + 8 * h, n), ptx::pack(T{}, x, y));
+    ptx::store_shared_4(put_.in(place).at_chunk(16 * m + 8 * h, n), ptx::pack(T{}, x, y));
   }
 
   // out += scores^T rows
   template <int32_t kColumns, int32_t kOutM, int32_t kOutN>
-  __device__ __forceinline__ void add_transposed(float (&out)[kOutM][kOutN][4], uint32_t scores,
-                                                 uint32_t rows) const {
-    const auto a =
-        tile_reader<kKeys>(scores, lane_ / 16 * 8 + lane_ % 8, key_row() / 8 + lane_ / 8 % 2);
-    const auto b = tile_reader<kColumns>(rows, lane_ % 16, 2 * key_column() + lane_ / 16);
+  __device__ __forceinline__ void add_transposed(float (&out)[kOutM][kOutN][4],
+                                                 const TileReader<kKeys>& scores,
+                                                 const TileReader<kColumns>& rows) const {
     multiply<T, kRows / 16>(
         out,
-        [&](uint32_t(&f)[4], int32_t m, int32_t k) {
-          ptx::ldmatrix_x4_trans(f, a.at(16 * k, m));
+        [&](uint32_t (&f)[4], int32_t m, int32_t k) {
+          ptx::ldmatrix_x4_trans(f, scores.at(16 * k, m));
         },
-        [&](uint32_t(&f)[4], int32_t n, int32_t k) {
-          ptx::ldmatrix_x4_trans(f, b.at(16 * k, n / 2 * kColumnWarps));
+        [&](uint32_t (&f)[4], int32_t n, int32_t k) {
+          ptx::ldmatrix_x4_trans(f, rows.at(16 * k, n / 2 * kColumnWarps));
         });
   }
 
   // dQ of this tile, added to the sums of all key tiles.
-  __device__ __forceinline__ void add_queries(int64_t first) const {
+  __device__ __forceinline__ void add_queries() const {
     typename Sums::Tile dq;
     clear(dq);
-    const auto a = query_reader<kKeys>(address(kDs), query_row(), lane_);
-    const auto b = tile_reader<kHeadDim>(address(kK), lane_ % 16, 2 * query_column() + lane_ / 16);
     multiply<T, kKeys / 16>(
-        dq, [&](uint32_t(&f)[4], int32_t m, int32_t k) { ptx::ldmatrix_x4(f, a.at(16 * m, k)); },
-        [&](uint32_t(&f)[4], int32_t n, int32_t k) {
-          ptx::ldmatrix_x4_trans(f, b.at(16 * k, n / 2 * Sums::kColumnWarps));
+        dq,
+        [&](uint32_t (&f)[4], int32_t m, int32_t k) {
+          ptx::ldmatrix_x4(f, query_ds_.in(kDs).at(16 * m, k));
+        },
+        [&](uint32_t (&f)[4], int32_t n, int32_t k) {
+          ptx::ldmatrix_x4_trans(f, query_k_.in(kK).at(16 * k, n / 2 * Sums::kColumnWarps));
         });
-    float* sums = Sums::of(a_.dq_sums, first, thread_);
 #pragma unroll
     for (int32_t m = 0; m < Sums::kMTiles; ++m) {
 #pragma unroll
       for (int32_t n = 0; n < Sums::kNTiles; ++n) {
 #pragma unroll
-        for (int32_t i = 0; i < 4; ++i) ptx::add(sums + Sums::offset(m, n, i), dq[m][n][i]);
+        for (int32_t i = 0; i < 4; ++i) ptx::add(sums_ + Sums::offset(m, n, i), dq[m][n][i]);
       }
     }
   }
 
   const BackwardArguments& a_;
   const AttentionParams& p_;
+  Common& c_;
   const KeyBlock& b_;
   const Sequence& s_;
   const int32_t thread_;
   const int32_t lane_;
   const int32_t warp_;
   unsigned char* const shared_;
-  const IntervalMask<int32_t> mask_;
   const TileRange<int32_t> some_;  // query tiles in which some row sees one of the keys
   TileRange<int32_t> whole_;       // query tiles of which every row sees every key
+
+  // Where the thread reads and writes: scores' operands, P and dS, the operands of dk and dv, of
+  // dq. In a tile at the beginning of shared memory.
+  const TileReader<kHeadDim> scores_q_;
+  const TileReader<kHeadDim> scores_k_;
+  const TileReader<kKeys> put_;
+  const TileReader<kKeys> transposed_;
+  const TileReader<kHeadDim> columns_q_;
+  const TileReader<kHeadDimV> scores_dout_;
+  const TileReader<kHeadDimV> scores_v_;
+  const TileReader<kHeadDimV> columns_dout_;
+  const TileReader<kKeys> query_ds_;
+  const TileReader<kHeadDim> query_k_;
+
+  const RowNumbers* numbers_;  // of the tile at work, from the thread's first row on
+  float* sums_;                // of the same tile
+  StridedRows queries_{};      // of the next tile to load
+  StridedRows douts_{};
+  uint32_t q_buffer_ = 0;  // behind kQ, where the ones loaded last are
   uint32_t values_[kShape.v_in_registers ? kHeadDimV / 16 : 1][kNTiles / 2][4];
   Accumulator<kWarpKeys / 16, kHeadDim / kColumnWarps> dk_;
   Accumulator<kWarpKeys / 16, kHeadDimV / kColumnWarps> dv_;
@@ -308,9 +374,15 @@ __global__ void __launch_bounds__(kBackwardThreads) keys_kernel(const BackwardAr
   using Tile = KeyTile<T, kHeadDim, kHeadDimV, kExtras, kSharedKb>;
   if constexpr (kExtras == Extras::all || runs_here(key_tile_shape, kHeadDim, kSharedKb)) {
     extern __shared__ __align__(128) unsigned char shared[];
+    auto* common = reinterpret_cast<typename Tile::Common*>(shared);
     const KeyBlock block = KeyBlock::of<Tile::kKeys>(a);
     if (!block.has_keys()) return;
-    Tile tile(a, block, shared);
+    if (threadIdx.x == 0) {
+      common->block = block;
+      common->group = int32_t(a.attention.heads) / int32_t(a.attention.heads_k);
+    }
+    __syncthreads();
+    Tile tile(a, *common, shared + Tile::kCommonBytes);
     tile.attend();
     tile.write();
   } else {

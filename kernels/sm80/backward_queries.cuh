@@ -60,16 +60,20 @@ class QueryTile {
     const auto values = key_reader<kHeadDimV>(address(kV), lane_);
     for (int32_t tile = some.end - 1; tile >= some.begin; --tile) {
       const uint32_t k = k_address(tile);
-      Gradients<kExtras, kMTiles, kNTiles> gradients(
-          a_.score, p_, a_.rows + first + warp_row_ + lane_ / 4,
-          b_.row_begin + warp_row_ + lane_ / 4, tile * kShape.keys + lane_ % 4 * 2);
+      Gradients<kExtras, kMTiles, kNTiles> gradients(a_.score, p_,
+                                                     a_.rows + first + warp_row_ + lane_ / 4);
       ptx::cp_async_wait<0>();
       __syncthreads();
       if (tile > some.begin) load_keys(tile - 1);
       Accumulator<kMTiles, kShape.keys> scores, dp;
       multiply_keys<T>(scores, q, key_reader<kHeadDim>(k, lane_));
-      gradients.probabilities(scores, head, mask_, tile < whole.begin || tile >= whole.end,
-                              [](int32_t, int32_t, int32_t, float, float) {});
+      gradients.probabilities(
+          scores, head,
+          [&] {
+            return Corner{b_.row_begin + warp_row_ + lane_ / 4, tile * kShape.keys + lane_ % 4 * 2};
+          },
+          [&] { return mask_; }, tile < whole.begin || tile >= whole.end,
+          [](int32_t, int32_t, int32_t, float, float) {});
       multiply_keys<T>(dp, dout, values);
       __syncthreads();
       if (tile > some.begin) load_values(tile - 1);
@@ -105,7 +109,7 @@ class QueryTile {
   }
   __device__ __forceinline__ StridedRows keys(const Rows& rows) const {
     return strided_rows(rows, p_.cu_seqlens_k != nullptr, s_.index, s_.first_k,
-                        b_.first_head / int32_t(p_.heads / p_.heads_k));
+                        b_.first_head / (int32_t(p_.heads) / int32_t(p_.heads_k)));
   }
 
   template <typename Copy>
@@ -137,8 +141,7 @@ class QueryTile {
 };
 
 template <typename T, int32_t kHeadDim, int32_t kHeadDimV, Extras kExtras, int32_t kSharedKb>
-__global__ void __launch_bounds__(
-    QueryTile<T, kHeadDim, kHeadDimV, kExtras, kSharedKb>::kThreads)
+__global__ void __launch_bounds__(QueryTile<T, kHeadDim, kHeadDimV, kExtras, kSharedKb>::kThreads)
     queries_kernel(const BackwardArguments a) {
   using Tile = QueryTile<T, kHeadDim, kHeadDimV, kExtras, kSharedKb>;
   extern __shared__ __align__(128) unsigned char shared[];

@@ -23,8 +23,8 @@ __device__ __forceinline__ int64_t first_number(const BackwardArguments& a, cons
          int64_t{PackedTile<kRowTile>::first(p.cu_seqlens_q, 1, s.index)} * kRowTile;
 }
 
-// The part of dq that each thread has of a tile of query rows, and where its sums lie: one number of
-// all threads after the other, so that a warp adds to whole lines of the L2 cache.
+// The part of dq that each thread has of a tile of query rows, and where its sums lie: one number
+// of all threads after the other, so that a warp adds to whole lines of the L2 cache.
 template <int32_t kHeadDim, int32_t kSharedKb>
 struct QuerySums {
   static constexpr KeyTileShape kShape = key_tile_shape(kHeadDim, kSharedKb);
@@ -44,8 +44,9 @@ struct QuerySums {
   }
 };
 
-// How a result of 16-bit numbers is spread over warps: `rows` warps along its rows, the others along
-// its columns, 16 at a time in turn. Stages a warp's part of a tile of kColumns in shared memory.
+// How a result of 16-bit numbers is spread over warps: `rows` warps along its rows, the others
+// along its columns, 16 at a time in turn. Stages a warp's part of a tile of kColumns in shared
+// memory.
 template <typename T, int32_t kColumns, int32_t kColumnWarps, int32_t kMTiles, int32_t kNTiles>
 __device__ __forceinline__ void stage(const float (&x)[kMTiles][kNTiles][4], float factor,
                                       uint32_t tile, int32_t first_row, int32_t column_warp,
@@ -59,9 +60,8 @@ __device__ __forceinline__ void stage(const float (&x)[kMTiles][kNTiles][4], flo
     for (int32_t n = 0; n < kNTiles; ++n) {
 #pragma unroll
       for (int32_t h = 0; h < 2; ++h) {
-        ptx::store_shared_4(
-            place.at_chunk(16 * m + 8 * h, n / 2 * 2 * kColumnWarps + n % 2),
-            ptx::pack(T{}, x[m][n][2 * h] * factor, x[m][n][2 * h + 1] * factor));
+        ptx::store_shared_4(place.at_chunk(16 * m + 8 * h, n / 2 * 2 * kColumnWarps + n % 2),
+                            ptx::pack(T{}, x[m][n][2 * h] * factor, x[m][n][2 * h + 1] * factor));
       }
     }
   }
@@ -169,10 +169,9 @@ __global__ void __launch_bounds__(kBackwardThreads) finish_kernel(const Backward
       }
     }
     __syncthreads();  // the tile before is stored
-    stage<T, kHeadDim, Sums::kColumnWarps>(
-        dq, float(p.softmax_scale), ptx::shared_address(shared),
-        warp % Sums::kShape.query_warps * Sums::kWarpRows, warp / Sums::kShape.query_warps,
-        thread % kWarpThreads);
+    stage<T, kHeadDim, Sums::kColumnWarps>(dq, float(p.softmax_scale), ptx::shared_address(shared),
+                                           warp % Sums::kShape.query_warps * Sums::kWarpRows,
+                                           warp / Sums::kShape.query_warps, thread % kWarpThreads);
     __syncthreads();
     copy.store(shared, copy.place(rows, row), s.seqlen_q - row, int32_t(p.head_dim));
   }

@@ -37,8 +37,7 @@ ANYFLASH_HOST_DEVICE constexpr KeyTileShape key_tile_shape(int32_t max_head_dim,
                                                            int32_t shared_kb) {
   return find_shape(kKeyTileShapes, max_head_dim, shared_kb);
 }
-ANYFLASH_HOST_DEVICE constexpr TileShape query_tile_shape(int32_t max_head_dim,
-                                                          int32_t shared_kb) {
+ANYFLASH_HOST_DEVICE constexpr TileShape query_tile_shape(int32_t max_head_dim, int32_t shared_kb) {
   return find_shape(kQueryTileShapes, max_head_dim, shared_kb);
 }
 

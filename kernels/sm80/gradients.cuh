@@ -27,8 +27,8 @@ struct HeadNumbers {
     if (p.alibi_slopes) {
       x.slope = p.alibi_slopes[sequence * p.alibi_batch_stride + head] * score.inverse_unit;
     }
-    if (p.rng_state) x.dropout = {uint64_t(p.rng_state[0]), uint32_t(p.rng_state[1]),
-                                  score.dropout_threshold};
+    if (p.rng_state)
+      x.dropout = {uint64_t(p.rng_state[0]), uint32_t(p.rng_state[1]), score.dropout_threshold};
     return x;
   }
 };
@@ -40,6 +40,12 @@ __device__ __forceinline__ float cap_slope(Softcap softcap, float x) {
   return 4.0f * (visible - visible * visible);
 }
 
+// The first row and key of a thread.
+struct Corner {
+  int32_t row;
+  int32_t key;
+};
+
 // A warp's part of one tile.
 template <Extras kExtras, int32_t kMTiles, int32_t kNTiles>
 class Gradients {
@@ -49,14 +55,12 @@ class Gradients {
   const AttentionParams& p_;
   float lse_[kMTiles][2];
   float delta_[kMTiles][2];
-  const int32_t row_;  // the thread's first row and key
-  const int32_t key_;
 
  public:
   // `rows`: of the sequence and head, from the thread's first row on.
   __device__ __forceinline__ Gradients(const ScoreArguments& score, const AttentionParams& p,
-                                       const RowNumbers* rows, int32_t row, int32_t key)
-      : a_(score), p_(p), row_(row), key_(key) {
+                                       const RowNumbers* rows)
+      : a_(score), p_(p) {
 #pragma unroll
     for (int32_t m = 0; m < kMTiles; ++m) {
 #pragma unroll
@@ -69,23 +73,25 @@ class Gradients {
   }
 
   // Raw products become probabilities, which `take(m, n, h, x, y)` gets two at a time, of keys that
-  // follow each other; then they lose what no longer matters. What dropout takes is negative.
-  template <typename Take>
+  // follow each other, before they take in the slopes of a softcap. What dropout takes is negative.
+  // `corner()` and `mask()` tell what most tiles need not know.
+  template <typename CornerOf, typename MaskOf, typename Take>
   __device__ __forceinline__ void probabilities(Tile& x, const HeadNumbers& head,
-                                                const IntervalMask<int32_t>& mask, bool masked,
-                                                const Take& take) {
+                                                const CornerOf& corner, const MaskOf& mask,
+                                                bool masked, const Take& take) {
     constexpr bool kAll = kExtras == Extras::all;
-    Tile slopes;  // of a softcap; with ALiBi the scores do not tell them any more
+    // Of a softcap; with ALiBi the scores do not tell them any more.
+    [[maybe_unused]] float slopes[kAll ? kMTiles : 1][kAll ? kNTiles : 1][4];
     if constexpr (modifies_scores(kExtras)) {
       modify_scores<kAll>(x, a_);
-      if (kAll && a_.softcap != Softcap::none) {
+      if constexpr (kAll) {
         each(x, [&](int32_t m, int32_t n, int32_t i) {
-          slopes[m][n][i] = cap_slope(a_.softcap, x[m][n][i]);
+          slopes[m][n][i] = a_.softcap == Softcap::none ? 1.0f : cap_slope(a_.softcap, x[m][n][i]);
         });
       }
-      if (p_.alibi_slopes) add_slopes(x, head.slope, mask.shift());
+      if (p_.alibi_slopes) add_slopes(x, head.slope, corner(), mask().shift());
     }
-    if (masked) hide(x, mask);
+    if (masked) hide(x, corner(), mask());
     if (kExtras == Extras::score_mod && a_.softcap != Softcap::none) {
       exponentiate(x, take, [&](float score) { return cap_slope(Softcap::sigmoid, score); });
       return;
@@ -96,7 +102,8 @@ class Gradients {
     }
     exponentiate(x, [](int32_t, int32_t, int32_t, float, float) {}, [](float) { return 1.0f; });
     if (a_.dropout_threshold > 0) {
-      drop(x, head.dropout, head.bh, row_, key_, [](float dropped) { return -dropped; });
+      const Corner at = corner();
+      drop(x, head.dropout, head.bh, at.row, at.key, [](float dropped) { return -dropped; });
     }
 #pragma unroll
     for (int32_t m = 0; m < kMTiles; ++m) {
@@ -108,7 +115,7 @@ class Gradients {
         }
       }
     }
-    if (kAll && a_.softcap != Softcap::none) {
+    if constexpr (kAll) {
       each(x, [&](int32_t m, int32_t n, int32_t i) { x[m][n][i] *= slopes[m][n][i]; });
     }
   }
@@ -160,26 +167,28 @@ class Gradients {
     }
   }
 
-  __device__ __forceinline__ void add_slopes(Tile& x, float slope_of_head, int32_t shift) {
+  __device__ __forceinline__ void add_slopes(Tile& x, float slope_of_head, const Corner& at,
+                                             int32_t shift) {
     float slope[2 * kMTiles];
     int32_t diagonal[2 * kMTiles];
 #pragma unroll
     for (int32_t r = 0; r < 2 * kMTiles; ++r) {
       slope[r] = slope_of_head;
-      diagonal[r] = row_ + 8 * r + shift;
+      diagonal[r] = at.row + 8 * r + shift;
     }
-    add_alibi(x, key_, slope, diagonal, a_.alibi_by_key);
+    add_alibi(x, at.key, slope, diagonal, a_.alibi_by_key);
   }
 
-  __device__ __forceinline__ void hide(Tile& x, const IntervalMask<int32_t>& mask) {
+  __device__ __forceinline__ void hide(Tile& x, const Corner& at,
+                                       const IntervalMask<int32_t>& mask) {
     int32_t limit[2 * kMTiles];
 #pragma unroll
-    for (int32_t r = 0; r < 2 * kMTiles; ++r) limit[r] = mask.kv_end(row_ + 8 * r);
-    hide_keys(x, key_, [&](int32_t r, int32_t key) { return key < limit[r]; });
+    for (int32_t r = 0; r < 2 * kMTiles; ++r) limit[r] = mask.kv_end(at.row + 8 * r);
+    hide_keys(x, at.key, [&](int32_t r, int32_t key) { return key < limit[r]; });
     if (mask.window_left < 0) return;
 #pragma unroll
-    for (int32_t r = 0; r < 2 * kMTiles; ++r) limit[r] = mask.kv_begin(row_ + 8 * r);
-    hide_keys(x, key_, [&](int32_t r, int32_t key) { return key >= limit[r]; });
+    for (int32_t r = 0; r < 2 * kMTiles; ++r) limit[r] = mask.kv_begin(at.row + 8 * r);
+    hide_keys(x, at.key, [&](int32_t r, int32_t key) { return key >= limit[r]; });
   }
 };
 
