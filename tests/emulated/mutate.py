@@ -318,10 +318,10 @@ def judge(build: Path, mutation: Mutation, originals: dict[Probe, str]) -> str |
     return "same PTX" if same else None
 
 
-def original_ptx(build: Path) -> dict[Probe, str]:
-    """The PTX of the unchanged probes, which must pass."""
+def original_ptx(build: Path, files: set[str]) -> dict[Probe, str]:
+    """The PTX of these files' unchanged probes, which must pass."""
     originals = {}
-    for probe in dict.fromkeys(probe for probes in FILES.values() for probe in probes):
+    for probe in dict.fromkeys(probe for file in FILES if file in files for probe in FILES[file]):
         with tempfile.TemporaryDirectory() as name:
             ptx = compile_ptx(probe, Path(name))
             found = "compiler" if ptx is None else killer(build, probe, Path(name))
@@ -340,7 +340,8 @@ def main() -> int:
     options = parser.parse_args()
     found = [m for file in FILES for m in mutations(file)]
     found = [m for m in found if options.only in f"{m.file}:{m.line} {m.before} -> {m.after}"]
-    originals = {} if options.list else original_ptx(options.build.resolve())
+    files = {mutation.file for mutation in found}
+    originals = {} if options.list else original_ptx(options.build.resolve(), files)
 
     def result(mutation: Mutation) -> str:
         if options.list:
