@@ -51,7 +51,7 @@ def attention_probe(
     """Kernels of one instance, in the words of their template arguments."""
     lines = [f"template __global__ void {kernel};" for kernel in kernels]
     text = "\n".join(lines).replace("T_D_D", f"{dtype}, {head_dim}, {head_dim}")
-    source = f'#include "kernels/sm80/attention_{direction}.cuh"\n'
+    source = '#include "kernels/sm80/attention_backward.cuh"\n'  # and the forward's
     source += f"namespace anyflash::sm80 {{\n{text}\n}}\n"
     instance = f"{direction}_{dtype}_d{head_dim}_sm{sm}"
     command = ("emulate_attention", "--instance", instance, "--stop-early")
