@@ -99,6 +99,7 @@ FILES = {
     "kernels/sm80/decode.cuh": ATTENTION,
     "kernels/sm80/combine.cuh": ATTENTION,
     "kernels/sm80/block.cuh": ATTENTION,
+    "kernels/sm80/key_tiles.cuh": ATTENTION + SM75,
     "kernels/common/tile_copy.cuh": ATTENTION + SM75,
     "kernels/common/sequence.cuh": ATTENTION,
     "kernels/lengths.h": ATTENTION,
