@@ -53,8 +53,8 @@ class KeyTiles {
 
   // On to the tile that begins at a key, so many tiles away.
   __device__ __forceinline__ void next(int32_t, int32_t steps) {
-    keys_.data += steps * a_.k_tile_bytes;
-    values_.data += steps * a_.v_tile_bytes;
+    keys_.skip(steps * a_.k_tile_bytes);
+    values_.skip(steps * a_.v_tile_bytes);
   }
   __device__ __forceinline__ StridedRows& keys() { return keys_; }
   __device__ __forceinline__ StridedRows& values() { return values_; }
