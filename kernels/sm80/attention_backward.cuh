@@ -71,9 +71,8 @@ template <typename T, int32_t kHeadDim, int32_t kHeadDimV, Extras kExtras>
 int32_t launch_queries(const BackwardArguments& a, void* stream) {
   using Tile = QueryTile<T, kHeadDim, kHeadDimV, kExtras, kLeastSharedKb>;
   const AttentionParams& p = a.attention;
-  const int64_t tiles = tiles_of(p, 1, Tile::kShape.rows);
   return launch_ordered(queries_kernel<T, kHeadDim, kHeadDimV, kExtras, kLeastSharedKb>, a,
-                        p.cu_seqlens_q || p.batch == 0 ? tiles : tiles / p.batch,
+                        row_tiles_of(p, 1, Tile::kShape.rows),
                         p.cu_seqlens_q ? p.heads : p.heads * p.batch, p.seqlen_k, Tile::kThreads,
                         Tile::kSharedBytes, stream);
 }
@@ -82,21 +81,24 @@ template <typename T, int32_t kHeadDim, int32_t kHeadDimV, Extras kExtras, int32
 int32_t launch_gradients(const BackwardArguments& a, const BackwardPlan& plan, void* stream) {
   using Sums = QuerySums<kHeadDim, kSharedKb>;
   const AttentionParams& p = a.attention;
-  int32_t error = launch_ordered(prepare_kernel<T, kHeadDim, kHeadDimV>, a, plan.row_tiles,
-                                 plan.pairs, 0, kBackwardThreads, 0, stream);
-  if (!error && p.dsinks) {
-    BackwardArguments parts = a;
-    parts.order = backward_order(p, plan.row_tiles, plan.pairs, 0);
-    error = launch_kernel(sinks_kernel<T>, Grid{uint32_t(p.heads), 1, kWarpThreads}, parts, stream);
+  if (const int32_t error =
+          launch_ordered(prepare_kernel<T, kHeadDim, kHeadDimV>, a, plan.row_tiles, plan.pairs, 0,
+                         kBackwardThreads, 0, stream)) {
+    return error;
   }
-  if (!error) error = launch_keys<T, kHeadDim, kHeadDimV, kExtras, kSharedKb>(a, stream);
-  if (error) return error;
+  if (p.dsinks) {
+    const Grid grid{uint32_t(p.heads), 1, kWarpThreads};
+    if (const int32_t error = launch_kernel(sinks_kernel<T>, grid, a, stream)) return error;
+  }
+  if (const int32_t error = launch_keys<T, kHeadDim, kHeadDimV, kExtras, kSharedKb>(a, stream)) {
+    return error;
+  }
   if (!a.dq_sums) {
     constexpr Extras kQueryExtras = kExtras == Extras::none ? Extras::none : Extras::all;
     return launch_queries<T, kHeadDim, kHeadDimV, kQueryExtras>(a, stream);
   }
   return launch_ordered(finish_kernel<T, kHeadDim, kSharedKb>, a, plan.row_tiles, plan.pairs, 0,
-                        kBackwardThreads, Sums::kSharedBytes, stream);
+                        Sums::kThreads, Sums::kSharedBytes, stream);
 }
 
 // The largest tile for which the device has the shared memory; Extras::all has one.
