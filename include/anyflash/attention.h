@@ -156,7 +156,7 @@ inline at::Tensor flash_attn_qkvpacked_func(const at::Tensor& qkv,
 
 // Packed sequences: cu_seqlens_q and cu_seqlens_k (batch + 1) say where each begins, and the end;
 // max_seqlen_q and max_seqlen_k are the longest lengths, or more. With options.block_table k and v
-// are paged.
+// are paged; with options.seqused_k too cu_seqlens_k may be undefined, at::Tensor().
 inline at::Tensor flash_attn_varlen_func(const at::Tensor& q, const at::Tensor& k,
                                          const at::Tensor& v, const at::Tensor& cu_seqlens_q,
                                          const at::Tensor& cu_seqlens_k, int64_t max_seqlen_q,
@@ -164,7 +164,7 @@ inline at::Tensor flash_attn_varlen_func(const at::Tensor& q, const at::Tensor& 
                                          const FlashAttnOptions& options = {}) {
   detail::Call call{};
   call.cu_seqlens_q = cu_seqlens_q;
-  call.cu_seqlens_k = cu_seqlens_k;
+  if (cu_seqlens_k.defined()) call.cu_seqlens_k = cu_seqlens_k;
   call.max_seqlen_q = max_seqlen_q;
   call.max_seqlen_k = max_seqlen_k;
   return detail::attend(q, k, v, call, options);
