@@ -98,7 +98,9 @@ void run_forward(const Instance& instance, const AttentionCall& call,
 void run_backward(const Instance& instance, const AttentionCall& call, const BackwardCall& grad,
                   const AttentionResults& results, void* where);
 
-// Bytes of AttentionResults::workspace for this forward, 16-byte aligned.
+// Bytes of AttentionResults::workspace, 16-byte aligned, for this forward or backward.
 int64_t workspace_bytes(const Instance& instance, const AttentionCall& call);
+int64_t workspace_bytes(const Instance& instance, const AttentionCall& call,
+                        const BackwardCall& grad, const AttentionResults& results);
 
 }  // namespace anyflash

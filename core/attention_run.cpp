@@ -58,6 +58,7 @@ AttentionParams params_of(const AttentionCall& call) {
   params.seqlen_q = call.longest_q();
   params.seqlen_k = call.longest_k();
   if (call.packed()) params.total_q = call.q.size(0);
+  if (call.cu_seqlens_k.given()) params.total_k = call.k.size(0);
   params.softmax_scale = options.softmax_scale;
   params.softcap = options.softcap;
   params.window_left = options.window_left;
@@ -72,6 +73,26 @@ AttentionParams params_of(const AttentionCall& call) {
   }
   params.dropout_p = options.dropout_p;
   if (options.dropout_p > 0.0) params.rng_state = data_of<int64_t>(call.rng_state);
+  return params;
+}
+
+AttentionParams backward_params_of(const AttentionCall& call, const BackwardCall& grad,
+                                   const AttentionResults& results) {
+  AttentionParams params = params_of(call);
+  params.dout = rows_of(grad.dout);
+  params.out = rows_of(grad.out);
+  params.lse = statistics_of(grad.lse);
+  if (grad.dlse.given()) params.dlse = statistics_of(grad.dlse);
+  params.dq = rows_of(results.dq);
+  params.dk = rows_of(results.dk);
+  params.dv = rows_of(results.dv);
+  if (results.dbias.given()) {
+    params.dbias = static_cast<float*>(results.dbias.data);
+    copy_broadcast_strides(results.dbias, params.dbias_stride);
+  }
+  if (results.dsinks.given()) params.dsinks = static_cast<float*>(results.dsinks.data);
+  params.workspace = results.workspace;
+  params.deterministic = grad.deterministic;
   return params;
 }
 
@@ -139,25 +160,18 @@ void run_backward(const Instance& instance, const AttentionCall& call, const Bac
     clear_unused_keys(call, results.dk);
     clear_unused_keys(call, results.dv);
   }
-  AttentionParams params = params_of(call);
-  params.dout = rows_of(grad.dout);
-  params.out = rows_of(grad.out);
-  params.lse = statistics_of(grad.lse);
-  if (grad.dlse.given()) params.dlse = statistics_of(grad.dlse);
-  params.dq = rows_of(results.dq);
-  params.dk = rows_of(results.dk);
-  params.dv = rows_of(results.dv);
-  if (results.dbias.given()) {
-    params.dbias = static_cast<float*>(results.dbias.data);
-    copy_broadcast_strides(results.dbias, params.dbias_stride);
-  }
-  if (results.dsinks.given()) params.dsinks = static_cast<float*>(results.dsinks.data);
-  params.workspace = results.workspace;
+  AttentionParams params = backward_params_of(call, grad, results);
   launch(instance, &params, where);
 }
 
 int64_t workspace_bytes(const Instance& instance, const AttentionCall& call) {
   const AttentionParams params = params_of(call);
+  return anyflash_attention_workspace(&instance, &params);
+}
+
+int64_t workspace_bytes(const Instance& instance, const AttentionCall& call,
+                        const BackwardCall& grad, const AttentionResults& results) {
+  const AttentionParams params = backward_params_of(call, grad, results);
   return anyflash_attention_workspace(&instance, &params);
 }
 

@@ -102,6 +102,12 @@ int64_t anyflash_attention_forward_workspace(const Instance* instance, const Att
   return workspace_bytes(*instance, *call);
 }
 
+int64_t anyflash_attention_backward_workspace(const Instance* instance, const AttentionCall* call,
+                                              const BackwardCall* grad,
+                                              const AttentionResults* results) {
+  return workspace_bytes(*instance, *call, *grad, *results);
+}
+
 Status anyflash_prepare_bias_activation(const BiasActivationCall* call, const Caller* caller,
                                         Choice* choice) {
   return guarded([&] {

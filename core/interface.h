@@ -63,6 +63,9 @@ ANYFLASH_EXPORT anyflash::Status anyflash_run_kvcache_append(
     const anyflash::AttentionOptions* options, const anyflash::AppendResults* results, void* where);
 ANYFLASH_EXPORT int64_t anyflash_attention_forward_workspace(const anyflash::Instance* instance,
                                                              const anyflash::AttentionCall* call);
+ANYFLASH_EXPORT int64_t anyflash_attention_backward_workspace(
+    const anyflash::Instance* instance, const anyflash::AttentionCall* call,
+    const anyflash::BackwardCall* grad, const anyflash::AttentionResults* results);
 
 // ---- Bias + activation and the fused MLP. prepare checks, describes, decides, tells; backward
 // where call->dy is given, as check_fused_mlp is where call->dout is. run: core/mlp.h.

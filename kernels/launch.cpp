@@ -7,7 +7,7 @@
 #include "kernels/driver.h"
 #include "kernels/elementwise/bias_activation_shape.h"
 #include "kernels/features.h"
-#include "kernels/sm80/plan.h"
+#include "kernels/sm80/backward_plan.h"
 
 namespace anyflash {
 
@@ -107,6 +107,9 @@ int64_t anyflash_bias_activation_workspace(int64_t rows, int64_t cols, Activatio
 int64_t anyflash_attention_workspace(const Instance* instance,
                                      const anyflash::AttentionParams* params) {
   if (instance->device != anyflash::Device::cuda) return 0;
+  if (instance->direction == anyflash::Direction::backward) {
+    return anyflash::sm80::backward_plan_of(*params, instance->max_head_dim).workspace_bytes();
+  }
   const auto kernels = anyflash::sm80::kernels_of(instance->min_sm, instance->max_head_dim);
   return anyflash::sm80::plan_of(*params, anyflash::device_limits().multiprocessors, kernels)
       .workspace_bytes();

@@ -44,6 +44,11 @@ struct IntervalMask {
     return window_right < 0 ? seqlen_k : smaller<Index>(seqlen_k, row + shift() + window_right + 1);
   }
 
+  // The same seen from the keys: its rows are keys, and what they see are query rows.
+  ANYFLASH_HOST_DEVICE IntervalMask transposed() const {
+    return {seqlen_k, seqlen_q, window_right, window_left};
+  }
+
   ANYFLASH_HOST_DEVICE bool visible(Index row, Index key) const {
     return kv_begin(row) <= key && key < kv_end(row);
   }

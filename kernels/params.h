@@ -84,6 +84,7 @@ struct AttentionParams {
   int64_t seqlen_q;  // dense: of every sequence; packed: of the longest, or more
   int64_t seqlen_k;  // dense: stored keys; paged: capacity; packed: of the longest, or more
   int64_t total_q;   // packed: rows of q, those behind the last sequence too
+  int64_t total_k;   // the same of k
 
   double softmax_scale;
   double softcap;        // 0: none
@@ -104,6 +105,7 @@ struct AttentionParams {
   void* workspace;  // anyflash_attention_workspace() bytes, 16-byte aligned; may be null for 0
 
   // Backward alone.
+  bool deterministic;  // the same bits every time, on a GPU too
   Rows dout;           // head_dim_v columns
   RowStatistics dlse;  // data may be null
   Rows dq;             // like q, every row is written

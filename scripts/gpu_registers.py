@@ -129,7 +129,7 @@ def compile_instance(name: str, folder: pathlib.Path) -> Compiled:
     """
     instance = instances()[name]
     source = (CHECKOUT / "kernels/instance.cu.in").read_text()
-    source = source.replace("@HEADER@", f"kernels/{instance.arch()}/attention.cuh")
+    source = source.replace("@HEADER@", f"kernels/{instance.arch()}/attention_forward.cuh")
     source = source.replace("@INSTANCE@", instance.line)
     options = ("--ptxas-options=-v",)
     cubin, log = compile_cuda(source, folder, name, f"sm_{instance.sm}", options)
@@ -145,7 +145,7 @@ def tile_sizes(kernels: list[Kernel], folder: pathlib.Path) -> dict[Kernel, tupl
         for word in ("Threads", "SharedBytes")
     ]
     body = "\n".join(lines)
-    source = f'#include "kernels/sm80/attention.cuh"\nnamespace anyflash::sm80 {{\n{body}\n}}\n'
+    source = f'#include "kernels/sm80/attention_forward.cuh"\nnamespace anyflash::sm80 {{\n{body}\n}}\n'
     ptx, _ = compile_cuda(source, folder, "sizes", "compute_80")
     pattern = r"((?:Threads|SharedBytes)_\d+)E? = (\d+)"
     found = {name: int(value) for name, value in re.findall(pattern, ptx.read_text())}

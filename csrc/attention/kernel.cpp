@@ -51,6 +51,10 @@ class Converted {
     if (call.sinks.given()) replace(call.sinks, contiguous(as_float(*args.sinks)));
   }
 
+  // On a GPU.
+  void align(const Tensor& x, TensorView& view) {
+    if (!has_aligned_rows(view)) replace(view, aligned(x));
+  }
   void replace(TensorView& view, const Tensor& tensor) {
     kept_.push_back(tensor);
     view = view_of(tensor);
@@ -58,9 +62,6 @@ class Converted {
   static Tensor as_float(const Tensor& x) { return to_dtype(x, ScalarType::Float); }
 
  private:
-  void align(const Tensor& x, TensorView& view) {
-    if (!has_aligned_rows(view)) replace(view, aligned(x));
-  }
   std::vector<Tensor> kept_;
 };
 
@@ -94,6 +95,14 @@ class Output {
   TensorView view_;
 };
 
+// Memory for the time of the call.
+OptionalTensor workspace_of(int64_t bytes, const Tensor& q, AttentionResults& results) {
+  if (bytes == 0) return std::nullopt;
+  const Tensor memory = empty({bytes}, q, ScalarType::Byte);
+  results.workspace = memory.mutable_data_ptr();
+  return memory;
+}
+
 }  // namespace
 
 ForwardResult forward(const Instance& instance, const AttentionArgs& args, AttentionCall call) {
@@ -105,11 +114,8 @@ ForwardResult forward(const Instance& instance, const AttentionArgs& args, Atten
   results.out = out.view();
   results.lse = view_to_write(lse);
   const LaunchOn where(args.q);
-  OptionalTensor workspace;
-  if (const int64_t bytes = anyflash_attention_forward_workspace(&instance, &call); bytes > 0) {
-    workspace = empty({bytes}, args.q, ScalarType::Byte);
-    results.workspace = workspace->mutable_data_ptr();
-  }
+  const OptionalTensor workspace =
+      workspace_of(anyflash_attention_forward_workspace(&instance, &call), args.q, results);
   check_status(anyflash_run_attention(&instance, &call, &results, where.get()));
   return {out.finish(), lse};
 }
@@ -118,12 +124,21 @@ Gradients backward(const Instance& instance, const AttentionArgs& args, const Ba
                    AttentionCall call, const BackwardCall& grad_views) {
   Converted converted(args, call);
   BackwardCall grad_call = grad_views;
+  const bool on_gpu = call.q.device == Device::cuda;
+  if (on_gpu) {
+    converted.align(grad.dout, grad_call.dout);
+    converted.align(grad.out, grad_call.out);
+  }
   const Tensor lse = contiguous_rows(grad.lse);
   grad_call.lse = view_of(lse);
   if (grad.dlse) {
     converted.replace(grad_call.dlse, contiguous_rows(Converted::as_float(*grad.dlse)));
   }
   const Output dq(empty_like(args.q)), dk(empty_like(args.k)), dv(empty_like(args.v));
+  if (on_gpu && (args.seqused_k || args.leftpad_k)) {  // kernels write the keys that are used
+    fill_(dk.written(), 0);
+    fill_(dv.written(), 0);
+  }
   AttentionResults results;
   results.dq = dq.view();
   results.dk = dk.view();
@@ -138,6 +153,9 @@ Gradients backward(const Instance& instance, const AttentionArgs& args, const Ba
     results.dsinks = view_to_write(*dsinks);
   }
   const LaunchOn where(args.q);
+  const OptionalTensor workspace =
+      workspace_of(anyflash_attention_backward_workspace(&instance, &call, &grad_call, &results),
+                   args.q, results);
   check_status(
       anyflash_run_attention_backward(&instance, &call, &grad_call, &results, where.get()));
   Gradients result{dq.finish(), dk.finish(), dv.finish(), std::nullopt, std::nullopt};

@@ -60,28 +60,41 @@ __device__ __forceinline__ TileReader<kColumns> key_reader(uint32_t tile, uint32
   return tile_reader<kColumns>(tile, lane / 16 * 8 + lane % 8, lane / 8 % 2);
 }
 
+// c += a b over a depth of 16 kSteps. load_a(fragment, m, k) fetches 16 rows of a at step k,
+// load_b(fragment, n, k) the same step of the 8-column tiles n and n + 1 of b.
+template <typename T, int32_t kSteps, int32_t kMTiles, int32_t kNTiles, typename LoadA,
+          typename LoadB>
+__device__ __forceinline__ void multiply(float (&c)[kMTiles][kNTiles][4], const LoadA& load_a,
+                                         const LoadB& load_b) {
+  static_assert(kNTiles % 2 == 0);
+#pragma unroll
+  for (int32_t k = 0; k < kSteps; ++k) {
+    uint32_t a[kMTiles][4];
+#pragma unroll
+    for (int32_t m = 0; m < kMTiles; ++m) load_a(a[m], m, k);
+#pragma unroll
+    for (int32_t n = 0; n < kNTiles; n += 2) {
+      uint32_t b[4];
+      load_b(b, n, k);
+#pragma unroll
+      for (int32_t m = 0; m < kMTiles; ++m) {
+        ptx::mma_m16n8k16(T{}, c[m][n], a[m], b[0], b[1]);
+        ptx::mma_m16n8k16(T{}, c[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
 // scores = queries * keys^T
 template <typename T, int32_t kMTiles, int32_t kNTiles, int32_t kColumns>
 __device__ __forceinline__ void multiply_keys(float (&scores)[kMTiles][kNTiles][4],
                                               const TileReader<kColumns>& queries,
                                               const TileReader<kColumns>& keys) {
   clear(scores);
-#pragma unroll
-  for (int32_t k = 0; k < kColumns / 16; ++k) {
-    uint32_t a[kMTiles][4];
-#pragma unroll
-    for (int32_t m = 0; m < kMTiles; ++m) ptx::ldmatrix_x4(a[m], queries.at(16 * m, k));
-#pragma unroll
-    for (int32_t n = 0; n < kNTiles; n += 2) {
-      uint32_t b[4];
-      ptx::ldmatrix_x4(b, keys.at(8 * n, k));
-#pragma unroll
-      for (int32_t m = 0; m < kMTiles; ++m) {
-        ptx::mma_m16n8k16(T{}, scores[m][n], a[m], b[0], b[1]);
-        ptx::mma_m16n8k16(T{}, scores[m][n + 1], a[m], b[2], b[3]);
-      }
-    }
-  }
+  multiply<T, kColumns / 16>(
+      scores,
+      [&](uint32_t (&a)[4], int32_t m, int32_t k) { ptx::ldmatrix_x4(a, queries.at(16 * m, k)); },
+      [&](uint32_t (&b)[4], int32_t n, int32_t k) { ptx::ldmatrix_x4(b, keys.at(8 * n, k)); });
 }
 
 // out += probabilities * values. Two neighbouring 8-column tiles of an accumulator, rounded to T,
@@ -90,28 +103,18 @@ template <typename T, int32_t kMTiles, int32_t kNTiles, int32_t kOutTiles, int32
 __device__ __forceinline__ void multiply_values(float (&out)[kMTiles][kOutTiles][4],
                                                 const float (&probabilities)[kMTiles][kNTiles][4],
                                                 const TileReader<kColumns>& values) {
+  multiply<T, kNTiles / 2>(
+      out,
+      [&](uint32_t (&a)[4], int32_t m, int32_t k) {
 #pragma unroll
-  for (int32_t k = 0; k < kNTiles / 2; ++k) {
-    uint32_t a[kMTiles][4];
-#pragma unroll
-    for (int32_t m = 0; m < kMTiles; ++m) {
-#pragma unroll
-      for (int32_t i = 0; i < 4; ++i) {
-        const float (&tile)[4] = probabilities[m][2 * k + i / 2];
-        a[m][i] = ptx::pack(T{}, tile[i % 2 * 2], tile[i % 2 * 2 + 1]);
-      }
-    }
-#pragma unroll
-    for (int32_t n = 0; n < kOutTiles; n += 2) {
-      uint32_t b[4];
-      ptx::ldmatrix_x4_trans(b, values.at(16 * k, n / 2));
-#pragma unroll
-      for (int32_t m = 0; m < kMTiles; ++m) {
-        ptx::mma_m16n8k16(T{}, out[m][n], a[m], b[0], b[1]);
-        ptx::mma_m16n8k16(T{}, out[m][n + 1], a[m], b[2], b[3]);
-      }
-    }
-  }
+        for (int32_t i = 0; i < 4; ++i) {
+          const float (&tile)[4] = probabilities[m][2 * k + i / 2];
+          a[i] = ptx::pack(T{}, tile[i % 2 * 2], tile[i % 2 * 2 + 1]);
+        }
+      },
+      [&](uint32_t (&b)[4], int32_t n, int32_t k) {
+        ptx::ldmatrix_x4_trans(b, values.at(16 * k, n / 2));
+      });
 }
 
 }  // namespace anyflash

@@ -68,6 +68,11 @@ __device__ __forceinline__ Words16 load_16(const void* global) {
   return x;
 }
 
+// Adds to global memory, in whatever order threads come.
+__device__ __forceinline__ void add(float* global, float x) {
+  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(global), "f"(x) : "memory");
+}
+
 __device__ __forceinline__ void store_8(void* global, uint32_t low, uint32_t high) {
   asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(global), "r"(low), "r"(high) : "memory");
 }
@@ -138,6 +143,10 @@ __device__ __forceinline__ const char* opaque(const char* address) {
 __device__ __forceinline__ uint32_t opaque(uint32_t shared) {
   asm volatile("" : "+r"(shared));
   return shared;
+}
+
+__device__ __forceinline__ void store_shared_4(uint32_t shared, uint32_t x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(x) : "memory");
 }
 
 __device__ __forceinline__ void store_shared_16(uint32_t shared, const Words16& x) {

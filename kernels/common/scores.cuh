@@ -134,12 +134,13 @@ __device__ __forceinline__ void add_alibi(float (&scores)[kMTiles][kNTiles][4], 
   }
 }
 
-// Clears what dropout takes from probabilities whose first row (of the thread) is `row`, in 16-row
-// tiles from there on. One draw of Philox is what the thread holds of a 16 x 16 tile.
-template <int32_t kMTiles, int32_t kNTiles>
+// What dropout takes of probabilities whose first row (of the thread) is `row`, in 16-row tiles
+// from there on, becomes function(x). One draw of Philox is what the thread holds of a 16 x 16
+// tile.
+template <int32_t kMTiles, int32_t kNTiles, typename Function>
 __device__ __forceinline__ void drop(float (&probabilities)[kMTiles][kNTiles][4],
                                      const Dropout& dropout, uint32_t bh, int32_t row,
-                                     int32_t first_key) {
+                                     int32_t first_key, const Function& function) {
   const uint32_t row_word = Dropout::row_word(uint32_t(row));
   const uint32_t col_word = Dropout::col_word(uint32_t(first_key));
 #pragma unroll
@@ -150,7 +151,7 @@ __device__ __forceinline__ void drop(float (&probabilities)[kMTiles][kNTiles][4]
 #pragma unroll
       for (int32_t i = 0; i < 8; ++i) {
         float& x = probabilities[m][n + i / 4][i % 4];
-        if (!dropout.keeps(words, i % 4 / 2 * 8, i / 4 * 8 + i % 2)) x = 0;
+        if (!dropout.keeps(words, i % 4 / 2 * 8, i / 4 * 8 + i % 2)) x = function(x);
       }
     }
   }

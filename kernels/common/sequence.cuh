@@ -27,31 +27,30 @@ __device__ __forceinline__ Sequence sequence_of(const AttentionParams& p, int32_
 }
 
 // Tiles of packed rows, `group` rows to a token. Sequence i begins with tile
-// floor(cu_seqlens_q[i] * group / kRows) + i: late enough for the tiles of those before, and known
+// floor(cu_seqlens[i] * group / kRows) + i: late enough for the tiles of those before, and known
 // without them. Some tiles have no rows. What follows the last sequence counts as one more.
 template <int32_t kRows>
 struct PackedTile {
   int32_t sequence;
   int32_t row_tile;  // of the sequence
 
-  // A warp searches together: 32 sequences at a time.
-  __device__ __forceinline__ static PackedTile find(const AttentionParams& p, int64_t group,
-                                                    int32_t tile) {
-    int32_t low = 0, high = int32_t(p.batch) + 1;  // low <= sequence < high
+  // Of the first `sequences`. A warp searches together: 32 of them at a time.
+  __device__ __forceinline__ static PackedTile find(const int32_t* cu_seqlens, int64_t sequences,
+                                                    int64_t group, int32_t tile) {
+    int32_t low = 0, high = int32_t(sequences);  // low <= sequence < high
     while (high - low > 1) {
       const int32_t step = (high - low + 31) / 32;
       const int32_t probe = low + int32_t(threadIdx.x % 32) * step;
-      const bool begun = probe < high && first(p, group, probe) <= tile;
+      const bool begun = probe < high && first(cu_seqlens, group, probe) <= tile;
       low += (ptx::count_lanes(begun) - 1) * step;
       high = smaller(high, low + step);
     }
-    return {low, tile - first(p, group, low)};
+    return {low, tile - first(cu_seqlens, group, low)};
   }
 
- private:
-  __device__ __forceinline__ static int32_t first(const AttentionParams& p, int64_t group,
+  __device__ __forceinline__ static int32_t first(const int32_t* cu_seqlens, int64_t group,
                                                   int32_t sequence) {
-    return int32_t(p.cu_seqlens_q[sequence] * group / kRows) + sequence;
+    return int32_t(cu_seqlens[sequence] * group / kRows) + sequence;
   }
 };
 
@@ -59,6 +58,12 @@ struct PackedTile {
 __device__ __forceinline__ Sequence rest_of(const AttentionParams& p) {
   const int32_t first = p.cu_seqlens_q[p.batch];
   return {int32_t(p.batch), int32_t(p.total_q) - first, 0, first, 0};
+}
+
+// The same of keys, whose gradients are zeros.
+__device__ __forceinline__ Sequence rest_of_keys(const AttentionParams& p) {
+  const int32_t first = p.cu_seqlens_k[p.batch];
+  return {int32_t(p.batch), 0, int32_t(p.total_k) - first, 0, first};
 }
 
 // Rows of 16-bit elements of one sequence and head, a constant distance apart. What copies tiles
@@ -75,6 +80,8 @@ struct StridedRows {
   }
   __device__ __forceinline__ char* chunk(int32_t row) const { return (*this)[row]; }
   __device__ __forceinline__ void pin() { data = ptx::opaque(data); }
+  // So many bytes, which the caller knows to be rows.
+  __device__ __forceinline__ void skip(int64_t bytes) { data += bytes; }
 };
 
 // `packed`: sequences follow each other in the rows.

@@ -43,17 +43,23 @@ template <int32_t kColumns>
 struct TileReader {
   using Tile = SwizzledTile<kColumns>;
 
-  uint32_t address;  // shared memory, of the lane's row in chunk pair 0
+  uint32_t address;      // shared memory, of the lane's row in chunk pair 0
+  uint32_t further = 0;  // bytes from there, whole tiles
 
   ANYFLASH_HOST_DEVICE static uint32_t address_of(uint32_t tile, uint32_t row, uint32_t half) {
     return tile + Tile::offset(row, half);
   }
 
+  // The same place in the tile that lies so far behind; it has as many bytes to a row.
+  ANYFLASH_HOST_DEVICE TileReader in(uint32_t bytes) const { return {address, further + bytes}; }
+
   // row_step: a multiple of 8.
   ANYFLASH_HOST_DEVICE uint32_t at(uint32_t row_step, uint32_t pair) const {
-    const uint32_t chunk = 2 * pair;
+    return at_chunk(row_step, 2 * pair);
+  }
+  ANYFLASH_HOST_DEVICE uint32_t at_chunk(uint32_t row_step, uint32_t chunk) const {
     return (address ^ chunk % Tile::kAtomChunks * kChunkBytes) + row_step * Tile::kRowBytes +
-           chunk / Tile::kAtomChunks * Tile::kAtomBytes;
+           chunk / Tile::kAtomChunks * Tile::kAtomBytes + further;
   }
 };
 

@@ -35,10 +35,36 @@ struct Block {
     if (!p.cu_seqlens_q) {
       return {sequence_of(p, place.pair / groups), first_head, place.row_tile * kRows, split};
     }
-    const auto tile = PackedTile<kRows>::find(p, group, place.row_tile);
+    const auto tile = PackedTile<kRows>::find(p.cu_seqlens_q, p.batch + 1, group, place.row_tile);
     Sequence s = tile.sequence < p.batch ? sequence_of(p, tile.sequence) : rest_of(p);
     if (tile.sequence == p.batch && split > 0) s.seqlen_q = 0;
     return {s, first_head, tile.row_tile * kRows, split};
+  }
+};
+
+// Which keys a block of the backward has.
+struct KeyBlock {
+  Sequence sequence;
+  int32_t head_k;
+  int32_t key_begin;
+
+  __device__ __forceinline__ bool has_keys() const { return key_begin < sequence.seqlen_k; }
+
+  // Grid: tiles of kKeys keys x heads x sequences, first those that most rows see under a causal
+  // mask.
+  template <int32_t kKeys>
+  __device__ __forceinline__ static KeyBlock of(const Arguments& a) {
+    const AttentionParams& p = a.attention;
+    const BlockOrder::Place place = a.order.at(int32_t(blockIdx.x));
+    const int32_t tile = a.order.row_tiles - 1 - place.row_tile, heads_k = int32_t(p.heads_k);
+    const int32_t head_k = place.pair % heads_k;
+    if (!p.cu_seqlens_k) return {sequence_of(p, place.pair / heads_k), head_k, tile * kKeys};
+    // With seqused_k only beginnings count: the last sequence has none behind it.
+    const int64_t sequences = p.seqused_k ? p.batch : p.batch + 1;
+    const auto packed = PackedTile<kKeys>::find(p.cu_seqlens_k, sequences, 1, tile);
+    const bool rest = packed.sequence == p.batch;
+    return {rest ? rest_of_keys(p) : sequence_of(p, packed.sequence), head_k,
+            packed.row_tile * kKeys};
   }
 };
 

@@ -230,7 +230,7 @@ class ForwardTile {
     softmax_.update(scores, out_, a_.score.exponent);
     if (drops(kExtras) && a_.score.dropout_threshold > 0) {
       drop(scores, c_.dropout, uint32_t(s_.index * int32_t(p_.heads) + b_.first_head), row(0, 0),
-           first_key);
+           first_key, [](float) { return 0.0f; });
     }
     // Registers are for the keys only while the product runs.
     if (!kLast && !ptx::kHasCpAsync) load_keys<true>();
@@ -317,25 +317,13 @@ class ForwardTile {
   Accumulator<kMTiles, kHeadDimV> out_;
 };
 
-// Whether a GPU that runs this code takes tiles for so much shared memory (the CUDA C++ Programming
-// Guide's table of compute capabilities). What none takes has no code.
-template <int32_t kSharedKb>
-__device__ constexpr bool runs_here(int32_t max_head_dim) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ > 800
-  constexpr int32_t kKb = __CUDA_ARCH__ / 100 == 8 || __CUDA_ARCH__ >= 1200 ? 100 : 228;
-  return tile_shape(max_head_dim, kKb).shared_kb == kSharedKb;
-#else
-  return true;
-#endif
-}
-
 template <typename T, int32_t kHeadDim, int32_t kHeadDimV, Extras kExtras, bool kPaged,
           int32_t kSharedKb>
 __global__ void __launch_bounds__(
     ForwardTile<T, kHeadDim, kHeadDimV, kExtras, kPaged, kSharedKb>::kThreads)
     forward_kernel(const Arguments a) {
   using Tile = ForwardTile<T, kHeadDim, kHeadDimV, kExtras, kPaged, kSharedKb>;
-  if constexpr (kExtras == Extras::all || runs_here<kSharedKb>(kHeadDim)) {
+  if constexpr (kExtras == Extras::all || runs_here(tile_shape, kHeadDim, kSharedKb)) {
     extern __shared__ __align__(128) unsigned char shared[];
     using Common = typename Tile::Common;
     const Block block = Block::of<Tile::kShape.rows>(a);

@@ -104,6 +104,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "anyflash_run_attention_backward": (_STATUS, *5 * [_POINTER]),
     "anyflash_run_kvcache_append": (_STATUS, *5 * [_POINTER]),
     "anyflash_attention_forward_workspace": (_INT64, *2 * [_POINTER]),
+    "anyflash_attention_backward_workspace": (_INT64, *4 * [_POINTER]),
     "anyflash_prepare_bias_activation": (_STATUS, *3 * [_POINTER]),
     "anyflash_run_bias_activation": (_STATUS, *4 * [_POINTER]),
     "anyflash_bias_activation_workspace": (_INT64, _INT64, _INT64, ctypes.c_int32),

@@ -29,7 +29,9 @@ struct Arithmetic {
   Dtype dtype;               // of the tensors
   double operand_roundoff;   // of probabilities and their gradients as they enter a product
   double exp_error;          // relative
-  double operand_least = 0;  // absolute error of probabilities near 0 as they enter a product
+  double operand_least = 0;  // absolute error of those near 0
+  double far_lse = 16384;    // from here on the backward makes a row's log-sum-exp again: far from
+                             // 0 a float does not hold the sum of the weights
 };
 
 // Results by their position in storage; NaN where nothing is written.
@@ -351,9 +353,8 @@ inline void backward(const AttentionParams& p, const Arithmetic& arithmetic, Val
         for (int64_t i = 0; i < s.seqlen_q; ++i) {
           std::vector<double> q_gradient(p.head_dim), q_error(p.head_dim);
           const double lse = p.lse.data[s.statistic_position(p.lse, i, head)];
-          // Far from 0 a float does not hold the sum of the weights: it is made again.
           double largest = lse, log_sum = 0, lse_error = 4 * kRoundoff * std::fabs(lse);
-          if (lse < kInfinity && std::fabs(lse) >= 16384) {
+          if (lse < kInfinity && std::fabs(lse) >= arithmetic.far_lse) {
             const Row row(s, head, i, q, k, arithmetic);
             largest = row.largest, log_sum = row.log_sum, lse_error = row.lse_error;
           }
@@ -373,7 +374,8 @@ inline void backward(const AttentionParams& p, const Arithmetic& arithmetic, Val
                                   x.error + lse_error + 4 * kRoundoff * std::fabs(x.value)) +
                 probability * arithmetic.exp_error;
             const double factor = dropout_factor(s, head, i, j), weight = probability * factor;
-            const double weight_slack = factor * error + weight * (operand + rows_error);
+            const double weight_slack =
+                factor * (error + arithmetic.operand_least) + weight * (operand + rows_error);
             for (int64_t c = 0; c < p.head_dim_v; ++c) {
               v_gradient[j][c] += weight * dout[i][c];
               v_error[j][c] += weight_slack * std::fabs(dout[i][c]);
@@ -393,7 +395,7 @@ inline void backward(const AttentionParams& p, const Arithmetic& arithmetic, Val
             }
             slack = slack * x.slope + std::fabs(gradient) * x.slope_error;
             gradient *= x.slope;
-            slack += operand * std::fabs(gradient);
+            slack += operand * std::fabs(gradient) + arithmetic.operand_least;
             const double q_slack = slack + keys_error * std::fabs(gradient);
             const double k_slack = slack + rows_error * std::fabs(gradient);
             for (int64_t c = 0; c < p.head_dim; ++c) {
@@ -432,6 +434,24 @@ inline void backward(const AttentionParams& p, const Arithmetic& arithmetic, Val
         }
       }
     }
+  }
+  // Rows behind the last packed sequence.
+  const auto clear_rest = [](Values& x, const Rows& rows, int64_t begin, int64_t end, int64_t heads,
+                             int64_t columns) {
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t head = 0; head < heads; ++head) {
+        for (int64_t c = 0; c < columns; ++c) {
+          x.set(row * rows.row_stride + head * rows.head_stride + c, 0, 0);
+        }
+      }
+    }
+  };
+  if (p.cu_seqlens_q) {
+    clear_rest(dq, p.dq, p.cu_seqlens_q[p.batch], p.total_q, p.heads, p.head_dim);
+  }
+  if (p.cu_seqlens_k && !p.seqused_k) {
+    clear_rest(dk, p.dk, p.cu_seqlens_k[p.batch], p.total_k, p.heads_k, p.head_dim);
+    clear_rest(dv, p.dv, p.cu_seqlens_k[p.batch], p.total_k, p.heads_k, p.head_dim_v);
   }
 }
 

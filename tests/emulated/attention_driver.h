@@ -54,9 +54,10 @@ struct Settings {
 };
 
 // A Machine has
-//   static constexpr int64_t kRuns;  // of a case, unless --runs says otherwise
-//   std::string run(const Instance*, const fuzz::Problem&, int64_t number, int64_t run,
-//                   fuzz::Results&);  // `number` counts the cases
+//   static constexpr int64_t kRuns;           // of a case, unless --runs says otherwise
+//   static constexpr bool kOrdersAdditions;  // what blocks add to global memory comes in one order
+//   std::string run(const Instance*, const fuzz::Problem&, bool deterministic, int64_t number,
+//                   int64_t run, fuzz::Results&);  // `number` counts the cases
 
 template <class Machine>
 class Driver {
@@ -103,7 +104,9 @@ class Driver {
   }
 
   void run_random(const Instance* instance, int64_t seed) {
-    fuzz::Scope scope{instance->dtype, instance->features, false};
+    const bool backward = instance->direction == Direction::backward;
+    fuzz::Scope scope{instance->dtype, instance->features, backward,
+                      backward ? fuzz::Kind::backward : fuzz::Kind::any};
     scope.max_head_dim = instance->max_head_dim;
     scope.head_dim_multiple = 8;
     scope.page_multiple = 16;
@@ -115,6 +118,11 @@ class Driver {
   void run_case(const Instance* instance, const std::string& name, fuzz::Shape shape,
                 uint64_t seed) {
     shape.clears_rest = true;  // as kernels on GPUs do
+    if (instance->direction == Direction::backward && !shape.backward) {
+      shape.backward = true;
+      shape.dlse = cases_ % 3 == 0;
+      shape.dsinks = shape.sinks;
+    }
     const fuzz::Problem problem(shape, instance->dtype, seed);
     if (problem.features() & ~instance->features) return;
     if (settings_.stop_early && failures_ > 0) return;
@@ -126,13 +134,20 @@ class Driver {
     fuzz::Results first;
     for (int64_t run = 0; run < settings_.runs; ++run) {
       fuzz::Results results = problem.forward_results();
-      std::string wrong = machine_.run(instance, problem, cases_, run, results);
-      if (run == 0) {
-        wrong += problem.check(results, problem.params(), arithmetic_of(instance->dtype), &worst_);
-        first = std::move(results);
-      } else if (!(results == first)) {
-        wrong += "other results than in run 0";
+      if (shape.backward) {
+        problem.fill_forward_results(results, arithmetic_of(instance->dtype));
+        problem.add_backward_results(results);
       }
+      // Of the backward every second pair of cases.
+      const bool deterministic = !shape.backward || cases_ / 2 % 2 == 0;
+      const bool repeats = deterministic || Machine::kOrdersAdditions;
+      std::string wrong = machine_.run(instance, problem, deterministic, cases_, run, results);
+      if (run > 0 && repeats) {
+        if (!(results == first)) wrong += "other results than in run 0";
+      } else {
+        wrong += problem.check(results, problem.params(), arithmetic_of(instance->dtype), &worst_);
+      }
+      if (run == 0) first = std::move(results);
       if (wrong.empty()) continue;
       ++failures_;
       std::printf("%s, %s, run %ld (%s):\n  %s\n", instance->name, name.c_str(), long(run),

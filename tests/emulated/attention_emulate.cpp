@@ -22,9 +22,10 @@ struct EmulatedMemory {
 class Emulator {
  public:
   static constexpr int64_t kRuns = 3;
+  static constexpr bool kOrdersAdditions = true;
 
-  std::string run(const Instance* instance, const fuzz::Problem& problem, int64_t number,
-                  int64_t run, fuzz::Results& results) {
+  std::string run(const Instance* instance, const fuzz::Problem& problem, bool deterministic,
+                  int64_t number, int64_t run, fuzz::Results& results) {
     static constexpr emu::Order kOrders[] = {emu::Order::forward, emu::Order::reverse,
                                              emu::Order::random};
     emu::options().order = kOrders[run % 3];
@@ -39,7 +40,8 @@ class Emulator {
     emu::options().smem_per_sm = (turing ? 64 : large ? 164 : 100) * 1024;
     emu::options().smem_limit = uint32_t(emu::options().smem_per_sm - (turing ? 0 : 1024));
     emu::options().l2_bytes = large ? 1 << 16 : 40 << 20;  // few pairs to a section, or many
-    const int32_t error = Transfer<EmulatedMemory>(problem, results).run(instance, results);
+    const int32_t error =
+        Transfer<EmulatedMemory>(problem, results).run(instance, deterministic, results);
     const emu::Result result = emu::take_result();
     std::string wrong;
     if (error != 0) wrong = std::string(anyflash_error_string(error)) + "; ";

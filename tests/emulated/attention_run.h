@@ -13,8 +13,9 @@ namespace anyflash::emulated {
 // What the GPU kernels compute with: probabilities enter the second product in the storage type,
 // exponentials are ex2.approx.
 inline reference::Arithmetic arithmetic_of(Dtype dtype) {
-  return dtype == Dtype::bf16 ? reference::Arithmetic{dtype, 1.0 / 256, 1e-6}
-                              : reference::Arithmetic{dtype, 1.0 / 2048, 1e-6, 0x1p-25};
+  return dtype == Dtype::bf16
+             ? reference::Arithmetic{dtype, 1.0 / 256, 1e-6, 0, reference::kInfinity}
+             : reference::Arithmetic{dtype, 1.0 / 2048, 1e-6, 0x1p-25, reference::kInfinity};
 }
 
 // Copies of a problem's buffers and of its results in `Memory`, which has allocate, release,
@@ -24,8 +25,7 @@ class Transfer {
  public:
   Transfer(const fuzz::Problem& problem, fuzz::Results& results) : params_(problem.with(results)) {
     for (const fuzz::Guarded& input : problem.inputs()) copy_in(input);
-    copy_in(results.out);
-    copy_in(results.lse);
+    for (const fuzz::Guarded* result : all_of(results)) copy_in(*result);
     move(params_.q.data);
     move(params_.k.data);
     move(params_.v.data);
@@ -40,6 +40,12 @@ class Transfer {
     move(params_.sinks);
     move(params_.bias);
     move(params_.rng_state);
+    move(params_.dout.data);
+    move(params_.dlse.data);
+    move(params_.dq.data);
+    move(params_.dk.data);
+    move(params_.dv.data);
+    move(params_.dsinks);
   }
   Transfer(const Transfer&) = delete;
   Transfer& operator=(const Transfer&) = delete;
@@ -49,19 +55,24 @@ class Transfer {
   }
 
   // Runs the instance and brings the results back.
-  int32_t run(const Instance* instance, fuzz::Results& results) {
+  int32_t run(const Instance* instance, bool deterministic, fuzz::Results& results) {
+    params_.deterministic = deterministic;
     const int64_t bytes = anyflash_attention_workspace(instance, &params_);
     if (bytes > 0) params_.workspace = workspace_ = Memory::allocate(bytes);
     const int32_t error = anyflash_launch(instance, &params_, nullptr);
-    for (const Copy& copy : copies_) {
-      if (copy.host == results.out.as() || copy.host == results.lse.as()) {
-        Memory::copy_out(copy.host, copy.data, copy.bytes);
+    for (const fuzz::Guarded* result : all_of(results)) {
+      for (const Copy& copy : copies_) {
+        if (copy.host == result->as()) Memory::copy_out(copy.host, copy.data, copy.bytes);
       }
     }
     return error;
   }
 
  private:
+  static std::vector<const fuzz::Guarded*> all_of(const fuzz::Results& x) {
+    return {&x.out, &x.lse, &x.dq, &x.dk, &x.dv, &x.dsinks};
+  }
+
   struct Copy {
     char* host;
     void* data;
@@ -90,14 +101,13 @@ class Transfer {
   void* workspace_ = nullptr;
 };
 
-// The GPU instances of the attention forward whose name contains `filter`.
+// The GPU instances of attention whose name contains `filter`.
 inline std::vector<const Instance*> instances(const std::string& filter) {
   int32_t count = 0;
   const Instance* all = anyflash_instances(&count);
   std::vector<const Instance*> found;
   for (const Instance* instance = all; instance < all + count; ++instance) {
     if (instance->family == Family::attention && instance->device == Device::cuda &&
-        instance->direction == Direction::forward &&
         std::string(instance->name).find(filter) != std::string::npos) {
       found.push_back(instance);
     }

@@ -49,7 +49,7 @@ def attention_probe(head_dim: int, *kernels: str, dtype: str = "bf16", sm: int =
     """Kernels of one instance, in the words of their template arguments."""
     lines = [f"template __global__ void {kernel};" for kernel in kernels]
     text = "\n".join(lines).replace("T_D_D", f"{dtype}, {head_dim}, {head_dim}")
-    source = f'#include "kernels/sm80/attention.cuh"\nnamespace anyflash::sm80 {{\n{text}\n}}\n'
+    source = f'#include "kernels/sm80/attention_forward.cuh"\nnamespace anyflash::sm80 {{\n{text}\n}}\n'
     command = ("emulate_attention", "--instance", f"{dtype}_d{head_dim}_sm{sm}", "--stop-early")
     return Probe(source, (*command, "--runs", "1"), f"compute_{sm}")
 

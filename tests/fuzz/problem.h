@@ -75,6 +75,17 @@ class Problem {
     results.lse = allocate(lse_size_ * 4);
     return results;
   }
+  // The reference's, rounded: what a backward is given.
+  void fill_forward_results(Results& results, const reference::Arithmetic& arithmetic) const {
+    reference::Values out(out_size_), lse(lse_size_);
+    reference::forward(with(results), arithmetic, out, lse);
+    for (int64_t i = 0; i < out_size_; ++i) {
+      if (out.written(i)) write(dtype_, results.out.as(), i, out.value[i]);
+    }
+    for (int64_t i = 0; i < lse_size_; ++i) {
+      if (lse.written(i)) write(Dtype::fp32, results.lse.as(), i, lse.value[i]);
+    }
+  }
   void add_backward_results(Results& results) const {
     results.dq = allocate(dq_size_ * bytes_of(dtype_));
     results.dk = allocate(dk_size_ * bytes_of(dtype_));
@@ -178,6 +189,7 @@ class Problem {
     if (shape_.packed_k) {
       const Lengths begin = cumulative(*shape_.packed_k, 0);
       rows_k_ = begin.back() + shape_.slack;
+      p_.total_k = shape_.clears_rest ? rows_k_ : begin.back();
       p_.cu_seqlens_k = keep(begin);
       used_ = *shape_.packed_k;
     }

@@ -37,7 +37,7 @@ struct Shape {
   int64_t page_size = 0;             // 0: not paged
   std::optional<Lengths> held_k;     // keys in the pages, as differences of cu_seqlens_k
   int64_t slack = 0;                 // rows behind the last packed sequence
-  bool clears_rest = false;          // they are written: total_q counts them
+  bool clears_rest = false;          // they are written: total_q and total_k count them
 
   std::optional<double> softmax_scale;  // 1 / sqrt(head_dim)
   double softcap = 0;

@@ -35,10 +35,12 @@ struct DeviceMemory {
 
 struct Gpu {
   static constexpr int64_t kRuns = 2;
+  static constexpr bool kOrdersAdditions = false;
 
-  std::string run(const Instance* instance, const fuzz::Problem& problem, int64_t, int64_t,
-                  fuzz::Results& results) {
-    const int32_t error = Transfer<DeviceMemory>(problem, results).run(instance, results);
+  std::string run(const Instance* instance, const fuzz::Problem& problem, bool deterministic,
+                  int64_t, int64_t, fuzz::Results& results) {
+    const int32_t error =
+        Transfer<DeviceMemory>(problem, results).run(instance, deterministic, results);
     require(gpu().synchronize(), "cuCtxSynchronize");
     return error == 0 ? "" : std::string(anyflash_error_string(error)) + "; ";
   }

@@ -34,16 +34,20 @@ class _Converted:
         self._kept: list[Tensor] = []
         if args.q.is_cuda:
             for name, x in (("q", args.q), ("k", args.k), ("v", args.v)):
-                if not _is_readable(x):
-                    self.replace(name, F.pad(x, (0, -x.shape[-1] % _PACK)).contiguous())
+                self.align(self.call, name, x)
         if args.bias is not None and args.bias.dtype == torch.float64:
             self.replace("bias", args.bias.float())
         if args.sinks is not None:
             self.replace("sinks", args.sinks.float().contiguous())
 
-    def replace(self, name: str, x: Tensor) -> None:
+    def align(self, record: Any, name: str, x: Tensor) -> None:
+        """On a GPU."""
+        if not _is_readable(x):
+            self.replace(name, F.pad(x, (0, -x.shape[-1] % _PACK)).contiguous(), record)
+
+    def replace(self, name: str, x: Tensor, record: Any = None) -> None:
         self._kept.append(x)
-        _records.put(self.call, name, x)
+        _records.put(self.call if record is None else record, name, x)
 
 
 class _Output:
@@ -80,10 +84,9 @@ def forward(
     library, records = _core.loaded(), (ctypes.byref(call), ctypes.byref(results))
     with _threads.launch_on(args.q) as where:
         room = library.anyflash_attention_forward_workspace(choice.instance, records[0])
-        workspace = args.q.new_empty(room, dtype=torch.uint8) if room else None
-        results.workspace = None if workspace is None else workspace.data_ptr()
+        workspace = _workspace(room, args.q, results)
         _core.raise_for(library.anyflash_run_attention(choice.instance, *records, where))
-    del converted
+    del converted, workspace
     return out.finish(), lse
 
 
@@ -100,7 +103,13 @@ def backward(
     _records.put(grad_call, "lse", lse)
     dlse = None if grad.dlse is None else _core.contiguous_rows(grad.dlse.float())
     _records.put(grad_call, "dlse", dlse)
+    if args.q.is_cuda:
+        converted.align(grad_call, "dout", grad.dout)
+        converted.align(grad_call, "out", grad.out)
     outputs = [_Output(torch.empty_like(x)) for x in (args.q, args.k, args.v)]
+    if args.q.is_cuda and not (args.seqused_k is None and args.leftpad_k is None):
+        for output in outputs[1:]:  # kernels write the keys that are used
+            output.written.zero_()
     results = _records.new(_records.AttentionResults)
     for name, output in zip(("dq", "dk", "dv"), outputs):
         _records.put(results, name, output.written)
@@ -108,18 +117,28 @@ def backward(
     dsinks = _sums(args.sinks, grad.sinks_requires_grad)
     _records.put(results, "dbias", dbias)
     _records.put(results, "dsinks", dsinks)
+    library = _core.loaded()
     records: tuple[Any, ...] = tuple(map(ctypes.byref, (call, grad_call, results)))
     with _threads.launch_on(args.q) as where:
-        _core.raise_for(
-            _core.loaded().anyflash_run_attention_backward(choice.instance, *records, where)
-        )
-    del converted
+        room = library.anyflash_attention_backward_workspace(choice.instance, *records)
+        workspace = _workspace(room, args.q, results)
+        _core.raise_for(library.anyflash_run_attention_backward(choice.instance, *records, where))
+    del converted, workspace
     gradients = Gradients(*(output.finish() for output in outputs))
     if dbias is not None and args.bias is not None:
         gradients.dbias = dbias.to(args.bias.dtype)
     if dsinks is not None and args.sinks is not None:
         gradients.dsinks = dsinks.to(args.sinks.dtype)
     return gradients
+
+
+def _workspace(room: int, q: Tensor, results: _records.AttentionResults) -> Tensor | None:
+    """Memory for the time of the call."""
+    if room == 0:
+        return None
+    workspace = q.new_empty(room, dtype=torch.uint8)
+    results.workspace = workspace.data_ptr()
+    return workspace
 
 
 def _sums(x: Tensor | None, wanted: bool) -> Tensor | None:

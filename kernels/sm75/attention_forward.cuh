@@ -3,7 +3,7 @@
 // kernel with the keys cut into parts: the forward then reads them nearly as fast as T4's memory.
 #pragma once
 
-#include "kernels/sm80/attention.cuh"
+#include "kernels/sm80/attention_forward.cuh"
 
 namespace anyflash::sm75 {
 

@@ -1,0 +1,195 @@
+// Probabilities made again from scores and log-sum-exps, and their gradients: what the backward
+// does between its products. Scores are an Accumulator of mma_tile.cuh, rows of queries by columns
+// of keys.
+//
+//   P = exp(logit - lse),   dS = P (dP - delta) d logit / d product,   delta = sum dO O - dlse
+//
+// without softmax_scale, which dq and dk get at their ends.
+#pragma once
+
+#include "kernels/common/mma_tile.cuh"
+#include "kernels/common/scores.cuh"
+#include "kernels/common/sequence.cuh"
+#include "kernels/sm80/backward_arguments.h"
+
+namespace anyflash::sm80 {
+
+// What belongs to one query head.
+struct HeadNumbers {
+  float slope;  // of ALiBi, in units of the scores
+  Dropout dropout;
+  uint32_t bh;  // sequence * heads + head
+
+  __device__ __forceinline__ static HeadNumbers of(const AttentionParams& p,
+                                                   const ScoreArguments& score, int32_t sequence,
+                                                   int32_t head) {
+    HeadNumbers x{0, {0, 0, score.dropout_threshold}, uint32_t(sequence * int32_t(p.heads) + head)};
+    if (p.alibi_slopes) {
+      x.slope = p.alibi_slopes[sequence * p.alibi_batch_stride + head] * score.inverse_unit;
+    }
+    if (p.rng_state)
+      x.dropout = {uint64_t(p.rng_state[0]), uint32_t(p.rng_state[1]), score.dropout_threshold};
+    return x;
+  }
+};
+
+// d capped / d raw of a softcap, from the capped score.
+__device__ __forceinline__ float cap_slope(Softcap softcap, float x) {
+  if (softcap == Softcap::tanh) return 1.0f - x * x;
+  const float visible = fmaxf(x, 0.0f);  // hidden: -inf
+  return 4.0f * (visible - visible * visible);
+}
+
+// The first row and key of a thread.
+struct Corner {
+  int32_t row;
+  int32_t key;
+};
+
+// A warp's part of one tile.
+template <Extras kExtras, int32_t kMTiles, int32_t kNTiles>
+class Gradients {
+  using Tile = float[kMTiles][kNTiles][4];
+
+  const ScoreArguments& a_;
+  const AttentionParams& p_;
+  float lse_[kMTiles][2];
+  float delta_[kMTiles][2];
+
+ public:
+  // `rows`: of the sequence and head, from the thread's first row on.
+  __device__ __forceinline__ Gradients(const ScoreArguments& score, const AttentionParams& p,
+                                       const RowNumbers* rows)
+      : a_(score), p_(p) {
+#pragma unroll
+    for (int32_t m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int32_t h = 0; h < 2; ++h) {
+        const RowNumbers numbers = rows[16 * m + 8 * h];
+        lse_[m][h] = numbers.lse;
+        delta_[m][h] = numbers.delta;
+      }
+    }
+  }
+
+  // Raw products become probabilities, which `take(m, n, h, x, y)` gets two at a time, of keys that
+  // follow each other, before they take in the slopes of a softcap. What dropout takes is negative.
+  // `corner()` and `mask()` tell what most tiles need not know.
+  template <typename CornerOf, typename MaskOf, typename Take>
+  __device__ __forceinline__ void probabilities(Tile& x, const HeadNumbers& head,
+                                                const CornerOf& corner, const MaskOf& mask,
+                                                bool masked, const Take& take) {
+    constexpr bool kAll = kExtras == Extras::all;
+    // Of a softcap; with ALiBi the scores do not tell them any more.
+    [[maybe_unused]] float slopes[kAll ? kMTiles : 1][kAll ? kNTiles : 1][4];
+    if constexpr (modifies_scores(kExtras)) {
+      modify_scores<kAll>(x, a_);
+      if constexpr (kAll) {
+        each(x, [&](int32_t m, int32_t n, int32_t i) {
+          slopes[m][n][i] = a_.softcap == Softcap::none ? 1.0f : cap_slope(a_.softcap, x[m][n][i]);
+        });
+      }
+      if (p_.alibi_slopes) add_slopes(x, head.slope, corner(), mask().shift());
+    }
+    if (masked) hide(x, corner(), mask());
+    if (kExtras == Extras::score_mod && a_.softcap != Softcap::none) {
+      exponentiate(x, take, [&](float score) { return cap_slope(Softcap::sigmoid, score); });
+      return;
+    }
+    if constexpr (!drops(kExtras)) {
+      exponentiate(x, take, [](float) { return 1.0f; });
+      return;
+    }
+    exponentiate(x, [](int32_t, int32_t, int32_t, float, float) {}, [](float) { return 1.0f; });
+    if (a_.dropout_threshold > 0) {
+      const Corner at = corner();
+      drop(x, head.dropout, head.bh, at.row, at.key, [](float dropped) { return -dropped; });
+    }
+#pragma unroll
+    for (int32_t m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int32_t n = 0; n < kNTiles; ++n) {
+#pragma unroll
+        for (int32_t h = 0; h < 2; ++h) {
+          take(m, n, h, fmaxf(x[m][n][2 * h], 0.0f), fmaxf(x[m][n][2 * h + 1], 0.0f));
+        }
+      }
+    }
+    if constexpr (kAll) {
+      each(x, [&](int32_t m, int32_t n, int32_t i) { x[m][n][i] *= slopes[m][n][i]; });
+    }
+  }
+
+  // dP becomes dS.
+  __device__ __forceinline__ void scores(Tile& dp, const Tile& probabilities) const {
+    each(dp, [&](int32_t m, int32_t n, int32_t i) {
+      float& x = dp[m][n][i];
+      const float p = probabilities[m][n][i], delta = delta_[m][i / 2];
+      if constexpr (drops(kExtras)) {
+        const bool kept = __float_as_int(p) >= 0;
+        x = fabsf(p) * ((kept ? x * a_.keep_scale : 0.0f) - delta);
+      } else {
+        x = p * (x - delta);
+      }
+    });
+  }
+
+ private:
+  template <typename Function>
+  __device__ __forceinline__ static void each(const Tile&, const Function& function) {
+#pragma unroll
+    for (int32_t m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int32_t n = 0; n < kNTiles; ++n) {
+#pragma unroll
+        for (int32_t i = 0; i < 4; ++i) function(m, n, i);
+      }
+    }
+  }
+
+  template <typename Take, typename Slope>
+  __device__ __forceinline__ void exponentiate(Tile& x, const Take& take, const Slope& slope) {
+#pragma unroll
+    for (int32_t m = 0; m < kMTiles; ++m) {
+#pragma unroll
+      for (int32_t n = 0; n < kNTiles; ++n) {
+#pragma unroll
+        for (int32_t h = 0; h < 2; ++h) {
+          float& left = x[m][n][2 * h];
+          float& right = x[m][n][2 * h + 1];
+          const float left_p = ptx::ex2(left * a_.exponent - lse_[m][h]);
+          const float right_p = ptx::ex2(right * a_.exponent - lse_[m][h]);
+          take(m, n, h, left_p, right_p);
+          left = left_p * slope(left);
+          right = right_p * slope(right);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_slopes(Tile& x, float slope_of_head, const Corner& at,
+                                             int32_t shift) {
+    float slope[2 * kMTiles];
+    int32_t diagonal[2 * kMTiles];
+#pragma unroll
+    for (int32_t r = 0; r < 2 * kMTiles; ++r) {
+      slope[r] = slope_of_head;
+      diagonal[r] = at.row + 8 * r + shift;
+    }
+    add_alibi(x, at.key, slope, diagonal, a_.alibi_by_key);
+  }
+
+  __device__ __forceinline__ void hide(Tile& x, const Corner& at,
+                                       const IntervalMask<int32_t>& mask) {
+    int32_t limit[2 * kMTiles];
+#pragma unroll
+    for (int32_t r = 0; r < 2 * kMTiles; ++r) limit[r] = mask.kv_end(at.row + 8 * r);
+    hide_keys(x, at.key, [&](int32_t r, int32_t key) { return key < limit[r]; });
+    if (mask.window_left < 0) return;
+#pragma unroll
+    for (int32_t r = 0; r < 2 * kMTiles; ++r) limit[r] = mask.kv_begin(at.row + 8 * r);
+    hide_keys(x, at.key, [&](int32_t r, int32_t key) { return key >= limit[r]; });
+  }
+};
+
+}  // namespace anyflash::sm80
