@@ -1,5 +1,5 @@
-"""Times this library's kernels on the GPU beside cuDNN, PyTorch's two attention kernels and
-FlexAttention, in one process; writes bench.json and bench.txt.
+"""Times this library's kernels on the GPU beside its routes through PyTorch, plain SDPA and
+FlexAttention, in one process; writes bench.json, bench.txt and lines for core/measured.def.
 
 python -m benchmarks.gpu --out FOLDER
 
@@ -22,10 +22,17 @@ from typing import Any, Callable
 
 import torch
 import torch.nn.functional as F
-from benchmarks.gpu_table import TRAINING, Row, attention_flop, cache_bytes, table
-from flash_attn import flash_attn_func, flash_attn_with_kvcache
+from benchmarks.gpu_table import (
+    BACKWARD,
+    ROUTES,
+    Row,
+    attention_flop,
+    cache_bytes,
+    measured_lines,
+    table,
+)
+from flash_attn import flash_attn_with_kvcache
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import anyflash
@@ -33,7 +40,6 @@ import anyflash
 TOKENS, HIDDEN = 16384, 2048
 HEAD_DIMS = (64, 128, 256)
 SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
-TRAINING_SEQLEN = 4096
 
 DECODE_TOKENS, DECODE_HEADS, DECODE_HEAD_DIM, MOST_SEQUENCES = 131072, 32, 128, 64
 DECODE_HEADS_K = (4, 32)
@@ -41,15 +47,15 @@ CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 PAGE_SIZES = (16, 64, 256)
 ROTARY_CONTEXT = 8192
 
-# Every shape is a compilation of some seconds.
+# Of backwards, and of the second dtype, whose code differs in few bytes.
+FEW_SEQLENS = (512, 8192)
+FEW_CONTEXTS = (1024, 65536)
+
+# Every shape is a compilation of some seconds; none of the few.
 FLEX_SEQLENS = (2048, 16384)
 FLEX_CONTEXTS = (8192, 131072)
 
-SDPA = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 Call = Callable[[], Any]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -111,20 +117,24 @@ def fill(row: Row, measure: Callable[[Call], float], calls: dict[str, Call]) -> 
     return row
 
 
-def randn(*shape: int, **options: Any) -> Tensor:
-    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, **options)
+def randn(*shape: int, dtype: str = "bf16", **options: Any) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=DTYPES[dtype], **options)
 
 
-def sdpa(name: str, causal: bool) -> Attend:
-    """PyTorch's attention held to one kernel, on (batch, seqlen, heads, head_dim)."""
+def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """PyTorch's attention by its own choice, on (batch, seqlen, heads, head_dim)."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    grouped = {"enable_gqa": True} if q.size(1) != k.size(1) else {}
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, **grouped).transpose(1, 2)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        grouped = {"enable_gqa": True} if q.size(1) != k.size(1) else {}
-        with sdpa_kernel(SDPA[name]):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, **grouped)
 
-    return attend
+def held_to(*back_ends: str, causal: bool) -> dict[str, Attend]:
+    """These back ends, the routes through PyTorch, and PyTorch without this library."""
+    attends: dict[str, Attend] = {
+        name: functools.partial(anyflash.attention, causal=causal, backend=name)
+        for name in (*back_ends, *ROUTES)
+    }
+    return {**attends, "sdpa": functools.partial(sdpa, causal=causal)}
 
 
 def flex(seqlen_q: int, seqlen_k: int, causal: bool) -> Attend:
@@ -142,45 +152,45 @@ def flex(seqlen_q: int, seqlen_k: int, causal: bool) -> Attend:
     return attend
 
 
-def forward_row(clock: Clock, seqlen: int, head_dim: int, causal: bool) -> Row:
+def forward_row(clock: Clock, dtype: str, seqlen: int, head_dim: int, causal: bool) -> Row:
     batch, heads = TOKENS // seqlen, HIDDEN // head_dim
-    q, k, v = (randn(batch, seqlen, heads, head_dim) for _ in range(3))
-    attends: dict[str, Attend] = {name: sdpa(name, causal) for name in SDPA}
-    attends["anyflash"] = lambda q, k, v: flash_attn_func(q, k, v, causal=causal)
+    q, k, v = (randn(batch, seqlen, heads, head_dim, dtype=dtype) for _ in range(3))
+    attends = held_to("kernel", causal=causal)
     if seqlen in FLEX_SEQLENS:
         attends["flex"] = flex(seqlen, seqlen, causal)
     row = Row(
-        group=f"forward, bfloat16, {TOKENS} tokens, hidden {HIDDEN}",
+        group=f"forward, {dtype}, {TOKENS} tokens, hidden {HIDDEN}",
         shape=f"head_dim {head_dim} {'causal' if causal else 'full'} {seqlen}",
         unit="TFLOP/s",
         work=attention_flop(batch, heads, seqlen, head_dim, causal),
-        ours=("anyflash",),
+        ours=("kernel",),
+        point=("forward", dtype, head_dim),
     )
     calls = {name: functools.partial(attend, q, k, v) for name, attend in attends.items()}
-    with anyflash.backend("kernel"):
-        return fill(row, clock.graph_us, calls)
+    return fill(row, clock.graph_us, calls)
 
 
-def training_row(clock: Clock, head_dim: int, causal: bool) -> Row:
-    """Forward and backward; here anyflash runs what it chooses by itself."""
-    seqlen, heads = TRAINING_SEQLEN, HIDDEN // head_dim
-    batch = TOKENS // seqlen
-    q, k, v = (randn(batch, seqlen, heads, head_dim, requires_grad=True) for _ in range(3))
-    attends: dict[str, Attend] = {name: sdpa(name, causal) for name in SDPA}
-    attends["anyflash"] = lambda q, k, v: flash_attn_func(q, k, v, causal=causal)
+def backward_row(clock: Clock, dtype: str, seqlen: int, head_dim: int, causal: bool) -> Row:
+    """The backward alone, each after a forward of its own."""
+    batch, heads = TOKENS // seqlen, HIDDEN // head_dim
+    shape = (batch, seqlen, heads, head_dim)
+    q, k, v = (randn(*shape, dtype=dtype, requires_grad=True) for _ in range(3))
+    dout = randn(*shape, dtype=dtype)
 
-    def step(attend: Attend) -> Any:
-        out = attend(q, k, v)
-        return torch.autograd.grad(out, (q, k, v), out.detach())
+    def backward(attend: Attend) -> Call:
+        forward = functools.cache(lambda: attend(q, k, v))
+        return lambda: torch.autograd.grad(forward(), (q, k, v), dout, retain_graph=True)
 
     row = Row(
-        group="forward and backward, bfloat16, anyflash by its own choice",
+        group=f"backward, {dtype}, {TOKENS} tokens, hidden {HIDDEN}",
         shape=f"head_dim {head_dim} {'causal' if causal else 'full'} {seqlen}",
         unit="TFLOP/s",
-        work=TRAINING * attention_flop(batch, heads, seqlen, head_dim, causal),
-        ours=("anyflash",),
+        work=BACKWARD * attention_flop(batch, heads, seqlen, head_dim, causal),
+        ours=("kernel",),
+        point=("backward", dtype, head_dim),
     )
-    return fill(row, clock.us, {n: functools.partial(step, a) for n, a in attends.items()})
+    attends = held_to("kernel", causal=causal)
+    return fill(row, clock.us, {name: backward(attend) for name, attend in attends.items()})
 
 
 def paged(k: Tensor, v: Tensor, page_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -191,22 +201,23 @@ def paged(k: Tensor, v: Tensor, page_size: int) -> tuple[Tensor, Tensor, Tensor]
     return *shuffled, order.to(torch.int32).reshape(k.size(0), -1)
 
 
-def decode_row(clock: Clock, context: int, heads_k: int) -> Row:
+def decode_row(clock: Clock, dtype: str, context: int, heads_k: int) -> Row:
     """One token per sequence against its cache, stored in one piece and in pages."""
     batch = min(MOST_SEQUENCES, DECODE_TOKENS // context)
-    q = randn(batch, 1, DECODE_HEADS, DECODE_HEAD_DIM)
-    k, v = (randn(batch, context, heads_k, DECODE_HEAD_DIM) for _ in range(2))
-    used = torch.full((batch,), context, device="cuda", dtype=torch.int32)
-    attends: dict[str, Attend] = {name: sdpa(name, causal=False) for name in SDPA}
+    q = randn(batch, 1, DECODE_HEADS, DECODE_HEAD_DIM, dtype=dtype)
+    k, v = (randn(batch, context, heads_k, DECODE_HEAD_DIM, dtype=dtype) for _ in range(2))
+    used = torch.full((batch,), context, device=q.device, dtype=torch.int32)
+    attends = held_to(causal=False)
     attends["contiguous"] = lambda q, k, v: flash_attn_with_kvcache(q, k, v, cache_seqlens=used)
     if context in FLEX_CONTEXTS:
         attends["flex"] = flex(1, context, causal=False)
     row = Row(
-        group=f"decode, bfloat16, {DECODE_HEADS} heads, head_dim {DECODE_HEAD_DIM}",
+        group=f"decode, {dtype}, {DECODE_HEADS} heads, head_dim {DECODE_HEAD_DIM}",
         shape=f"heads_k {heads_k} batch {batch} context {context}",
         unit="GB/s",
         work=cache_bytes(batch, heads_k, context, DECODE_HEAD_DIM, q.element_size()),
         ours=("contiguous", *(f"page {size}" for size in PAGE_SIZES)),
+        point=("forward", dtype, DECODE_HEAD_DIM),
     )
     with anyflash.backend("kernel"):
         fill(row, clock.graph_us, {n: functools.partial(a, q, k, v) for n, a in attends.items()})
@@ -218,18 +229,18 @@ def decode_row(clock: Clock, context: int, heads_k: int) -> Row:
     return row
 
 
-def append_row(clock: Clock, heads_k: int) -> Row:
+def append_row(clock: Clock, dtype: str, heads_k: int) -> Row:
     """A decoding step that also turns the new token and appends it, beside one that does not."""
     context, head_dim = ROTARY_CONTEXT, DECODE_HEAD_DIM
     batch = DECODE_TOKENS // context
     q, new_k, new_v = (
-        randn(batch, 1, heads, head_dim) for heads in (DECODE_HEADS, heads_k, heads_k)
+        randn(batch, 1, heads, head_dim, dtype=dtype) for heads in (DECODE_HEADS, heads_k, heads_k)
     )
-    k, v = (randn(batch, context, heads_k, head_dim) for _ in range(2))
-    cos, sin = (randn(context, head_dim // 2) for _ in range(2))
-    used = torch.full((batch,), context - 1, device="cuda", dtype=torch.int32)
+    k, v = (randn(batch, context, heads_k, head_dim, dtype=dtype) for _ in range(2))
+    cos, sin = (randn(context, head_dim // 2, dtype=dtype) for _ in range(2))
+    used = torch.full((batch,), context - 1, device=q.device, dtype=torch.int32)
     row = Row(
-        group="decode, with the new token turned and appended",
+        group=f"decode, {dtype}, with the new token turned and appended",
         shape=f"heads_k {heads_k} batch {batch} context {context}",
         unit="GB/s",
         work=cache_bytes(batch, heads_k, context, head_dim, q.element_size()),
@@ -268,16 +279,21 @@ def bias_activation_rows(clock: Clock) -> Iterator[Row]:
         yield fill(row, measure, {r: functools.partial(call, r) for r in ("kernel", "math")})
 
 
-def rows(clock: Clock) -> Iterator[Row]:
-    for head_dim in HEAD_DIMS:
-        for causal in (False, True):
-            for seqlen in SEQLENS:
-                yield forward_row(clock, seqlen, head_dim, causal)
-            yield training_row(clock, head_dim, causal)
-    for heads_k in DECODE_HEADS_K:
-        for context in CONTEXTS:
-            yield decode_row(clock, context, heads_k)
-        yield append_row(clock, heads_k)
+def rows(clock: Clock, sm: int) -> Iterator[Row]:
+    dtypes = ("bf16", "fp16") if sm >= 80 else ("fp16",)
+    for dtype in dtypes:
+        is_first = dtype == dtypes[0]
+        for head_dim in HEAD_DIMS:
+            for causal in (False, True):
+                for seqlen in SEQLENS if is_first else FEW_SEQLENS:
+                    yield forward_row(clock, dtype, seqlen, head_dim, causal)
+                for seqlen in FEW_SEQLENS if sm >= 80 else ():
+                    yield backward_row(clock, dtype, seqlen, head_dim, causal)
+        for heads_k in DECODE_HEADS_K:
+            for context in CONTEXTS if is_first else FEW_CONTEXTS:
+                yield decode_row(clock, dtype, context, heads_k)
+            if is_first:
+                yield append_row(clock, dtype, heads_k)
     yield from bias_activation_rows(clock)
 
 
@@ -297,12 +313,18 @@ def main() -> int:
         print("no GPU that torch can use", file=sys.stderr)
         return 3
     torch.manual_seed(0)
+    major, minor = torch.cuda.get_device_capability()
+    sm = 10 * major + minor
     measured: list[Row] = []
-    for row in rows(Clock()):
+    for row in rows(Clock(), sm):
         measured.append(row)
         write(options.out, measured)  # a run that is ended early leaves what it has
     print(table(measured))
-    return 1 if any(name in row.refused for row in measured for name in row.ours) else 0
+    if any(name in row.refused for row in measured for name in row.ours):
+        return 1
+    lines = "".join(f"{line}\n" for line in measured_lines(sm, measured))
+    (options.out / "measured.def").write_text(lines)
+    return 0
 
 
 if __name__ == "__main__":

@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Optional
 
+from benchmarks.measure import measured_line
+
+#: PyTorch's attention routines on a GPU, as this library calls them.
+ROUTES = ("aten_cudnn", "aten_flash", "aten_efficient")
+
 
 def attention_flop(batch: int, heads: int, seqlen: int, head_dim: int, causal: bool) -> float:
     """Operations of a forward over equally long q and k; half of them under a causal mask."""
     return 4.0 * batch * heads * seqlen * seqlen * head_dim * (0.5 if causal else 1.0)
 
 
-#: Operations of forward and backward together, in forwards.
-TRAINING = 3.5
+#: Operations of a backward, in forwards.
+BACKWARD = 2.5
 
 
 def cache_bytes(batch: int, heads_k: int, seqlen_k: int, head_dim: int, itemsize: int) -> float:
@@ -33,6 +38,7 @@ class Row:
         us: Microseconds of one call by name.
         refused: Why others have no time, by name.
         sm_mhz: Clock of the multiprocessors right after the measurement, if it can be read.
+        point: Direction, dtype and head_dim, of rows that are points of core/measured.def's grid.
     """
 
     group: str
@@ -43,6 +49,7 @@ class Row:
     us: dict[str, float] = dataclasses.field(default_factory=dict)
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
     sm_mhz: Optional[int] = None
+    point: Optional[tuple[str, str, int]] = None
 
     def rate(self, name: str) -> float:
         """In the row's unit."""
@@ -59,6 +66,11 @@ class Row:
         if name not in self.us or self.best is None:
             return None
         return self.us[self.best] / self.us[name]
+
+    def gain(self) -> float | None:
+        """How many times as fast as the fastest route: what a choice of the kernel gains."""
+        routes = [self.us[name] for name in ROUTES if name in self.us]
+        return min(routes) / self.us[self.ours[0]] if routes and self.ours[0] in self.us else None
 
     def as_dict(self) -> dict[str, Any]:
         rates = {name: round(self.rate(name), 2) for name in self.us}
@@ -105,3 +117,13 @@ def table(rows: list[Row]) -> str:
         lines += [*_lines([row for row in rows if row.group == group]), ""]
     reasons = {(n, r.splitlines()[0][:300]) for row in rows for n, r in row.refused.items() if r}
     return "\n".join(lines + [f"{name} refused: {reason}" for name, reason in sorted(reasons)])
+
+
+def measured_lines(sm: int, rows: list[Row]) -> list[str]:
+    """The lines of core/measured.def for a GPU of this compute capability."""
+    ratios: dict[tuple[str, str, int], list[float]] = {}
+    for row in rows:
+        gain = row.gain()
+        if row.point is not None and gain is not None:
+            ratios.setdefault(row.point, []).append(gain)
+    return [measured_line(str(sm), *point, ratios[point]) for point in sorted(ratios)]

@@ -163,12 +163,10 @@ def draw(results: list[dict[str, object]]) -> None:
     figure.savefig(PICTURE, metadata={"Date": None})
 
 
-def summary(
+def ratios(
     results: list[dict[str, object]], direction: str, dtype: str, head_dims: range
-) -> tuple[float, float]:
-    """(worst, median) ratio."""
-    ratios = [r[direction] for r in results if r["dtype"] == dtype and r["head_dim"] in head_dims]
-    return min(ratios), statistics.median(ratios)
+) -> list[float]:
+    return [r[direction] for r in results if r["dtype"] == dtype and r["head_dim"] in head_dims]
 
 
 def measure_lower() -> dict[str, list[dict[str, object]]]:
@@ -192,8 +190,10 @@ def measure_lower() -> dict[str, list[dict[str, object]]]:
 
 
 def write_table(by_isa: dict[str, list[dict[str, object]]]) -> None:
-    """The ratios in the MEASURED lines of core/measured.def; each line covers the head dims above
-    those of the line before it."""
+    """The ratios in the MEASURED lines of core/measured.def for CPUs; each line covers the head
+    dims above those of the line before it."""
+    from benchmarks.measure import measured_line
+
     lines = MEASURED.read_text().splitlines(keepends=True)
     above: dict[tuple[str, ...], int] = {}
     for index, line in enumerate(lines):
@@ -201,11 +201,12 @@ def write_table(by_isa: dict[str, list[dict[str, object]]]) -> None:
             continue
         *key, head_dim, _, _ = (f.strip() for f in line[9:].rpartition(")")[0].split(","))
         arch, direction, dtype = key
+        if arch.isdigit():  # a GPU
+            continue
         head_dims = range(above.get(tuple(key), 0) + 1, int(head_dim) + 1)
         above[tuple(key)] = int(head_dim)
-        worst, median = summary(by_isa[arch], direction, dtype, head_dims)
-        fields = f"{arch}, {direction}, {dtype}, {head_dim}, {worst:.2f}, {median:.2f}"
-        lines[index] = f"MEASURED({fields})\n"
+        found = ratios(by_isa[arch], direction, dtype, head_dims)
+        lines[index] = measured_line(arch, direction, dtype, int(head_dim), found) + "\n"
     MEASURED.write_text("".join(lines))
 
 
@@ -229,7 +230,8 @@ def main() -> None:
     draw(results)
     for direction in ("forward", "backward"):
         for dtype in DTYPES:
-            worst, median = summary(results, direction, dtype, range(1, 513))
+            found = ratios(results, direction, dtype, range(1, 513))
+            worst, median = min(found), statistics.median(found)
             print(f"{direction} {dtype}: worst {worst:.2f}x, median {median:.2f}x of aten_cpu")
     if options.table:
         from anyflash import _loader

@@ -119,6 +119,15 @@ def interleaved(
     return [statistics.median(row) for row in times]
 
 
+def measured_line(
+    level: str, direction: str, dtype: str, max_head_dim: int, ratios: list[float]
+) -> str:
+    """The line of core/measured.def for these points of a grid."""
+    worst, median = min(ratios), statistics.median(ratios)
+    fields = f"{level}, {direction}, {dtype}, {max_head_dim}, {worst:.2f}, {median:.2f}"
+    return f"MEASURED({fields})"
+
+
 def peak_bytes(function: Callable[[], Any]) -> int:
     """The most bytes of CPU tensors that a call holds at once, beside those that are there before.
 

@@ -111,6 +111,24 @@ void visit_obstacles(const RouteRow& row, const Problem& problem, Obstacle obsta
   visit_limits(row.limits[int32_t(problem.direction)], problem, obstacle);
 }
 
+// Calls obstacle(make_text) once if a route has to pass on such a GPU before its back end tries it.
+template <typename Obstacle>
+void visit_unchecked(const RouteRow& row, const Problem& problem, Obstacle obstacle) {
+  if (!row.tried_by.once_checked) return;
+  for (const CheckedRow& checked : kChecked) {
+    if (checked.route == row.route && checked.sm == problem.sm &&
+        checked.min_torch <= problem.torch_version) {
+      return;
+    }
+  }
+  obstacle([&] {
+    const std::string name = route_name(row.route);
+    return "has not been checked on sm_" + std::to_string(problem.sm) + " with torch " +
+           version_text(problem.torch_version) + " yet; naming `" + name +
+           "` selects it all the same";
+  });
+}
+
 Limits limits_of(const Instance& instance) {
   return {uint32_t(instance.dtype), instance.max_head_dim, instance.head_dim_multiple,
           instance.features};
@@ -206,15 +224,17 @@ bool counts(const RouteRow& row, int32_t torch_version) {
   return found == &row;
 }
 
-// Whether a kernel competes with PyTorch's CPU attention, not with plain operators.
-bool aten_cpu_runs(const Problem& problem) {
-  bool runs = false;
+// Whether a kernel competes with an attention routine of PyTorch's, not with plain operators.
+bool has_rival(const Problem& problem) {
   for (const RouteRow& row : kRoutes) {
-    if (row.route != Route::aten_cpu || !counts(row, problem.torch_version)) continue;
-    runs = true;
-    visit_obstacles(row, problem, [&](auto) { runs = false; });
+    if (row.devices == column::any || !counts(row, problem.torch_version)) continue;
+    bool runs = true;
+    const auto refuse = [&](auto) { runs = false; };
+    visit_obstacles(row, problem, refuse);
+    visit_unchecked(row, problem, refuse);
+    if (runs) return true;
   }
-  return runs;
+  return false;
 }
 
 // Whether the kernel, or the machine code of it that this GPU runs, has passed its tests on such a
@@ -241,19 +261,19 @@ void visit_doubt(const Instance& instance, const Problem& problem, Obstacle obst
              " of its architecture yet";
     });
   }
-  if (!on_cpu || instance.family != Family::attention || !aten_cpu_runs(problem)) return;
+  if (instance.family != Family::attention || !has_rival(problem)) return;
   for (const PassOverRow& row : kPassOver) {
-    if (contains(problem.sm, row.isa) && (row.dtypes & uint32_t(problem.dtype)) &&
+    if (on_cpu && contains(problem.sm, row.isa) && (row.dtypes & uint32_t(problem.dtype)) &&
         !(problem.features & ~row.features)) {
       return doubt([&] { return std::string(row.reason); });
     }
   }
   const std::optional<Measured> speed = measured(instance, problem);
   if (!speed) {
-    doubt([] { return std::string("has not been measured beside PyTorch's CPU attention"); });
+    doubt([] { return std::string("has not been measured beside PyTorch's attention"); });
   } else if (speed->worst < kSlowest) {
     doubt([&] {
-      return "measured " + ratio_text(speed->worst) + " PyTorch's CPU attention at worst, below " +
+      return "measured " + ratio_text(speed->worst) + " PyTorch's attention at worst, below " +
              ratio_text(kSlowest);
     });
   }
@@ -309,14 +329,16 @@ Choice walk_order(const Problem& problem, InstanceTable table, Report report) {
     }
     if (problem.family != Family::attention) return {Route::math, nullptr};
     for (const RouteRow& row : kRoutes) {
-      if (back_end == BackEnd::unset || (row.back_end != back_end && row.own_name != back_end))
-        continue;
+      const bool is_named = row.own_name == back_end;
+      if (row.tried_by.back_end != back_end && !is_named) continue;
       if (!counts(row, problem.torch_version)) continue;
       bool runs = true;
-      visit_obstacles(row, problem, [&](auto make_text) {
+      const auto obstacle = [&](auto make_text) {
         runs = false;
         report(row.route, make_text);
-      });
+      };
+      visit_obstacles(row, problem, obstacle);
+      if (runs && !is_named) visit_unchecked(row, problem, obstacle);
       if (runs) return {row.route, nullptr};
     }
   }
@@ -353,10 +375,11 @@ Decision decide(const Problem& problem, InstanceTable table) {
 
 std::optional<Measured> measured(const Instance& instance, const Problem& problem) {
   if (instance.family != Family::attention) return std::nullopt;
+  const int32_t level = instance.device == Device::cpu ? instance.min_sm : problem.sm;
   const MeasuredRow* found = nullptr;
   for (const MeasuredRow& row : kMeasured) {
-    if (row.isa == instance.min_sm && row.direction == instance.direction &&
-        row.dtype == instance.dtype &&
+    if (row.level.device == instance.device && row.level.value == level &&
+        row.direction == instance.direction && row.dtype == instance.dtype &&
         std::max(problem.head_dim, problem.head_dim_v) <= row.max_head_dim &&
         (!found || row.max_head_dim < found->max_head_dim)) {
       found = &row;

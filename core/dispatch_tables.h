@@ -1,4 +1,4 @@
-// routes.def and measured.def as tables, for dispatch.cpp.
+// routes.def, checked_routes.def and measured.def as tables, for dispatch.cpp.
 #pragma once
 
 #include "core/dispatch.h"
@@ -8,13 +8,20 @@ namespace anyflash {
 
 constexpr uint32_t device_bit(Device device) { return 1u << int32_t(device); }
 
-// What the columns of routes.def mean.
+// The back end of the order that tries a route.
+struct TriedBy {
+  BackEnd back_end;
+  bool once_checked = false;
+};
+
+// What the columns of routes.def and checked_routes.def mean.
 namespace column {
 using namespace Feature;
 constexpr uint32_t fp16 = uint32_t(Dtype::fp16), bf16 = uint32_t(Dtype::bf16),
                    fp32 = uint32_t(Dtype::fp32), fp64 = uint32_t(Dtype::fp64);
 constexpr uint32_t cpu = device_bit(Device::cpu), cuda = device_bit(Device::cuda), any = ~0u;
-constexpr BackEnd named = BackEnd::unset, sdpa = BackEnd::sdpa, math = BackEnd::math;
+constexpr TriedBy sdpa{BackEnd::sdpa}, sdpa_once_checked{BackEnd::sdpa, true}, math{BackEnd::math};
+constexpr int32_t none = INT32_MAX;  // no torch
 }  // namespace column
 
 // What a route or a kernel can compute on a device that runs it.
@@ -28,7 +35,7 @@ struct Limits {
 struct RouteRow {
   Route route;
   BackEnd own_name;
-  BackEnd back_end;  // unset: tried under its own name only
+  TriedBy tried_by;
   uint32_t devices;  // device_bit of each
   int32_t min_sm;
   int32_t min_torch;
@@ -53,6 +60,22 @@ constexpr RouteRow kRoutes[] = {
 #undef ROUTE
 };
 
+struct CheckedRow {
+  Route route;
+  int32_t sm;
+  int32_t min_torch;
+};
+
+constexpr CheckedRow kChecked[] = {
+#define CHECKED(route, sm, torch)               \
+  [] {                                          \
+    using namespace column;                     \
+    return CheckedRow{Route::route, sm, torch}; \
+  }(),
+#include "core/checked_routes.def"
+#undef CHECKED
+};
+
 struct PassOverRow {
   int32_t isa;
   uint32_t dtypes;
@@ -72,8 +95,16 @@ constexpr PassOverRow kPassOver[] = {
 #undef PASS_OVER
 };
 
+// Where a kernel was measured: the compute capability of the GPU, or the kernel's architecture.
+struct Level {
+  constexpr Level(int32_t sm) : device(Device::cuda), value(sm) {}
+  constexpr Level(const Arch& arch) : device(arch.device), value(arch.min_sm) {}
+  Device device;
+  int32_t value;
+};
+
 struct MeasuredRow {
-  int32_t isa;  // the kernel's architecture
+  Level level;
   Direction direction;
   Dtype dtype;
   int32_t max_head_dim;
@@ -82,8 +113,11 @@ struct MeasuredRow {
 
 constexpr MeasuredRow kMeasured[] = {
 #define PASS_OVER(...)
-#define MEASURED(arch_name, direction, dtype, max_head_dim, worst, median) \
-  {arch::arch_name.min_sm, Direction::direction, Dtype::dtype, max_head_dim, {worst, median}},
+#define MEASURED(level, direction, dtype, max_head_dim, worst, median)                            \
+  [] {                                                                                            \
+    using namespace arch;                                                                         \
+    return MeasuredRow{level, Direction::direction, Dtype::dtype, max_head_dim, {worst, median}}; \
+  }(),
 #include "core/measured.def"
 #undef MEASURED
 #undef PASS_OVER

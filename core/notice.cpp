@@ -20,8 +20,6 @@ BackEnd back_end_of(Route route) {
       return BackEnd::kernel;
     case Route::math:
       return BackEnd::math;
-    case Route::aten_cudnn:
-      return BackEnd::aten_cudnn;
     default:
       return BackEnd::sdpa;
   }

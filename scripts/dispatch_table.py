@@ -3,8 +3,8 @@
     python scripts/dispatch_table.py           # write
     python scripts/dispatch_table.py --check   # exit 1 if a table is not current
 
-Routes come from core/routes.def, kernels from kernels/instances.def, their speed from
-core/measured.def, features from kernels/features.def, choices from `decide`.
+Routes come from core/routes.def and core/checked_routes.def, kernels from kernels/instances.def,
+their speed from core/measured.def, features from kernels/features.def, choices from `decide`.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def routes() -> str:
         where = {"cpu": "CPU", "any": "everywhere"}.get(device, f"GPU, sm_{sm} or newer")
         rows.append([
             f"`{name}`: {ROUTE_TITLES[name]}",
-            "by name only" if back_end == "named" else f"`{back_end}`",
+            _tried_by(name, back_end),
             where,
             dtypes.replace("|", ", "),
             _head_dims(top, multiple),
@@ -109,6 +109,19 @@ def routes() -> str:
         ])  # fmt: skip
     header = ["route", "back end", "runs on", "dtypes", "head_dim", "torch from"]
     return _markdown([*header, "forward lacks", "backward lacks"], rows)
+
+
+def _tried_by(route: str, back_end: str) -> str:
+    """The back end of a route, and where it tries a route that has to pass first."""
+    name, wants_check, _ = back_end.partition("_once_checked")
+    if not wants_check:
+        return f"`{name}`"
+    passed = [
+        f"sm_{sm} from torch {int(torch) // 100}.{int(torch) % 100}"
+        for checked, sm, torch in (entry.fields for entry in _defs.entries("checked_routes"))
+        if checked == route and torch != "none"
+    ]
+    return f"`{name}` on {', '.join(passed)}; else by name" if passed else "by name only"
 
 
 def _head_dims(top: str, multiple: str) -> str:
@@ -165,13 +178,14 @@ def kernels() -> str:
 
 def measured() -> str:
     """measured.def, row by row."""
-    rows = [
-        [arch, direction, dtype, f"1 to {top}", f"{float(median):.2f}x", f"{float(worst):.2f}x"]
-        for arch, direction, dtype, top, worst, median in (
-            entry.fields for entry in _defs.entries("measured") if entry.macro == "MEASURED"
-        )
-    ]
-    header = ["architecture", "direction", "dtype", "head_dim", "median", "at worst"]
+    rows = []
+    for level, direction, dtype, top, worst, median in (
+        entry.fields for entry in _defs.entries("measured") if entry.macro == "MEASURED"
+    ):
+        where = f"sm_{level}" if level.isdigit() else level
+        ratios = [f"{float(ratio):.2f}x" for ratio in (median, worst)]
+        rows.append([where, direction, dtype, f"1 to {top}", *ratios])
+    header = ["CPU or GPU", "direction", "dtype", "head_dim", "median", "at worst"]
     return _markdown(header, rows)
 
 

@@ -3,7 +3,7 @@
 # ten minutes on a machine with 16 cores.
 #
 #   scripts/gpu_check.sh              all stages
-#   scripts/gpu_check.sh build tests  only these; stages: build conformance kernels gpu tests bench sanitizer
+#   scripts/gpu_check.sh build tests  only these; stages: build conformance kernels gpu tests routes bench sanitizer
 #
 # Needs on the machine: torch (2.10 or newer) in the Python called python3 (or $PYTHON), a C++ compiler, cmake, an NVRTC (see
 # tools/nvrtc.py; torch for CUDA brings one along),
@@ -11,13 +11,14 @@
 # GPU, or for $ANYFLASH_CUDA_ARCHS.
 #
 # Results go to $OUT where that is set, else to benchmarks/results/<gpu>/. Commit that folder: summary.json, log.txt, bench.json and
-# bench.txt (the measurements, also as a table), conformance.txt (what instructions return there; ctest compares the emulator with it),
-# and where all passed checked.def, whose lines go to kernels/checked.def.
+# bench.txt (the measurements, also as a table), conformance.txt (what instructions return there; ctest compares the emulator with it).
+# Three more have lines for the lists that `auto` goes by (docs/dispatch.md), in the place of what these say of the same GPU: measured.def
+# and, where the stage routes passed, checked_routes.def for core/; where all others passed, checked.def for kernels/.
 # Exit status: 0 all passed, 1 a stage failed, 2 wrong use, 3 no GPU (everything that a GPU would run was built).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
-ALL="build conformance kernels gpu tests bench sanitizer"
+ALL="build conformance kernels gpu tests routes bench sanitizer"
 STAGES="${*:-$ALL}"
 for stage in $STAGES; do
   if [[ " $ALL " != *" $stage "* ]]; then
@@ -140,13 +141,20 @@ kernels() {
 }
 
 # What only a GPU can show: graphs, streams, large tensors.
-gpu() { "$PYTHON" -m pytest -q tests/gpu -p no:cacheprovider; }
+gpu() { "$PYTHON" -m pytest -q tests/gpu -p no:cacheprovider -k "not aten_cudnn"; }
 
 tests() {
   "$PYTHON" -m anyflash doctor
   local parallel=()
   "$PYTHON" -c 'import xdist' 2> /dev/null && parallel=(-n 8)
-  "$PYTHON" -m pytest -q tests/python --device cuda "${parallel[@]}" --durations=10 -p no:cacheprovider
+  "$PYTHON" -m pytest -q tests/python --device cuda "${parallel[@]}" --durations=10 -p no:cacheprovider -k "not aten_cudnn"
+}
+
+# What waits in core/checked_routes.def, apart from the rest: neither keeps the other from being chosen.
+routes() {
+  "$PYTHON" -m pytest -q tests/gpu -p no:cacheprovider -k aten_cudnn || return
+  "$PYTHON" -m pytest -q tests/python/test_forward.py tests/python/test_backward.py --device cuda -p no:cacheprovider -k aten_cudnn || return
+  "$PYTHON" scripts/checked.py routes "$ARCH" > "$RESULTS/checked_routes.def"
 }
 
 bench() { "$PYTHON" -m benchmarks.gpu --out "$RESULTS"; }
@@ -163,7 +171,7 @@ sanitizer() {
   return $status
 }
 
-failed=0
+failed=0 routes=0
 stage build $([[ -n "$GPU" ]] && echo 200 || echo 3600) || failed=1
 if [[ -z "$GPU" ]]; then
   echo "gpu_check: no GPU that torch can use: nothing was run. $([[ $failed == 0 ]] && echo 'The build stage passed.')" >&2
@@ -177,9 +185,9 @@ fi
 stage kernels 60 || failed=1
 stage gpu 60 || failed=1
 stage tests 120 || failed=1
-stage bench 150 || failed=1
+stage routes 60 || routes=1
+stage bench 180 || failed=1
 stage sanitizer 60 || failed=1
-# What passed everything may be chosen by itself: lines for kernels/checked.def.
-[[ $failed == 1 || "$STAGES" != "$ALL" ]] || "$PYTHON" scripts/checked.py "$ARCH" > "$RESULTS/checked.def"
+[[ $failed == 1 || "$STAGES" != "$ALL" ]] || "$PYTHON" scripts/checked.py kernels "$ARCH" > "$RESULTS/checked.def"
 echo "results: $RESULTS"
-exit $failed
+exit $((failed | routes))

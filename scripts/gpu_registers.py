@@ -18,6 +18,29 @@ from sass import CHECKOUT, Resources, compile_cuda, parse_ptxas
 
 PAGE = CHECKOUT / "docs/kernels/gpu_registers.md"
 
+# Numbers among the template arguments of a kernel.
+ARGUMENTS = {
+    "forward": ("head_dim", "head_dim_v", "extras", "paged", "shared_kb"),
+    "decode": ("head_dim", "head_dim_v", "extras", "paged"),
+    "combine": (),
+    "prepare": ("head_dim", "head_dim_v"),
+    "sinks": (),
+    "keys": ("head_dim", "head_dim_v", "extras", "shared_kb"),
+    "queries": ("head_dim", "head_dim_v", "extras", "shared_kb"),
+    "finish": ("head_dim", "shared_kb"),
+}
+
+# The class that has a kernel's numbers of threads and bytes, and its template arguments.
+_TILE = "{dtype}, {head_dim}, {head_dim_v}, Extras({extras})"
+CLASSES = {
+    "forward": f"ForwardTile<{_TILE}, {{paged}}, {{shared_kb}}>",
+    "decode": f"DecodeTile<{_TILE}, {{paged}}>",
+    "keys": f"KeyTile<{_TILE}, {{shared_kb}}>",
+    "queries": f"QueryTile<{_TILE}, {{shared_kb}}>",
+    "finish": "QuerySums<{head_dim}, {shared_kb}>",
+}
+SIZES = {"combine": (128, 0), "prepare": (256, 0), "sinks": (32, 0)}  # of the others
+
 EXTRAS = ("plain", "score_mod", "dropout", "everything")  # by the numbers of Extras
 
 
@@ -46,50 +69,47 @@ class Kernel(NamedTuple):
     """One kernel of an instance, in the words of the page."""
 
     dtype: str
-    head_dim: int
-    head_dim_v: int
-    kind: str  # forward, decode, combine
-    extras: int
-    paged: bool
-    shared_kb: int  # of the multiprocessors that it is for; 0: of any
+    kind: str  # a key of ARGUMENTS
+    head_dim: int = 0  # 0: of any
+    head_dim_v: int = 0
+    extras: int = 0
+    paged: int = 0
+    shared_kb: int = 0  # of the multiprocessors that it is for; 0: of any
 
     @classmethod
     def from_mangled(cls, name: str) -> Kernel:
         kind, dtype, arguments = re.search(r"([a-z]+)_kernelINS_4(\w{4})E(\w*?)EEv", name).groups()
-        numbers = [int(x) for x in re.findall(r"(?:Li|ExtrasE|Lb)(\d+)E", arguments + "E")]
-        if kind == "combine":  # one for all
-            numbers = []
-        head_dim, head_dim_v, extras, paged, shared_kb = (*numbers, 0, 0, 0, 0, 0)[:5]
-        return cls(dtype, head_dim, head_dim_v, kind, extras, bool(paged), shared_kb)
+        found = re.findall(r"(?:Li|ExtrasE|Lb)(\d+)E", arguments + "E")
+        numbers = dict(zip(ARGUMENTS[kind], map(int, found)))
+        numbers.setdefault("head_dim_v", numbers.get("head_dim", 0))
+        return cls(dtype, kind, **numbers)
 
     def label(self) -> str:
         """The first cell of its row."""
         size = f" {self.head_dim}" if self.head_dim else ""
         if self.head_dim_v != self.head_dim:
             size += f"/{self.head_dim_v}"
-        extras = "" if self.kind == "combine" else f" {EXTRAS[self.extras]}"
+        extras = f" {EXTRAS[self.extras]}" if "extras" in ARGUMENTS[self.kind] else ""
         large = f" {self.shared_kb} KB" if self.shared_kb > 100 else ""
         return f"{self.kind} {self.dtype}{size}{extras}{' paged' if self.paged else ''}{large}"
 
-    def tile(self) -> str:
-        """The C++ class with its numbers."""
-        arguments = f"{self.dtype}, {self.head_dim}, {self.head_dim_v}, Extras({self.extras})"
-        arguments += f", {'true' if self.paged else 'false'}"
-        if self.kind == "forward":
-            return f"ForwardTile<{arguments}, {self.shared_kb}>"
-        return f"DecodeTile<{arguments}>"
+    def constants(self) -> str:
+        """The C++ class that has its numbers."""
+        return CLASSES[self.kind].format(**self._asdict())
 
 
 class Instance(NamedTuple):
     """A line of instances.def."""
 
     sm: int  # of its family
+    direction: str
     dtype: str
     head_dim: int
     line: str
 
     def name(self) -> str:
-        return f"{self.dtype}_d{self.head_dim}_{self.arch()}"
+        direction = "" if self.direction == "forward" else f"{self.direction}_"
+        return f"{direction}{self.dtype}_d{self.head_dim}_{self.arch()}"
 
     def arch(self) -> str:
         """Its name in instances.def."""
@@ -106,10 +126,13 @@ class Compiled(NamedTuple):
 
 
 def instances() -> dict[str, Instance]:
-    """By name: bf16_d64_sm80."""
+    """By name: bf16_d64_sm80, backward_bf16_d64_sm80."""
     text = (CHECKOUT / "kernels/instances.def").read_text()
-    lines = re.findall(r"^(ATTENTION\(sm(\d+), forward, (\w+), (\d+),.*)$", text, re.MULTILINE)
-    all_of_them = [Instance(int(sm), dtype, int(size), line) for line, sm, dtype, size in lines]
+    pattern = r"^(ATTENTION\(sm(\d+), (\w+), (\w+), (\d+),.*)$"
+    all_of_them = [
+        Instance(int(sm), direction, dtype, int(size), line)
+        for line, sm, direction, dtype, size in re.findall(pattern, text, re.MULTILINE)
+    ]
     return {instance.name(): instance for instance in all_of_them}
 
 
@@ -129,7 +152,9 @@ def compile_instance(name: str, folder: pathlib.Path) -> Compiled:
     """
     instance = instances()[name]
     source = (CHECKOUT / "kernels/instance.cu.in").read_text()
-    source = source.replace("@HEADER@", f"kernels/{instance.arch()}/attention_forward.cuh")
+    source = source.replace(
+        "@HEADER@", f"kernels/{instance.arch()}/attention_{instance.direction}.cuh"
+    )
     source = source.replace("@INSTANCE@", instance.line)
     options = ("--ptxas-options=-v",)
     cubin, log = compile_cuda(source, folder, name, f"sm_{instance.sm}", options)
@@ -138,14 +163,16 @@ def compile_instance(name: str, folder: pathlib.Path) -> Compiled:
 
 def tile_sizes(kernels: list[Kernel], folder: pathlib.Path) -> dict[Kernel, tuple[int, int]]:
     """(threads, bytes of shared memory) by kernel: constants of their classes, read from PTX."""
-    tiled = [kernel for kernel in kernels if kernel.kind != "combine"]
+    tiled = [kernel for kernel in kernels if kernel.kind in CLASSES]
     lines = [
-        f"__device__ int {word}_{number} = {kernel.tile()}::k{word};"
+        f"__device__ int {word}_{number} = {kernel.constants()}::k{word};"
         for number, kernel in enumerate(tiled)
         for word in ("Threads", "SharedBytes")
     ]
     body = "\n".join(lines)
-    source = f'#include "kernels/sm80/attention_forward.cuh"\nnamespace anyflash::sm80 {{\n{body}\n}}\n'
+    source = (
+        f'#include "kernels/sm80/attention_backward.cuh"\nnamespace anyflash::sm80 {{\n{body}\n}}\n'
+    )
     ptx, _ = compile_cuda(source, folder, "sizes", "compute_80")
     pattern = r"((?:Threads|SharedBytes)_\d+)E? = (\d+)"
     found = {name: int(value) for name, value in re.findall(pattern, ptx.read_text())}
@@ -153,7 +180,7 @@ def tile_sizes(kernels: list[Kernel], folder: pathlib.Path) -> dict[Kernel, tupl
         kernel: (found[f"Threads_{number}"], found[f"SharedBytes_{number}"])
         for number, kernel in enumerate(tiled)
     }
-    return {kernel: sizes.get(kernel, (128, 0)) for kernel in kernels}
+    return {kernel: sizes.get(kernel) or SIZES[kernel.kind] for kernel in kernels}
 
 
 def blocks(registers: int, threads: int, shared: int, on: Multiprocessor) -> int:
@@ -204,6 +231,7 @@ def page(tables: list[str]) -> str:
             "Written by `python scripts/gpu_registers.py`, compiled as the build does for the",
             "first GPUs of each family. Names are kind, dtype, head_dim and extras",
             "(`kernels/common/scores.cuh`); blocks are what a multiprocessor holds at a time.",
+            "Of the backward are `prepare`, `sinks`, `keys`, `queries` and `finish`.",
             "",
             *tables,
         )

@@ -11,6 +11,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 LISTS = (
     "csrc/schemas.def",
     "core/routes.def",
+    "core/checked_routes.def",
     "core/measured.def",
     "kernels/features.def",
     "kernels/instances.def",

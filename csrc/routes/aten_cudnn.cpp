@@ -1,4 +1,4 @@
-// cuDNN's attention in PyTorch: dense, without a mask, only when asked for by name.
+// cuDNN's attention in PyTorch: dense, without a mask.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 
 #include "attention/results.h"

@@ -96,7 +96,7 @@ int32_t launch_gradients(const BackwardArguments& a, const BackwardPlan& plan, v
     return launch_queries<T, kHeadDim, kHeadDimV, kQueryExtras>(a, stream);
   }
   return launch_ordered(finish_kernel<T, kHeadDim, kSharedKb>, a, plan.row_tiles, plan.pairs, 0,
-                        kBackwardThreads, SwizzledTile<kHeadDim>::bytes(Sums::kShape.rows), stream);
+                        kBackwardThreads, Sums::kSharedBytes, stream);
 }
 
 // The largest tile for which the device has the shared memory; Extras::all has one.

@@ -22,6 +22,7 @@ class KeyTile {
  public:
   static constexpr KeyTileShape kShape = key_tile_shape(kHeadDim, kSharedKb);
   static constexpr int32_t kRows = kShape.rows, kKeys = kShape.keys;
+  static constexpr int32_t kThreads = kBackwardThreads;
 
  private:
   using Sums = QuerySums<kHeadDim, kSharedKb>;

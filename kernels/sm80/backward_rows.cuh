@@ -28,6 +28,8 @@ __device__ __forceinline__ int64_t first_number(const BackwardArguments& a, cons
 template <int32_t kHeadDim, int32_t kSharedKb>
 struct QuerySums {
   static constexpr KeyTileShape kShape = key_tile_shape(kHeadDim, kSharedKb);
+  static constexpr int32_t kThreads = kBackwardThreads;
+  static constexpr int32_t kSharedBytes = SwizzledTile<kHeadDim>::bytes(kShape.rows);
   static constexpr int32_t kColumnWarps = kBackwardWarps / kShape.query_warps;
   static constexpr int32_t kWarpRows = kShape.rows / kShape.query_warps;
   static constexpr int32_t kMTiles = kWarpRows / 16;

@@ -90,7 +90,7 @@ def _kernel_text(decision: dict[str, Any]) -> str:
         return ""
     text, speed = f", {decision['instance']}", decision["measured"]
     if speed is not None:
-        text += f", measured {speed['median']:.2f}x PyTorch's CPU attention (median), "
+        text += f", measured {speed['median']:.2f}x PyTorch's attention (median), "
         text += f"at worst {speed['worst']:.2f}x"
     return text
 

@@ -111,10 +111,10 @@ TEST_CASE("dispatch: a kernel for GPUs is chosen by itself where its very code h
   for (Instance& instance : instances) instance.cubins = kSome;
   for (const int32_t sm : kGpus) {
     CAPTURE(sm);
-    const Route others = sm >= 80 ? Route::aten_flash : Route::aten_efficient;
-    CHECK(choose(on_gpu(sm), gpu_table()).route == others);
-    const Choice choice = choose(on_gpu(sm), {instances.data(), int32_t(instances.size())});
-    CHECK(choice.route == (sm == 80 || sm == 90 ? Route::kernel : others));
+    const Problem problem = on_gpu(sm, Feature::softcap);  // no routine of PyTorch's does it
+    CHECK(choose(problem, gpu_table()).route == Route::math);
+    const Choice choice = choose(problem, {instances.data(), int32_t(instances.size())});
+    CHECK(choice.route == (sm == 80 || sm == 90 ? Route::kernel : Route::math));
   }
 }
 
@@ -161,8 +161,11 @@ TEST_CASE("dispatch: what the attention kernels for GPUs compute, and what not",
     CHECK(kernel_for(on_gpu(sm, bias)) == "math");
     CHECK(reasons_against_kernel(on_gpu(sm, bias | causal)) ==
           "does not support an additive bias or boolean mask");
-    CHECK(reasons_against_kernel(on_gpu(sm, 0, Direction::backward)) ==
-          "this build has no attention kernel for the backward on sm_" + std::to_string(sm));
+    CHECK(kernel_for(on_gpu(sm, (computed & ~paged) | lse_grad | deterministic,
+                            Direction::backward)) == "attention_backward_fp16_d64_sm80");
+    CHECK(reasons_against_kernel(on_gpu(sm, bias | bias_grad, Direction::backward)) ==
+          "does not support an additive bias or boolean mask; does not support a gradient for the "
+          "bias");
     Problem problem = on_gpu(sm, unequal_head_dims);
     problem.head_dim_v = 257;
     CHECK(reasons_against_kernel(problem) == "head_dim_v 257 is above 256");
@@ -170,6 +173,11 @@ TEST_CASE("dispatch: what the attention kernels for GPUs compute, and what not",
     CHECK(reasons_against_kernel(problem) ==
           "head_dim 264 is above 256; head_dim_v 257 is above 256");
   }
+}
+
+TEST_CASE("dispatch: the backward on GPUs without kernels for it", "[dispatch]") {
+  CHECK(reasons_against_kernel(on_gpu(75, 0, Direction::backward)) ==
+        "this build has no attention kernel for the backward on sm_75");
 }
 
 TEST_CASE("dispatch: a GPU that a build has no machine code for", "[dispatch]") {

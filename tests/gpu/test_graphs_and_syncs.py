@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_
 
 import anyflash
 
-ROUTES = ("kernel", "aten_flash", "aten_efficient", "math")
+ROUTES = ("kernel", "aten_cudnn", "aten_flash", "aten_efficient", "math")
 
 
 def run(route, function):
@@ -37,9 +38,9 @@ def make(*shape, **options):
     return torch.randn(*shape, device="cuda", dtype=torch.float16, **options)
 
 
-def dense():
+def dense(causal=True):
     q, k, v = (make(2, 64, 4, 64) for _ in range(3))
-    return (q, k, v), lambda: flash_attn_func(q, k, v, causal=True)
+    return (q, k, v), lambda: flash_attn_func(q, k, v, causal=causal)
 
 
 def packed():
@@ -59,7 +60,12 @@ def kvcache():
     return (q, k, v, cache_k, cache_v), call
 
 
-ENTRIES = {"dense": dense, "packed": packed, "kvcache": kvcache}
+ENTRIES = {
+    "dense": dense,
+    "full": functools.partial(dense, causal=False),
+    "packed": packed,
+    "kvcache": kvcache,
+}
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -94,7 +100,7 @@ def test_the_forward_never_waits(entry, route):
 
 
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("entry", ("dense", "packed"))
+@pytest.mark.parametrize("entry", ("dense", "full", "packed"))
 def test_the_backward_never_waits(entry, route):
     inputs, call = ENTRIES[entry]()
     for tensor in inputs:

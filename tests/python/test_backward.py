@@ -123,7 +123,7 @@ def _leaf_backward(inputs, out, lse, backend, dout=None, dlse=None, k=None, v=No
 @pytest.mark.parametrize("route", NAMES)
 def test_backward_uses_the_given_out_and_lse(route, device):
     """Ring attention: two halves of the keys, each half's backward with the merged values."""
-    if route not in (*ROUTES[device], None) or route == "aten_cudnn":
+    if route not in (*ROUTES[device], None):
         pytest.skip(f"{route} does not run on {device}")
     case = next(c for c in DIFFERENTIABLE if c.name == "dense_bf16")
     if anyflash.decide(problem_of(case, "backward", device, route))["route"] == "none":

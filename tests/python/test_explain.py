@@ -82,7 +82,7 @@ def test_a_kernel_is_named_with_its_measured_speed():
             continue
         speed = decision["measured"]
         assert (
-            f"{decision['instance']}, measured {speed['median']:.2f}x PyTorch's CPU attention "
+            f"{decision['instance']}, measured {speed['median']:.2f}x PyTorch's attention "
             f"(median), at worst {speed['worst']:.2f}x"
         ) in str(answer)
 

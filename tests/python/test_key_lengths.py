@@ -45,6 +45,8 @@ def _one_by_one(q, k, v, **options):
 
 
 def _routes(device):
+    if device == "cuda":  # its other routes refuse these dtypes
+        return (None, "math")
     return [r for r in ROUTES[device] if r != "kernel" or has_attention_kernels(device)]
 
 

@@ -26,8 +26,10 @@ from sass import Code, disassemble  # noqa: E402
 import nvrtc  # noqa: E402
 
 # For sm_80 bf16 stands for both dtypes.
-INSTANCES = [name for name in instances() if not re.match(r"fp16_.*_sm80", name)]
-SM80 = [name for name in INSTANCES if name.endswith("_sm80")]
+INSTANCES = [name for name in instances() if not re.search(r"fp16_.*_sm80", name)]
+FORWARD = [name for name in INSTANCES if instances()[name].direction == "forward"]
+BACKWARD = [name for name in INSTANCES if instances()[name].direction == "backward"]
+SM80 = [name for name in FORWARD if name.endswith("_sm80")]
 
 
 class Tile(NamedTuple):
@@ -71,6 +73,22 @@ SPILL_BUDGET = {
     "forward bf16 128 dropout 164 KB": 12,
     "forward bf16 192 plain paged 164 KB": 20,
     "forward bf16 256 plain paged 164 KB": 20,
+    # the backward, all outside of its mask-free loops
+    "keys bf16 64 plain 164 KB": 64,
+    "keys bf16 64 score_mod 164 KB": 56,
+    "keys bf16 64 dropout 164 KB": 104,
+    "keys bf16 96 score_mod": 24,
+    "keys bf16 96 everything": 244,
+    "keys bf16 128 plain 164 KB": 112,
+    "keys bf16 128 score_mod 164 KB": 8,
+    "keys bf16 128 dropout 164 KB": 68,
+    "keys bf16 256 plain": 16,
+    "keys bf16 256 plain 164 KB": 68,
+    "keys bf16 256 score_mod": 8,
+    "keys bf16 256 score_mod 164 KB": 128,
+    "keys bf16 256 dropout": 8,
+    "keys bf16 256 dropout 164 KB": 104,
+    "keys bf16 256 everything": 16,
     # sm_75
     "forward fp16 256 plain": 144,
     "forward fp16 256 score_mod": 260,
@@ -90,6 +108,8 @@ LOOP_BUDGET = {
     "forward bf16 128 plain paged 164 KB": 12,
     "forward bf16 192 plain paged 164 KB": 2,
     "forward bf16 256 plain paged 164 KB": 2,
+    "keys bf16 256 score_mod 164 KB": 3,
+    "keys bf16 256 dropout 164 KB": 1,
     # sm_75
     "forward fp16 256 plain": 13,
     "forward fp16 256 score_mod": 17,
@@ -97,6 +117,23 @@ LOOP_BUDGET = {
     "forward fp16 256 everything": 13,
     "forward fp16 256 everything paged": 7,
 }
+
+# What the backward's loops are to take per mma at most, where that is less than the peer's count.
+BACKWARD_GOALS = {
+    "64, 164 KB": 3.1,
+    "64, 100 KB": 3.3,
+    "96, 100 KB": 2.65,
+    "128, 164 KB": 2.5,
+    "128, 100 KB": 2.75,
+    "192, 164 KB": 2.55,
+    "192, 100 KB": 2.75,
+    "256, 164 KB": 2.35,
+    "256, 100 KB": 2.85,
+}
+
+# Integer arithmetic and moves per mma of the backward's: where a step has few mma, its addresses
+# weigh more.
+BACKWARD_ADDRESSES = {"64, 100 KB": 0.3, "192, 100 KB": 0.3}
 
 # Integer arithmetic and moves per product of the plain loops: one to four. On sm_75, where two
 # numbers are packed by two conversions and tiles pass through registers, more.
@@ -167,7 +204,7 @@ def test_spills(compiled, name):
     assert {k: n for k, n in spilled.items() if n > SPILL_BUDGET.get(k, 0)} == {}
 
 
-@pytest.mark.parametrize("name", INSTANCES)
+@pytest.mark.parametrize("name", FORWARD)
 def test_the_loop_has_what_the_method_needs(sass, name):
     seen = set()
     for kernel, code in sass(name).items():
@@ -183,7 +220,7 @@ def test_the_loop_has_what_the_method_needs(sass, name):
     assert seen == ({"forward", "decode"} if name in SM80 else {"forward"})
 
 
-@pytest.mark.parametrize("name", INSTANCES)
+@pytest.mark.parametrize("name", FORWARD)
 def test_local_memory_in_the_loop(sass, name):
     local = {}
     for kernel, code in sass(name).items():
@@ -193,7 +230,7 @@ def test_local_memory_in_the_loop(sass, name):
     assert {k: n for k, n in local.items() if n > LOOP_BUDGET.get(k, 0)} == {}
 
 
-@pytest.mark.parametrize("name", INSTANCES)
+@pytest.mark.parametrize("name", FORWARD)
 def test_addresses_and_moves(sass, name):
     for kernel, code in sass(name).items():
         if kernel.kind != "forward" or kernel.extras or kernel.paged:
@@ -237,7 +274,7 @@ def test_half_of_the_instructions_of_memory_efficient_attention(sass):
         assert ours <= peer["plain"] / 2, f"{name}: {ours:.2f}, {peer['plain']}"
 
 
-@pytest.mark.parametrize("name", INSTANCES)
+@pytest.mark.parametrize("name", FORWARD)
 def test_the_loop_has_no_mask(sass, name):
     for kernel, code in sass(name).items():
         if kernel.kind != "forward" or kernel.extras:
@@ -246,7 +283,98 @@ def test_the_loop_has_no_mask(sass, name):
         assert code.hot_loop()["FSEL"] < tile.row_tiles * tile.keys // 16, kernel.label()
 
 
-@pytest.mark.parametrize("of_family", (SM80, sorted(set(INSTANCES) - set(SM80))))
+class KeyTile(NamedTuple):
+    """A line of backward_tiles.def."""
+
+    rows: int
+    keys: int
+    score_warps: int
+    key_warps: int
+    query_warps: int
+    q_buffers: int
+    v_in_registers: int
+
+    def needed(self, head_dim: int, head_dim_v: int) -> dict[str, int]:
+        """Instructions of one of 8 warps per query tile: matrix products, ldmatrix.x4 for their
+        operands, exponentials, additions to dq."""
+        rows, keys = self.rows // self.score_warps, self.keys // (8 // self.score_warps)
+        own_keys, columns = self.keys // self.key_warps, 8 // self.key_warps
+        own_rows, query_columns = self.rows // self.query_warps, 8 // self.query_warps
+        both = head_dim + head_dim_v
+        scores = (rows + keys) * head_dim + (rows + keys * (1 - self.v_in_registers)) * head_dim_v
+        sums = self.rows * (2 * own_keys + both // columns)
+        dq = self.keys * (own_rows + head_dim // query_columns)
+        products = self.rows * self.keys * (3 * head_dim + 2 * head_dim_v) // 8
+        return {
+            "HMMA": products // (16 * 8 * 16),
+            "LDSM": (scores + sums + dq) // 256,
+            "MUFU": rows * keys // 32,
+            "RED": self.rows * head_dim // 256,
+        }
+
+
+def key_tiles() -> dict[tuple[int, int], KeyTile]:
+    """(head_dim, shared_kb) -> KeyTile."""
+    text = (REPOSITORY / "kernels/sm80/backward_tiles.def").read_text()
+    lines = re.findall(r"^KEY_TILE\((.*)\)", text, re.MULTILINE)
+    numbers = [tuple(map(int, line.split(","))) for line in lines]
+    return {(line[0], line[1]): KeyTile(*line[2:]) for line in numbers}
+
+
+def keys_kernels(sass, name: str) -> dict[Kernel, Code]:
+    """Those that compute dk, dv and dq's sums."""
+    return {kernel: code for kernel, code in sass(name).items() if kernel.kind == "keys"}
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_the_backward_has_what_the_method_needs(sass, name):
+    for kernel, code in keys_kernels(sass, name).items():
+        tile = key_tiles()[kernel.head_dim, kernel.shared_kb]
+        found = code.hot_loop()
+        if kernel.extras:
+            continue
+        for opcode, count in tile.needed(kernel.head_dim, kernel.head_dim_v).items():
+            assert found[opcode] == count, f"{kernel.label()}: {opcode}"
+        assert found["BAR"] == 4 - tile.q_buffers // 2, kernel.label()
+        assert found["FSEL"] == 0, f"{kernel.label()} has a mask in its loop"
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_local_memory_in_the_backward_loop(sass, name):
+    local = {}
+    for kernel, code in sass(name).items():
+        if kernel.kind in ("keys", "queries"):
+            found = code.hot_loop(MODES["dropout"] if kernel.extras == 2 else "")
+            local[kernel.label()] = found["LDL"] + found["STL"]
+    assert {k: n for k, n in local.items() if n > LOOP_BUDGET.get(k, 0)} == {}
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_the_backward_has_no_more_instructions_than_flash_attention(sass, name):
+    compared = set()
+    for kernel, code in keys_kernels(sass, name).items():
+        if kernel.extras or kernel.head_dim_v != kernel.head_dim:
+            continue
+        found = code.hot_loop()
+        line = f"{kernel.head_dim}, {kernel.shared_kb} KB"
+        peers = PEERS["backward_instructions_per_mma"][line]
+        ours = sum(found.values()) / found["HMMA"]
+        assert ours <= BACKWARD_GOALS.get(line, min(peers.values())), (
+            f"{kernel.label()}: {ours:.2f}"
+        )
+        other = sum(n for name, n in found.items() if re.match(ADDRESSES_AND_MOVES, name))
+        assert other <= BACKWARD_ADDRESSES.get(line, 0.25) * found["HMMA"], kernel.label()
+        compared.add(line)
+    head_dim = str(instances()[name].head_dim)
+    peers = PEERS["backward_instructions_per_mma"]
+    assert compared == {line for line in peers if line.split(",")[0] == head_dim}
+
+
+@pytest.mark.parametrize(
+    "of_family",
+    ([*SM80, *BACKWARD], sorted(set(INSTANCES) - {*SM80, *BACKWARD})),
+    ids=("sm80", "sm75"),
+)
 def test_the_page_of_registers_is_current(compiled, of_family, tmp_path):
     found = [compiled(name) for name in of_family]
     assert missing(rows(found, tmp_path)) == [], "run python scripts/gpu_registers.py"

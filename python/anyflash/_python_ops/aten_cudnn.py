@@ -1,4 +1,4 @@
-"""cuDNN's attention in PyTorch: dense, without a mask, only when asked for by name."""
+"""cuDNN's attention in PyTorch: dense, without a mask."""
 
 from __future__ import annotations
 
