@@ -103,7 +103,8 @@ class KeyTile {
     if constexpr (kShape.v_in_registers) hold_values();
     for (int32_t i = 0; i < c_.group; ++i) {
       attend_head(b_.head_k * c_.group + i);
-      __syncthreads();  // nobody reads a tile any more
+      // Nobody reads a tile any more.
+      __syncthreads();
     }
   }
 

@@ -19,6 +19,9 @@ _QUERIES = "if (!ptx::kHasCpAsync) queries.finish(copy, query_tile());"
 _NO_SLOPES = "if (!p_.alibi_slopes) return;"
 _HAS_ROWS = "if (!block.has_rows(a)) return;"
 
+_NO_WHOLE_TILES = "whole_ = {0, 0};  // there are keys to hide"
+_KEYS_TO_HIDE = f"if (b_.key_begin + kKeys > s_.seqlen_k) {_NO_WHOLE_TILES}"
+
 _DECODE_END_TOKEN = "return smaller(token(row_begin_ + kRows - 1) + 1, s_.seqlen_q);"
 _ROUNDS = "const int32_t rounds = larger((tiles.end - tiles.begin + kWarps - 1) / kWarps, 0);"
 _DECODE_SOME_HIDDEN = "if (tile < whole_.begin || tile >= whole_.end) hide(scores, first_key);"
@@ -119,5 +122,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
         ("kvcache_append.cuh", _TURN, _TURN.replace("p.rotary_cos ?", "true ?")): (
             "without tables rotary_dim is 0, and no column is before it"
         ),
+    }
+    | {
+        ("backward_keys.cuh", before, after): reason
+        for before, after, reason in (
+            (_KEYS_TO_HIDE, f"if (true) {_NO_WHOLE_TILES}", MORE_MASKS),
+            (
+                _KEYS_TO_HIDE,
+                f"if (b_.key_begin + kKeys >= s_.seqlen_k) {_NO_WHOLE_TILES}",
+                MORE_MASKS,
+            ),
+        )
     }
 )
