@@ -172,7 +172,8 @@ __global__ void __launch_bounds__(kBackwardThreads) finish_kernel(const Backward
         for (int32_t i = 0; i < 4; ++i) dq[m][n][i] = sums[Sums::offset(m, n, i)];
       }
     }
-    __syncthreads();  // the tile before is stored
+    // The tile before is stored.
+    __syncthreads();
     stage<T, kHeadDim, Sums::kColumnWarps>(dq, float(p.softmax_scale), ptx::shared_address(shared),
                                            warp % Sums::kShape.query_warps * Sums::kWarpRows,
                                            warp / Sums::kShape.query_warps, thread % kWarpThreads);
