@@ -30,11 +30,13 @@ struct BackwardPlan {
   }
 };
 
-ANYFLASH_HOST_DEVICE BackwardPlan backward_plan_of(const AttentionParams& p, int32_t max_head_dim) {
+// Of a family: that of sm_75 never adds to dq.
+ANYFLASH_HOST_DEVICE BackwardPlan backward_plan_of(const AttentionParams& p, int32_t least_sm,
+                                                   int32_t max_head_dim) {
   const int64_t tiles = tiles_of(p, 1, kRowTile);
   const bool packed = p.cu_seqlens_q != nullptr;
   return {packed || p.batch == 0 ? tiles : tiles / p.batch, packed ? p.heads : p.heads * p.batch,
-          p.deterministic ? 0 : max_head_dim, p.dsinks != nullptr};
+          p.deterministic || least_sm < 80 ? 0 : max_head_dim, p.dsinks != nullptr};
 }
 
 // Tiles of keys of a sequence, or of all packed ones and what follows them.
