@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/kernels/sm80.md and docs/kernels/emulator.md.
+"""Draws the pictures of docs/kernels/{sm80,backward,emulator}.md.
 
 python scripts/draw_kernels.py
 """
@@ -198,6 +198,67 @@ def draw_decode() -> None:
     picture.write("sm80_decode.svg")
 
 
+def draw_backward_step() -> None:
+    """One step of the backward's key kernel over time."""
+    picture = Picture(1000, 250)
+    picture.text(
+        500, 24, "Backward: one tile of queries meets the block's keys", size=16, bold=True
+    )
+    for y, name in ((60, "tensor cores"), (110, "other units"), (160, "copies (cp.async)")):
+        picture.text(140, y + 20, name, anchor="end")
+    left = 150
+    for x, width, fill, words in (
+        (0, 130, SCORE, "S = Q Kᵀ"),
+        (130, 130, SCORE, "dP = dO Vᵀ"),
+        (320, 130, VALUE, "dV += Pᵀ dO"),
+        (450, 170, KEY, "dQ = dS K"),
+        (620, 190, QUERY, "dK += dSᵀ Q"),
+    ):
+        picture.box(left + x, 60, width, 30, fill, words)
+    for x, width, words in (
+        (70, 120, "P; store"),
+        (230, 90, "dS; store"),
+        (490, 130, "add to dQ's sums"),
+    ):
+        picture.box(left + x, 110, width, 30, OTHER, words, 12)
+    picture.box(left, 160, 810, 30, QUERY, "Q of the next step, into the other buffer")
+    picture.box(left + 450, 194, 360, 30, VALUE, "dO of the next step")
+    for x in (0, 320, 450, 810):
+        picture.lines.append(
+            f'<line x1="{left + x}" y1="50" x2="{left + x}" y2="230" stroke="#c00"'
+            ' stroke-dasharray="4 3"/>'
+        )
+    picture.text(
+        left, 245, "red: __syncthreads; at the first one own copies have arrived", anchor="start"
+    )
+    picture.write("backward_step.svg")
+
+
+def draw_backward_dq() -> None:
+    """The two ways to dq."""
+    picture = Picture(1000, 330)
+    picture.text(250, 24, "5 products: key blocks add to dq", size=16, bold=True)
+    picture.text(750, 24, "7 products: dq by blocks of its own", size=16, bold=True)
+    for left, by_rows in ((60, False), (560, True)):
+        for row in range(5):
+            for column in range(5):
+                color = GROUPS[row if by_rows else column]
+                picture.box(left + 60 + column * 50, 90 + row * 34, 50, 34, color)
+        picture.text(left + 185, 80, "key tiles")
+        picture.text(left + 50, 180, "query", anchor="end")
+        picture.text(left + 50, 196, "tiles", anchor="end")
+        picture.arrow(left + 316, 175, left + 350, 175)
+        for row in range(5):
+            color = GROUPS[row] if by_rows else SCORE
+            picture.box(left + 354, 90 + row * 34, 60, 34, color, "" if by_rows else "sum")
+        picture.text(left + 384, 80, "dq")
+    picture.text(250, 290, "a block is a column: red.add in fp32,")
+    picture.text(250, 308, "the order of additions varies; then rounded")
+    picture.text(750, 290, "a block is a row, after dk and dv: no")
+    picture.text(750, 308, "additions between blocks, the same bits")
+    picture.write("backward_dq.svg")
+
+
 def draw_emulator() -> None:
     """From a kernel's source to a report."""
     picture = Picture(980, 300)
@@ -228,7 +289,15 @@ def draw_emulator() -> None:
 
 
 def main() -> None:
-    for draw in (draw_swizzle, draw_tiles, draw_pipeline, draw_decode, draw_emulator):
+    for draw in (
+        draw_swizzle,
+        draw_tiles,
+        draw_pipeline,
+        draw_decode,
+        draw_backward_step,
+        draw_backward_dq,
+        draw_emulator,
+    ):
         draw()
 
 

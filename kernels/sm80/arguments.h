@@ -3,6 +3,7 @@
 
 #include "kernels/common/divisor.h"
 #include "kernels/common/scores.cuh"
+#include "kernels/params.h"
 #include "kernels/sm80/block_order.h"
 
 namespace anyflash::sm80 {

@@ -164,7 +164,8 @@ TEST_CASE("dispatch: what the attention kernels for GPUs compute, and what not",
     CHECK(kernel_for(on_gpu(sm, (computed & ~paged) | lse_grad | deterministic,
                             Direction::backward)) == "attention_backward_fp16_d64_sm80");
     CHECK(reasons_against_kernel(on_gpu(sm, bias | bias_grad, Direction::backward)) ==
-          "does not support an additive bias or boolean mask, a gradient for the bias");
+          "does not support an additive bias or boolean mask; does not support a gradient for the "
+          "bias");
     Problem problem = on_gpu(sm, unequal_head_dims);
     problem.head_dim_v = 257;
     CHECK(reasons_against_kernel(problem) == "head_dim_v 257 is above 256");

@@ -83,6 +83,18 @@ TEST_CASE(
   CHECK(full_missed == 0);
 }
 
+TEST_CASE("masks: transposed, keys see the rows that see them", "[masks]") {
+  int wrong = 0;
+  for_every_mask([&](const IntervalMask<int>& mask) {
+    for (int row = 0; row < mask.seqlen_q; ++row) {
+      for (int key = 0; key < mask.seqlen_k; ++key) {
+        wrong += mask.transposed().visible(key, row) != visible(row, key, mask);
+      }
+    }
+  });
+  CHECK(wrong == 0);
+}
+
 TEST_CASE("masks: 64-bit lengths", "[masks]") {
   const int64_t length = int64_t{1} << 40;
   const IntervalMask<int64_t> mask{length, length, 10, 0};

@@ -8,6 +8,8 @@
 #include <vector>
 
 #include "catch.h"
+#include "kernels/sm80/backward_plan.h"
+#include "kernels/sm80/backward_shapes.h"
 #include "kernels/sm80/plan.h"
 
 using namespace anyflash;
@@ -174,4 +176,49 @@ TEST_CASE("sm80: a packed grid is bounded by the rows, not by the longest sequen
   p.total_q = 65536;
   const Plan plan = plan_of(p, 132);
   CHECK(plan.blocks() == (65536 / 128 + 65) * 16);
+}
+
+TEST_CASE("sm80: tiles of the backward fit, with room for what a block shares", "[sm80]") {
+  for (const KeyTileShape& shape : kKeyTileShapes) {
+    CAPTURE(shape.max_head_dim, shape.shared_kb);
+    const int32_t keys = shape.keys * (shape.v_in_registers ? 1 : 2);
+    const int32_t rows = shape.rows * (shape.q_buffers + 1);
+    const int32_t bytes =
+        2 * (shape.max_head_dim * (keys + rows) + 2 * shape.rows * shape.keys) + 128;
+    CHECK(bytes <= (shape.shared_kb - 1) * 1024);
+    for (const int32_t warps : {shape.score_warps, shape.key_warps, shape.query_warps}) {
+      CHECK(8 % warps == 0);
+    }
+    CHECK(kRowTile % shape.rows == 0);
+  }
+  for (const TileShape& shape : kQueryTileShapes) {
+    CAPTURE(shape.max_head_dim, shape.shared_kb);
+    const int32_t bytes = 2 * shape.max_head_dim * (2 * shape.rows + 3 * shape.keys);
+    CHECK(bytes <= (shape.shared_kb - 1) * 1024);
+    CHECK(kRowTile % shape.rows == 0);
+  }
+}
+
+// What FlashAttention-2 allocates for a while in a backward of equal lengths: delta in fp32 and
+// dq's sums by rows rounded to 128, and with grouped heads dk and dv of every query head.
+int64_t flash_attention_bytes(const AttentionParams& p) {
+  const int64_t rows = ceil_div(p.seqlen_q, 128) * 128 * p.batch * p.heads;
+  const int64_t keys = p.heads == p.heads_k ? 0 : p.batch * p.seqlen_k * p.heads;
+  return rows * 4 + rows * p.head_dim * 4 + 2 * keys * p.head_dim * 2;
+}
+
+TEST_CASE("sm80: memory of a backward", "[sm80]") {
+  for (const int64_t head_dim : {64, 96, 128, 192, 256}) {
+    for (const int64_t heads_k : {16, 4, 1}) {
+      AttentionParams p = params(4096, 16, heads_k, head_dim);
+      CAPTURE(head_dim, heads_k);
+      const int64_t ours = backward_plan_of(p, int32_t(head_dim)).workspace_bytes();
+      const int64_t rows = p.batch * p.heads * p.seqlen_q;
+      CHECK(ours == rows * (8 + 4 * head_dim));
+      // 4 bytes per row more, less than nothing where heads share keys.
+      CHECK(ours <= flash_attention_bytes(p) + (heads_k == 16 ? 4 * rows : 0));
+      p.deterministic = true;
+      CHECK(backward_plan_of(p, int32_t(head_dim)).workspace_bytes() == rows * 8);
+    }
+  }
 }

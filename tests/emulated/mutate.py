@@ -45,14 +45,16 @@ class Probe(NamedTuple):
     arch: str = "compute_80"
 
 
-def attention_probe(head_dim: int, *kernels: str, dtype: str = "bf16", sm: int = 80) -> Probe:
+def attention_probe(
+    head_dim: int, *kernels: str, dtype: str = "bf16", sm: int = 80, direction: str = "forward"
+) -> Probe:
     """Kernels of one instance, in the words of their template arguments."""
     lines = [f"template __global__ void {kernel};" for kernel in kernels]
     text = "\n".join(lines).replace("T_D_D", f"{dtype}, {head_dim}, {head_dim}")
-    source = (
-        f'#include "kernels/sm80/attention_forward.cuh"\nnamespace anyflash::sm80 {{\n{text}\n}}\n'
-    )
-    command = ("emulate_attention", "--instance", f"{dtype}_d{head_dim}_sm{sm}", "--stop-early")
+    source = '#include "kernels/sm80/attention_backward.cuh"\n'  # and the forward's
+    source += f"namespace anyflash::sm80 {{\n{text}\n}}\n"
+    instance = f"{direction}_{dtype}_d{head_dim}_sm{sm}"
+    command = ("emulate_attention", "--instance", instance, "--stop-early")
     return Probe(source, (*command, "--runs", "1"), f"compute_{sm}")
 
 
@@ -83,6 +85,24 @@ SM75 = (
         sm=75,
     ),
 )
+QUICK_BACKWARD = (
+    "prepare_kernel<T_D_D>(const BackwardArguments)",
+    "sinks_kernel<bf16>(const BackwardArguments)",
+    "keys_kernel<T_D_D, Extras::none, 100>(const BackwardArguments)",
+    "queries_kernel<T_D_D, Extras::none, 100>(const BackwardArguments)",
+    "finish_kernel<bf16, 64, 100>(const BackwardArguments)",
+)
+ALL_BACKWARD = (
+    *QUICK_BACKWARD,
+    "keys_kernel<T_D_D, Extras::score_mod, 100>(const BackwardArguments)",
+    "keys_kernel<T_D_D, Extras::dropout, 100>(const BackwardArguments)",
+    "keys_kernel<T_D_D, Extras::all, 100>(const BackwardArguments)",
+    "queries_kernel<T_D_D, Extras::all, 100>(const BackwardArguments)",
+)
+BACKWARD = (
+    attention_probe(64, *QUICK_BACKWARD, direction="backward"),
+    attention_probe(64, *ALL_BACKWARD, direction="backward"),
+)
 KVCACHE_APPEND = (
     Probe(
         """#include "kernels/elementwise/kvcache_append.cuh"
@@ -100,9 +120,13 @@ FILES = {
     "kernels/sm80/forward.cuh": ATTENTION + SM75,
     "kernels/sm80/decode.cuh": ATTENTION,
     "kernels/sm80/combine.cuh": ATTENTION,
-    "kernels/sm80/block.cuh": ATTENTION,
+    "kernels/sm80/block.cuh": ATTENTION + BACKWARD,
+    "kernels/sm80/backward_keys.cuh": BACKWARD,
+    "kernels/sm80/backward_queries.cuh": BACKWARD,
+    "kernels/sm80/backward_rows.cuh": BACKWARD,
+    "kernels/sm80/gradients.cuh": BACKWARD,
     "kernels/common/tile_copy.cuh": ATTENTION + SM75,
-    "kernels/common/sequence.cuh": ATTENTION,
+    "kernels/common/sequence.cuh": ATTENTION + BACKWARD,
     "kernels/lengths.h": ATTENTION,
     "kernels/common/scores.cuh": ATTENTION,
     "kernels/common/online_softmax.cuh": ATTENTION,
@@ -294,10 +318,10 @@ def judge(build: Path, mutation: Mutation, originals: dict[Probe, str]) -> str |
     return "same PTX" if same else None
 
 
-def original_ptx(build: Path) -> dict[Probe, str]:
-    """The PTX of the unchanged probes, which must pass."""
+def original_ptx(build: Path, files: set[str]) -> dict[Probe, str]:
+    """The PTX of these files' unchanged probes, which must pass."""
     originals = {}
-    for probe in dict.fromkeys(probe for probes in FILES.values() for probe in probes):
+    for probe in dict.fromkeys(probe for file in FILES if file in files for probe in FILES[file]):
         with tempfile.TemporaryDirectory() as name:
             ptx = compile_ptx(probe, Path(name))
             found = "compiler" if ptx is None else killer(build, probe, Path(name))
@@ -316,7 +340,8 @@ def main() -> int:
     options = parser.parse_args()
     found = [m for file in FILES for m in mutations(file)]
     found = [m for m in found if options.only in f"{m.file}:{m.line} {m.before} -> {m.after}"]
-    originals = {} if options.list else original_ptx(options.build.resolve())
+    files = {mutation.file for mutation in found}
+    originals = {} if options.list else original_ptx(options.build.resolve(), files)
 
     def result(mutation: Mutation) -> str:
         if options.list:

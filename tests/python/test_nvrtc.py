@@ -25,6 +25,18 @@ INSTANTIATED = {
         "kvcache_append::kernel<bf16, 8>",
         "kvcache_append::kernel<fp32, 1>",
     ],
+    "sm80/backward_keys.cuh": [
+        "sm80::keys_kernel<fp16, 96, 96, Extras::all, 100>",
+        "sm80::keys_kernel<bf16, 256, 256, Extras::dropout, 164>",
+    ],
+    "sm80/backward_queries.cuh": [
+        "sm80::queries_kernel<bf16, 192, 128, Extras::all, 100>",
+    ],
+    "sm80/backward_rows.cuh": [
+        "sm80::prepare_kernel<fp16, 192, 128>",
+        "sm80::sinks_kernel<bf16>",
+        "sm80::finish_kernel<bf16, 64, 164>",
+    ],
     "sm80/combine.cuh": ["sm80::combine_kernel<fp16>"],
     "sm80/decode.cuh": [
         "sm80::decode_kernel<bf16, 192, 128, Extras::score_mod, true>",
