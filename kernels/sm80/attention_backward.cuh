@@ -68,9 +68,11 @@ int32_t launch_keys(BackwardArguments a, void* stream) {
 }
 
 template <typename T, int32_t kHeadDim, int32_t kHeadDimV, Extras kExtras, int32_t kSharedKb>
-int32_t launch_queries(const BackwardArguments& a, void* stream) {
+int32_t launch_queries(BackwardArguments a, void* stream) {
   using Tile = QueryTile<T, kHeadDim, kHeadDimV, kExtras, kSharedKb>;
   const AttentionParams& p = a.attention;
+  a.k_tile_bytes = 2 * p.k.row_stride * Tile::kShape.keys;
+  a.v_tile_bytes = 2 * p.v.row_stride * Tile::kShape.keys;
   const int64_t tiles = tiles_of(p, 1, Tile::kShape.rows);
   return launch_ordered(queries_kernel<T, kHeadDim, kHeadDimV, kExtras, kSharedKb>, a,
                         p.cu_seqlens_q || p.batch == 0 ? tiles : tiles / p.batch,

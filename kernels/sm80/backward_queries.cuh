@@ -59,8 +59,15 @@ class QueryTile {
     load(Copy(thread_), kQ, queries(p_.q), b_.row_begin, s_.seqlen_q, p_.head_dim);
     if constexpr (kShape.q_in_registers) hold_queries();
     load(CopyV(thread_), kDout, queries(p_.dout), b_.row_begin, s_.seqlen_q, p_.head_dim_v);
-    load_keys(some.end - 1);
-    load_values(some.end - 1);
+    if constexpr (ptx::kHasCpAsync) {
+      load_keys(some.end - 1);
+      load_values(some.end - 1);
+    } else {
+      const int32_t first = (some.end - 1) * kShape.keys;
+      next_keys_ = KeyCopy(thread_).place(keys(p_.k), first);
+      next_values_ = ValueCopy(thread_).place(keys(p_.v), first);
+      fetch<false>(s_.seqlen_k - first);
+    }
     const auto q = query_reader<kHeadDim>(address(kQ), warp_row_, lane_);
     const auto dout = query_reader<kHeadDimV>(address(kDout), warp_row_, lane_);
     const auto values = key_reader<kHeadDimV>(address(kV), lane_);
@@ -85,10 +92,7 @@ class QueryTile {
         if (tile > some.begin) load_values(tile - 1);
       }
       gradients.scores(dp, scores);
-      if (!ptx::kHasCpAsync && tile > some.begin) {
-        load_keys(tile - 1);
-        load_values(tile - 1);
-      }
+      if (!ptx::kHasCpAsync && tile > some.begin) fetch<true>();
       multiply_values<T>(dq_, dp, value_reader<kHeadDim>(k, lane_));
     }
   }
@@ -133,28 +137,23 @@ class QueryTile {
     copy.template load<false>(address(place), from, end - first_row, int32_t(columns));
     ptx::cp_async_commit();
   }
-  template <typename Copy>
-  __device__ __forceinline__ void fetch(typename Copy::Fetched& fetched, const StridedRows& rows,
-                                        int32_t tile, int64_t columns) const {
-    const Copy copy(thread_);
-    const int32_t first = tile * kShape.keys;
-    StridedRows from = copy.place(rows, first);
-    copy.template fetch<false>(fetched, from, s_.seqlen_k - first, int32_t(columns));
+  __device__ __forceinline__ void load_keys(int32_t tile) const {
+    load(KeyCopy(thread_), kK + tile % kKeyBuffers * QTile::bytes(kShape.keys), keys(p_.k),
+         tile * kShape.keys, s_.seqlen_k, p_.head_dim);
   }
-  __device__ __forceinline__ void load_keys(int32_t tile) {
-    if constexpr (ptx::kHasCpAsync) {
-      load(KeyCopy(thread_), kK + tile % kKeyBuffers * QTile::bytes(kShape.keys), keys(p_.k),
-           tile * kShape.keys, s_.seqlen_k, p_.head_dim);
-    } else {
-      fetch<KeyCopy>(fetched_keys_, keys(p_.k), tile, p_.head_dim);
-    }
+  __device__ __forceinline__ void load_values(int32_t tile) const {
+    load(ValueCopy(thread_), kV, keys(p_.v), tile * kShape.keys, s_.seqlen_k, p_.head_dim_v);
   }
-  __device__ __forceinline__ void load_values(int32_t tile) {
-    if constexpr (ptx::kHasCpAsync) {
-      load(ValueCopy(thread_), kV, keys(p_.v), tile * kShape.keys, s_.seqlen_k, p_.head_dim_v);
-    } else {
-      fetch<ValueCopy>(fetched_values_, keys(p_.v), tile, p_.head_dim_v);
-    }
+  // Without cp.async: keys and values of the tile before the one that was fetched last, which alone
+  // may reach beyond the last key: of it num_rows are there. kWhole: all.
+  template <bool kWhole>
+  __device__ __forceinline__ void fetch(int32_t num_rows = 0) {
+    KeyCopy(thread_).template fetch<kWhole>(fetched_keys_, next_keys_, num_rows,
+                                            int32_t(p_.head_dim));
+    ValueCopy(thread_).template fetch<kWhole>(fetched_values_, next_values_, num_rows,
+                                              int32_t(p_.head_dim_v));
+    next_keys_.skip(-a_.k_tile_bytes);
+    next_values_.skip(-a_.v_tile_bytes);
   }
   // What was asked for is there for every thread.
   __device__ __forceinline__ void await_keys_and_values(uint32_t k) const {
@@ -206,7 +205,9 @@ class QueryTile {
   const int32_t warp_row_;
   unsigned char* const shared_;
   const IntervalMask<int32_t> mask_;
-  typename KeyCopy::Fetched fetched_keys_;  // without cp.async
+  StridedRows next_keys_{};  // without cp.async: of the next tile to fetch
+  StridedRows next_values_{};
+  typename KeyCopy::Fetched fetched_keys_;
   typename ValueCopy::Fetched fetched_values_;
   uint32_t queries_[kShape.q_in_registers ? kHeadDim / 16 : 1][kMTiles][4];
   Accumulator<kMTiles, kHeadDim> dq_;
