@@ -99,7 +99,7 @@ class QueryTile {
 
   __device__ __forceinline__ void write() const {
     const uint32_t slice = QTile::bytes(warp_row_);  // of Q or dO, which only this warp reads
-    if constexpr (!ptx::kHasCpAsync) __syncwarp();  // no barrier behind its last reader
+    if constexpr (!ptx::kHasCpAsync) __syncwarp();   // no barrier behind its last reader
     stage<T, kHeadDim, 1>(dq_, float(p_.softmax_scale), address(kQ) + slice, 0, 0, lane_);
     __syncwarp();
     const TileCopy<kWarpRows, kHeadDim, kWarpThreads> copy(lane_);
