@@ -55,6 +55,8 @@ class Code:
         target = self.labels.get(instruction.label or "")
         if name not in ("BRA", "JMP") or target is None or target >= len(self.instructions):
             return following
+        if instruction.opcode == "BRA.DIV":  # taken by a warp whose lanes have come apart
+            return following
         return [*following, target] if instruction.conditional else [target]
 
     def _body(self, header: int, end: int) -> set[int]:

@@ -16,6 +16,7 @@ LISTS = (
     "kernels/features.def",
     "kernels/instances.def",
     "kernels/sm80/tiles.def",
+    "kernels/sm80/backward_tiles.def",
     "kernels/drivers.def",
     "kernels/checked.def",
 )

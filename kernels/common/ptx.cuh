@@ -60,6 +60,12 @@ __device__ __forceinline__ uint16_t fp32_to_bf16(float x) {
 #endif
 }
 
+__device__ __forceinline__ int32_t load_4(const int32_t* global) {
+  int32_t x;
+  asm volatile("ld.global.b32 %0, [%1];" : "=r"(x) : "l"(global));
+  return x;
+}
+
 __device__ __forceinline__ Words16 load_16(const void* global) {
   Words16 x;
   asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -119,6 +125,14 @@ __device__ __forceinline__ float shuffle(float x, int32_t from_lane) {
   return __shfl_sync(0xFFFFFFFFu, x, from_lane);
 }
 
+// Of lane `from` of each group of `lanes`, a power of two.
+__device__ __forceinline__ char* shuffle(char* x, int32_t from, int32_t lanes) {
+  const uint64_t bits = reinterpret_cast<uint64_t>(x);
+  const uint64_t low = __shfl_sync(0xFFFFFFFFu, uint32_t(bits), from, lanes);
+  const uint64_t high = __shfl_sync(0xFFFFFFFFu, uint32_t(bits >> 32), from, lanes);
+  return reinterpret_cast<char*>(high << 32 | low);
+}
+
 // Ends the kernel with an error.
 __device__ __forceinline__ void trap() { asm volatile("trap;"); }
 
@@ -132,11 +146,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
 // The same address, of which the compiler forgets how it came about: what is added to it stays an
 // offset in the instruction, where else each sum would be an address of its own, and it is kept in
 // its register instead of being worked out again.
-__device__ __forceinline__ char* opaque(char* address) {
-  asm volatile("" : "+l"(address));
-  return address;
-}
-__device__ __forceinline__ const char* opaque(const char* address) {
+template <typename Element>
+__device__ __forceinline__ Element* opaque(Element* address) {
   asm volatile("" : "+l"(address));
   return address;
 }
@@ -161,12 +172,17 @@ constexpr bool kHasCpAsync = false;
 constexpr bool kHasCpAsync = true;
 #endif
 
-// Queues a copy of 16 bytes, past L1, and has L2 fetch the 128 bytes around. Only the first `bytes`
-// of them are read, the others are written as zeros; with 0 the source is not touched.
-__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, uint32_t bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
-               "r"(bytes)
-               : "memory");
+// Queues a copy of 16 bytes, past L1, and has L2 fetch the 128 bytes around. Bytes that are not
+// wanted are written as zeros, and the source is not touched.
+__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool wanted) {
+  asm volatile(
+      "{\n"
+      ".reg .pred ignored;\n"
+      "setp.eq.u32 ignored, %2, 0;\n"
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, ignored;\n"
+      "}" ::"r"(shared),
+      "l"(global), "r"(uint32_t(wanted))
+      : "memory");
 }
 
 // Closes a group of this thread's copies.

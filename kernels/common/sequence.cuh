@@ -120,55 +120,6 @@ struct GroupRows {
   __device__ __forceinline__ void pin() {}
 };
 
-// Keys or values of one sequence and head; rows count from the first visible key on. skip() goes
-// some tiles on, whose size in bytes and rows the caller knows.
-template <bool kPaged>
-struct KeyRows : StridedRows {
-  __device__ __forceinline__ KeyRows(const AttentionParams& p, const Rows& rows, const Divisor&,
-                                     const Sequence& s, int32_t head_k)
-      : StridedRows(strided_rows(rows, p.cu_seqlens_k != nullptr, s.index, s.first_k, head_k)) {}
-  __device__ __forceinline__ KeyRows(const StridedRows& rows) : StridedRows(rows) {}
-
-  __device__ __forceinline__ KeyRows from(int32_t row, int32_t byte) const {
-    return StridedRows::from(row, byte);
-  }
-  __device__ __forceinline__ void skip(int32_t, int64_t bytes) { data += bytes; }
-};
-
-// In the pages that the block table names.
-template <>
-struct KeyRows<true> {
-  StridedRows first_page;
-  int64_t page_bytes;
-  const int32_t* pages;  // of the sequence
-  const Divisor& page_size;
-  int32_t row;
-  int32_t last_row;  // behind it the table may end
-
-  __device__ __forceinline__ KeyRows(const AttentionParams& p, const Rows& rows,
-                                     const Divisor& size, const Sequence& s, int32_t head_k)
-      : first_page(strided_rows(rows, true, 0, 0, head_k)),
-        page_bytes(2 * rows.batch_stride),
-        pages(p.block_table + s.index * p.block_table_stride),
-        page_size(size),
-        row(s.first_k),
-        last_row(s.first_k + s.seqlen_k - 1) {}
-
-  __device__ __forceinline__ KeyRows from(int32_t key, int32_t byte) const {
-    KeyRows rows = *this;
-    rows.first_page.data += byte;
-    rows.row += key;
-    return rows;
-  }
-  __device__ __forceinline__ void pin() {}
-  __device__ __forceinline__ const char* chunk(int32_t further) const {
-    const uint32_t stored = uint32_t(smaller(row + further, last_row));
-    const uint32_t page = page_size.quotient(stored);
-    return first_page[int32_t(stored - page * page_size.value)] + pages[page] * page_bytes;
-  }
-  __device__ __forceinline__ void skip(int32_t rows, int64_t) { row += rows; }
-};
-
 // Where the log-sum-exp of query 0 goes.
 __device__ __forceinline__ float* statistics_of(const AttentionParams& p, const RowStatistics& x,
                                                 const Sequence& s, int32_t head) {

@@ -14,28 +14,40 @@ namespace anyflash {
 template <int32_t kRows, int32_t kColumns, int32_t kThreads>
 class TileCopy {
   using Tile = SwizzledTile<kColumns>;
-  static constexpr int32_t kRowStep = kThreads / Tile::kAtomChunks;
+
+ public:
+  static constexpr int32_t kRowThreads = Tile::kAtomChunks;    // neighbours that share their rows
+  static constexpr int32_t kRowStep = kThreads / kRowThreads;  // between the rows of a thread
+  static constexpr int32_t kRowsEach = kRows / kRowStep;
+
+ private:
   static constexpr int32_t kAtomColumns = Tile::kAtomChunks * kChunkElements;
   static_assert((kRowStep & (kRowStep - 1)) == 0 && kRows % kRowStep == 0);
 
  public:
   __device__ __forceinline__ explicit TileCopy(uint32_t thread)
-      : row_(int32_t(thread / Tile::kAtomChunks)),
-        chunk_(int32_t(thread % Tile::kAtomChunks)),
+      : row_(int32_t(thread / kRowThreads)),
+        chunk_(int32_t(thread % kRowThreads)),
         offset_(Tile::offset(row_, chunk_)) {}
 
-  // The thread's place in a tile that begins at `first_row`, for load() and store(). skip() takes
-  // it to another tile.
+  // The thread's place in a tile that begins at `first_row`, for load() and store().
   template <typename Rows>
   __device__ __forceinline__ auto place(const Rows& rows, int32_t first_row) const {
-    return rows.from(first_row + row_, chunk_ * kChunkBytes);
+    return rows.from(first_row + row_, byte());
   }
+
+  // Where the threads that share rows split work on them: the thread's first row. Its next one is
+  // kRowThreads * kRowStep rows on.
+  __device__ __forceinline__ int32_t own_row() const { return row_ + chunk_ * kRowStep; }
+
+  // Of the thread's first chunk in its rows.
+  __device__ __forceinline__ int32_t byte() const { return chunk_ * kChunkBytes; }
 
   // Queues the rows of a tile; without cp.async they are stored there and then. Those from
   // `num_rows` on and columns from `num_columns` on become zeros and are not read; kWhole: all rows
   // are there.
   template <bool kWhole, typename Place>
-  __device__ __forceinline__ void load(uint32_t tile, Place& place, int32_t num_rows,
+  __device__ __forceinline__ void load(uint32_t tile, Place&& place, int32_t num_rows,
                                        int32_t num_columns) const {
     if constexpr (!ptx::kHasCpAsync) {
       Fetched fetched;
@@ -45,7 +57,7 @@ class TileCopy {
     }
     const int32_t columns = num_columns - chunk_ * kChunkElements;  // from the thread's on
 #pragma unroll
-    for (int32_t i = 0; i < kRows / kRowStep; ++i) {
+    for (int32_t i = 0; i < kRowsEach; ++i) {
       const bool exists = kWhole || row_ + i * kRowStep < num_rows;
       if (i == 0) place.pin();
       const char* chunk = i == 0 ? place.chunk(0) : ptx::opaque(place.chunk(i * kRowStep));
@@ -53,23 +65,23 @@ class TileCopy {
       for (int32_t atom = 0; atom < Tile::kAtoms; ++atom) {
         const bool wanted = exists && atom * kAtomColumns < columns;
         ptx::cp_async_16(tile + offset(i) + atom * Tile::kAtomBytes,
-                         chunk + atom * Tile::kAtomBytes, wanted ? kChunkBytes : 0);
+                         chunk + atom * Tile::kAtomBytes, wanted);
       }
     }
   }
 
   // What a thread holds of a tile.
   struct Fetched {
-    Words16 chunks[kRows / kRowStep][Tile::kAtoms];
+    Words16 chunks[kRowsEach][Tile::kAtoms];
   };
 
   // The same in two steps, for GPUs without cp.async: into registers, and from there into the tile.
   template <bool kWhole, typename Place>
-  __device__ __forceinline__ void fetch(Fetched& fetched, Place& place, int32_t num_rows,
+  __device__ __forceinline__ void fetch(Fetched& fetched, Place&& place, int32_t num_rows,
                                         int32_t num_columns) const {
     const int32_t columns = num_columns - chunk_ * kChunkElements;
 #pragma unroll
-    for (int32_t i = 0; i < kRows / kRowStep; ++i) {
+    for (int32_t i = 0; i < kRowsEach; ++i) {
       const bool exists = kWhole || row_ + i * kRowStep < num_rows;
       if (i == 0) place.pin();
       const char* chunk = i == 0 ? place.chunk(0) : ptx::opaque(place.chunk(i * kRowStep));
@@ -85,7 +97,7 @@ class TileCopy {
   }
   __device__ __forceinline__ void put(uint32_t tile, const Fetched& fetched) const {
 #pragma unroll
-    for (int32_t i = 0; i < kRows / kRowStep; ++i) {
+    for (int32_t i = 0; i < kRowsEach; ++i) {
 #pragma unroll
       for (int32_t atom = 0; atom < Tile::kAtoms; ++atom) {
         ptx::store_shared_16(tile + offset(i) + atom * Tile::kAtomBytes, fetched.chunks[i][atom]);
@@ -100,7 +112,7 @@ class TileCopy {
                                         int32_t num_rows, int32_t num_columns) const {
     const int32_t columns = num_columns - chunk_ * kChunkElements;
 #pragma unroll
-    for (int32_t i = 0; i < kRows / kRowStep; ++i) {
+    for (int32_t i = 0; i < kRowsEach; ++i) {
       if (row_ + i * kRowStep >= num_rows) continue;
       char* chunk = place.chunk(i * kRowStep);
 #pragma unroll
@@ -129,7 +141,7 @@ template <typename Copy, bool kAsync = ptx::kHasCpAsync>
 class TileOnItsWay {
  public:
   template <bool kWhole, typename Place>
-  __device__ __forceinline__ void start(const Copy& copy, uint32_t tile, Place& place,
+  __device__ __forceinline__ void start(const Copy& copy, uint32_t tile, Place&& place,
                                         int32_t num_rows, int32_t num_columns) {
     copy.template load<kWhole>(tile, place, num_rows, num_columns);
     ptx::cp_async_commit();
@@ -142,7 +154,7 @@ template <typename Copy>
 class TileOnItsWay<Copy, false> {
  public:
   template <bool kWhole, typename Place>
-  __device__ __forceinline__ void start(const Copy& copy, uint32_t, Place& place, int32_t num_rows,
+  __device__ __forceinline__ void start(const Copy& copy, uint32_t, Place&& place, int32_t num_rows,
                                         int32_t num_columns) {
     copy.template fetch<kWhole>(fetched_, place, num_rows, num_columns);
   }

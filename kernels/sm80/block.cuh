@@ -12,6 +12,10 @@ struct Block {
   int32_t row_begin;   // row = token * group + head within the group
   int32_t split;       // which part of the keys
 
+  __device__ __forceinline__ int32_t key_head(const Arguments& a) const {
+    return first_head / (int32_t(a.attention.heads) / int32_t(a.attention.heads_k));
+  }
+
   __device__ __forceinline__ bool has_rows(const Arguments& a) const {
     return row_begin < sequence.seqlen_q * int32_t(a.group.value);
   }

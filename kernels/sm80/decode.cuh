@@ -9,10 +9,8 @@
 
 #include "kernels/common/mma_tile.cuh"
 #include "kernels/common/scores.cuh"
-#include "kernels/common/sequence.cuh"
-#include "kernels/common/tile_copy.cuh"
-#include "kernels/sm80/block.cuh"
 #include "kernels/sm80/combine.cuh"
+#include "kernels/sm80/key_tiles.cuh"
 
 namespace anyflash::sm80 {
 
@@ -36,7 +34,7 @@ class DecodeTile {
   static constexpr int32_t kSharedBytes = kQueryBytes + larger(kWarps * kWarpBytes, kOutBytes);
 
   __device__ __forceinline__ DecodeTile(const Arguments& arguments, const Block& block,
-                                        unsigned char* shared)
+                                        const KeyPages<kPaged>& pages, unsigned char* shared)
       : a_(arguments),
         p_(arguments.attention),
         b_(block),
@@ -48,8 +46,7 @@ class DecodeTile {
         mask_{s_.seqlen_q, s_.seqlen_k, a_.score.window_left, a_.score.window_right},
         part_(part_of(mask_.tiles(token(row_begin_), end_token(), kKeys))),
         whole_(mask_.full_tiles(token(row_begin_), end_token(), kKeys)),
-        keys_(place(Copy(lane_), p_.k)),
-        values_(place(CopyV(lane_), p_.v)),
+        tiles_(a_, b_, pages, lane_, (part_.begin + warp_) * kKeys),
         query_reader_(query_reader<kHeadDim>(query_tile(), 0, lane_)),
         key_reader_(key_reader<kHeadDim>(key_tile(), lane_)),
         value_reader_(value_reader<kHeadDimV>(value_tile(), lane_)),
@@ -61,6 +58,7 @@ class DecodeTile {
   __device__ __forceinline__ void attend() {
     if (part_.begin >= part_.end) return;
     int32_t tile = part_.begin + warp_;
+    tiles_.find(tile * kKeys);
     if (warp_ == 0) load_queries();
     ptx::cp_async_commit();
     load_keys(tile);
@@ -125,14 +123,6 @@ class DecodeTile {
     return {begin, smaller(begin + each, tiles.end)};
   }
 
-  // Of the warp's first tile.
-  template <typename Copy>
-  __device__ __forceinline__ KeyRows<kPaged> place(const Copy& copy, const Rows& rows) const {
-    return copy.place(
-        KeyRows<kPaged>(p_, rows, a_.page_size, s_, b_.first_head / int32_t(a_.group.value)),
-        (part_.begin + warp_) * kKeys);
-  }
-
   __device__ __forceinline__ void load_queries() {
     const TileCopy<kRows, kHeadDim, kWarpThreads> copy(lane_);
     GroupRows rows = copy.place(GroupRows(p_, p_.q, a_.group, s_, b_.first_head), row_begin_);
@@ -144,16 +134,15 @@ class DecodeTile {
   // Closes a group of copies whether or not there is a tile left to load.
   __device__ __forceinline__ void load_keys(int32_t tile) {
     if (tile < part_.end) {
-      Copy(lane_).template load<false>(key_tile(), keys_, s_.seqlen_k - tile * kKeys,
+      Copy(lane_).template load<false>(key_tile(), tiles_.keys(), s_.seqlen_k - tile * kKeys,
                                        int32_t(p_.head_dim));
-      keys_.skip(kWarps * kKeys, a_.k_tile_bytes);
     }
     ptx::cp_async_commit();
   }
   __device__ __forceinline__ void load_values(int32_t tile) {
-    CopyV(lane_).template load<false>(value_tile(), values_, s_.seqlen_k - tile * kKeys,
+    CopyV(lane_).template load<false>(value_tile(), tiles_.values(), s_.seqlen_k - tile * kKeys,
                                       int32_t(p_.head_dim_v));
-    values_.skip(kWarps * kKeys, a_.v_tile_bytes);
+    tiles_.next((tile + kWarps) * kKeys, 1);
     ptx::cp_async_commit();
   }
 
@@ -269,8 +258,7 @@ class DecodeTile {
   const IntervalMask<int32_t> mask_;
   const TileRange<int32_t> part_;   // key tiles of the block
   const TileRange<int32_t> whole_;  // key tiles that every row of the block sees
-  KeyRows<kPaged> keys_;            // of the warp's next tile to load
-  KeyRows<kPaged> values_;
+  KeyTiles<kPaged, Copy, CopyV> tiles_;
   const TileReader<kHeadDim> query_reader_;
   const TileReader<kHeadDim> key_reader_;
   const TileReader<kHeadDimV> value_reader_;
@@ -285,7 +273,9 @@ __global__ void __launch_bounds__(DecodeTile<T, kHeadDim, kHeadDimV, kExtras, kP
   extern __shared__ __align__(128) unsigned char shared[];
   const Block block = Block::of<Tile::kRows>(a);
   if (!block.has_rows(a)) return;
-  Tile tile(a, block, shared);
+  KeyPages<kPaged> pages(a, block);
+  pages.pin();
+  Tile tile(a, block, pages, shared);
   tile.attend();
   tile.write();
 }

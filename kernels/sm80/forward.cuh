@@ -16,10 +16,8 @@
 
 #include "kernels/common/mma_tile.cuh"
 #include "kernels/common/scores.cuh"
-#include "kernels/common/sequence.cuh"
-#include "kernels/common/tile_copy.cuh"
-#include "kernels/sm80/block.cuh"
 #include "kernels/sm80/combine.cuh"
+#include "kernels/sm80/key_tiles.cuh"
 #include "kernels/sm80/tile_shapes.h"
 
 namespace anyflash::sm80 {
@@ -44,9 +42,10 @@ class ForwardTile {
     Block block;
     float slope;  // of ALiBi, in units of the scores
     Dropout dropout;
+    KeyPages<kPaged> pages;
 
     __device__ __forceinline__ Common(const Arguments& a, const Block& found)
-        : block(found), slope(0), dropout{0, 0, a.score.dropout_threshold} {
+        : block(found), slope(0), dropout{0, 0, a.score.dropout_threshold}, pages(a, found) {
       const AttentionParams& p = a.attention;
       const int32_t sequence = found.sequence.index;
       if (modifies_scores(kExtras) && p.alibi_slopes && sequence < p.batch) {
@@ -80,8 +79,7 @@ class ForwardTile {
         shared_(shared),
         some_(part_of(mask().tiles(first_token(), end_token(), kShape.keys))),
         whole_(mask().full_tiles(first_token(), end_token(), kShape.keys)),
-        keys_(place(Copy(thread_), p_.k)),
-        values_(place(CopyV(thread_), p_.v)),
+        tiles_(a_, b_, c_.pages, thread_, (some_.end - 1) * kShape.keys),
         query_reader_(query_reader<kHeadDim>(query_tile(), warp_ * kWarpRows, lane_)),
         key_reader_(key_reader<kHeadDim>(key_tile(), lane_)),
         value_reader_(value_reader<kHeadDimV>(value_tile(), lane_)),
@@ -93,10 +91,11 @@ class ForwardTile {
   __device__ __forceinline__ void attend() {
     if (some_.begin >= some_.end) return;
     int32_t tile = some_.end - 1;
+    tiles_.find(tile * kShape.keys);
     load_queries();
-    load_keys<false>(s_.seqlen_k - tile * kShape.keys);
+    load_keys<false>(tile);
     await_keys();
-    load_values<false>(s_.seqlen_k - tile * kShape.keys);
+    load_values<false>(tile);
     for (; tile > some_.begin; --tile) step<false>(tile);
     step<true>(tile);
   }
@@ -172,14 +171,6 @@ class ForwardTile {
     return {begin, smaller(begin + each, tiles.end)};
   }
 
-  // Of the last key tile.
-  template <typename Copy>
-  __device__ __forceinline__ KeyRows<kPaged> place(const Copy& copy, const Rows& rows) const {
-    const int32_t head_k = b_.first_head / int32_t(p_.heads / p_.heads_k);
-    return copy.place(KeyRows<kPaged>(p_, rows, a_.page_size, s_, head_k),
-                      (some_.end - 1) * kShape.keys);
-  }
-
   __device__ __forceinline__ void load_queries() {
     const TileCopy<kShape.rows, kHeadDim, kThreads> copy(thread_);
     GroupRows rows = copy.place(GroupRows(p_, p_.q, a_.group, s_, b_.first_head), b_.row_begin);
@@ -190,19 +181,18 @@ class ForwardTile {
     if (!ptx::kHasCpAsync) queries.finish(copy, query_tile());
   }
 
-  // The tile before the one that was loaded last, which alone may reach beyond the last key: of it
-  // num_rows are there. kWhole: all.
+  // kWhole: the tile does not reach beyond the last key, as only the last tile does.
   template <bool kWhole>
-  __device__ __forceinline__ void load_keys(int32_t num_rows = 0) {
-    key_transfer_.template start<kWhole>(Copy(thread_), key_tile(), keys_, num_rows,
-                                         int32_t(p_.head_dim));
-    keys_.skip(-kShape.keys, -a_.k_tile_bytes);
+  __device__ __forceinline__ void load_keys(int32_t tile) {
+    key_transfer_.template start<kWhole>(Copy(thread_), key_tile(), tiles_.keys(),
+                                         s_.seqlen_k - tile * kShape.keys, int32_t(p_.head_dim));
   }
   template <bool kWhole>
-  __device__ __forceinline__ void load_values(int32_t num_rows = 0) {
-    value_transfer_.template start<kWhole>(CopyV(thread_), value_tile(), values_, num_rows,
+  __device__ __forceinline__ void load_values(int32_t tile) {
+    value_transfer_.template start<kWhole>(CopyV(thread_), value_tile(), tiles_.values(),
+                                           s_.seqlen_k - tile * kShape.keys,
                                            int32_t(p_.head_dim_v));
-    values_.skip(-kShape.keys, -a_.v_tile_bytes);
+    tiles_.next((tile - 1) * kShape.keys, -1);
   }
 
   // What was asked for is there for every thread, and behind it nobody reads the buffer that is
@@ -222,7 +212,7 @@ class ForwardTile {
     Accumulator<kMTiles, kShape.keys> scores;
     multiply_keys<T>(scores, query_reader_, key_reader_);
     await_values();
-    if (!kLast && ptx::kHasCpAsync) load_keys<true>();
+    if (!kLast && ptx::kHasCpAsync) load_keys<true>(tile - 1);
 
     const int32_t first_key = tile * kShape.keys + lane_ % 4 * 2;
     if constexpr (modifies_scores(kExtras)) modify(scores, first_key);
@@ -233,11 +223,11 @@ class ForwardTile {
            first_key, [](float) { return 0.0f; });
     }
     // Registers are for the keys only while the product runs.
-    if (!kLast && !ptx::kHasCpAsync) load_keys<true>();
+    if (!kLast && !ptx::kHasCpAsync) load_keys<true>(tile - 1);
     multiply_values<T>(out_, scores, value_reader_);
     if (!kLast) {
       await_keys();
-      load_values<true>();
+      load_values<true>(tile - 1);
     }
   }
 
@@ -306,8 +296,7 @@ class ForwardTile {
   unsigned char* const shared_;
   const TileRange<int32_t> some_;   // key tiles of the part in which some row sees a key
   const TileRange<int32_t> whole_;  // key tiles of which every row sees every key
-  KeyRows<kPaged> keys_;            // of the next tile to load
-  KeyRows<kPaged> values_;
+  KeyTiles<kPaged, Copy, CopyV> tiles_;
   TileOnItsWay<Copy> key_transfer_;
   TileOnItsWay<CopyV> value_transfer_;
   const TileReader<kHeadDim> query_reader_;

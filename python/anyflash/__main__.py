@@ -25,7 +25,7 @@ def _info(options: argparse.Namespace) -> int:
         "files": _machine.library_files(),
         "build": kernels["build"],
         "instances": kernels["instances"],
-        "forward_tiles": [tile._asdict() for tile in _defs.tiles()],
+        "tiles": [{"kernel": kernel, **columns} for kernel, columns in _defs.tiles()],
     }
     if options.json:
         print(json.dumps(facts, indent=2))
@@ -43,8 +43,8 @@ def _info(options: argparse.Namespace) -> int:
     print(f"{len(facts['instances'])} compiled kernels")
     for instance in facts["instances"]:
         print("  " + "  ".join(f"{key} {value}" for key, value in instance.items()))
-    print("tiles of the attention forward, the first that the GPU has the shared memory for")
-    for tile in facts["forward_tiles"]:
+    print("tiles of attention on GPUs, the first that the GPU has the shared memory for")
+    for tile in facts["tiles"]:
         print("  " + "  ".join(f"{key} {value}" for key, value in tile.items()))
     return 0
 

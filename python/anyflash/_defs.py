@@ -62,19 +62,26 @@ def entries(name: str) -> tuple[Entry, ...]:
     return tuple(found)
 
 
-class Tile(NamedTuple):
-    """One line of sm80/tiles.def."""
+# By macro of sm80/tiles.def and sm80/backward_tiles.def: the kernel, and what the columns say.
+_TILES = {
+    "TILE": ("forward", "max_head_dim shared_kb rows keys warps"),
+    "KEY_TILE": (
+        "backward, dk and dv",
+        "max_head_dim shared_kb rows keys score_warps key_warps query_warps q_buffers "
+        "v_in_registers",
+    ),
+    "QUERY_TILE": ("backward, dq alone", "max_head_dim shared_kb rows keys warps"),
+}
 
-    max_head_dim: int
-    shared_kb: int  # of a multiprocessor, at least
-    rows: int
-    keys: int
-    warps: int
 
-
-def tiles() -> tuple[Tile, ...]:
-    """The tiles of the attention forward on GPUs, the preferred one of a head dim first."""
-    return tuple(Tile(*map(int, entry.fields)) for entry in entries("tiles"))
+def tiles() -> list[tuple[str, dict[str, int]]]:
+    """(kernel, columns) of each tile of the attention kernels for GPUs, the preferred one of a
+    head dim first. shared_kb: of a multiprocessor, at least."""
+    found = []
+    for entry in (*entries("tiles"), *entries("backward_tiles")):
+        kernel, columns = _TILES[entry.macro]
+        found.append((kernel, dict(zip(columns.split(), map(int, entry.fields)))))
+    return found
 
 
 class Operator(NamedTuple):

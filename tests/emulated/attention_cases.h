@@ -153,8 +153,18 @@ inline void add_caches(std::vector<Case>& cases, int64_t d) {
   cases.push_back({"pages of 16", Sketch(1, 300, d).heads(8, 1).pages(16).used(used)});
   cases.push_back({"pages of 64", Sketch(1, 300, d).heads(4, 2).pages(64).used(used)});
   cases.push_back({"pages of 256", Sketch(2, 600, d).heads(4, 1).pages(256).used({600, 255, 257})});
+  cases.push_back({"pages of 1", Sketch(1, 300, d).heads(8, 1).pages(1).used({129, 0, 1, 300})});
+  cases.push_back({"pages of 257", Sketch(2, 600, d).heads(4, 1).pages(257).used({600, 257, 258})});
   cases.push_back({"pages of 48", Sketch(4, 300, d).pages(48).used({300, 95}).causal()});
   cases.push_back({"pages, many rows", Sketch(100, 230, d).pages(16).used({100, 230}).causal()});
+  cases.push_back({"pages of 1, many rows", Sketch(70, 132, d).pages(1).used({65, 0, 132})});
+  cases.push_back({"pages of 3, many rows", Sketch(70, 230, d).pages(3).used({230, 101}).causal()});
+  cases.push_back({"pages of 257, many rows", Sketch(70, 600, d).pages(257).used({600, 256, 258})});
+  cases.push_back({"pages, many rows, left padding",
+                   Sketch(70, 200, d).heads(4, 2).pages(7).used({200, 90, 5}).leftpad({70, 3, 5})});
+  cases.push_back({"pages, window", Sketch(70, 300, d).pages(3).used({300, 150}).window(40, 0)});
+  cases.push_back(
+      {"pages, gaps", Sketch(70, 200, d).pages(24).used({200, 33}).strides(Strides::random)});
   cases.push_back({"pages, packed queries",
                    Sketch(70, 200, d).pages(64).used({200, 9, 66}).packed_queries({70, 0, 33})});
   cases.push_back({"pages, left padding",

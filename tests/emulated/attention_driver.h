@@ -109,7 +109,6 @@ class Driver {
                       backward ? fuzz::Kind::backward : fuzz::Kind::any};
     scope.max_head_dim = instance->max_head_dim;
     scope.head_dim_multiple = 8;
-    scope.page_multiple = 16;
     fuzz::Random random(static_cast<uint64_t>(seed));
     const fuzz::Shape shape = fuzz::random_shape(random, scope);
     run_case(instance, "--random 1 --seed " + std::to_string(seed), shape, random.bits());

@@ -132,6 +132,7 @@ FILES = {
     "kernels/sm80/decode.cuh": ATTENTION,
     "kernels/sm80/combine.cuh": ATTENTION,
     "kernels/sm80/block.cuh": ATTENTION + BACKWARD,
+    "kernels/sm80/key_tiles.cuh": ATTENTION + SM75,
     "kernels/sm80/backward_keys.cuh": BACKWARD + BACKWARD_SM75,
     "kernels/sm80/backward_queries.cuh": BACKWARD + BACKWARD_SM75,
     "kernels/sm80/backward_rows.cuh": BACKWARD,

@@ -21,7 +21,6 @@ struct Scope {
   Kind kind = Kind::any;
   int64_t max_head_dim = 512;
   int64_t head_dim_multiple = 1;
-  int64_t page_multiple = 1;
   int64_t work = 4'000'000;  // the reference multiplies one number after the other
 
   bool allows(Features feature) const { return (features & feature) == feature; }
@@ -120,8 +119,7 @@ class ShapeDrawer {
     if (packed_ && !paged_) s.packed_k = lengths(s.seqlen_k);
     Lengths used = s.packed_k ? *s.packed_k : Lengths(s.batch, static_cast<int32_t>(s.seqlen_k));
     if (paged_) {
-      const int64_t multiple = scope_.page_multiple;
-      s.page_size = (random_.log_integer(1, 256) + multiple - 1) / multiple * multiple;
+      s.page_size = random_.log_integer(1, 256);
       if (random_.chance(0.3)) s.held_k = used = lengths(s.seqlen_k);
     }
     if ((paged_ && !s.held_k) || random_.chance(0.25)) {

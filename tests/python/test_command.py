@@ -36,15 +36,24 @@ def test_a_reader_that_leaves_ends_the_command_quietly(arguments):
 
 
 def test_info_lists_a_tile_for_every_gpu_and_head_dim():
-    """The forwards on the least shared memory that their GPUs have."""
+    """On the least shared memory that the GPUs of a kernel have."""
     command = [sys.executable, "-m", "anyflash", "info", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    tiles = json.loads(done.stdout)["forward_tiles"]
+    tiles = json.loads(done.stdout)["tiles"]
     for arch, shared_kb in (("sm75", 64), ("sm80", 100)):
-        compiled = {
-            int(entry.fields[3])
-            for entry in _defs.entries("instances")
-            if entry.macro == "ATTENTION" and entry.fields[0] == arch
-        }
-        there = {tile["max_head_dim"] for tile in tiles if tile["shared_kb"] == shared_kb}
-        assert there == compiled
+        for direction, kernels in (
+            ("forward", ("forward",)),
+            ("backward", ("backward, dk and dv", "backward, dq alone")),
+        ):
+            compiled = {
+                int(entry.fields[3])
+                for entry in _defs.entries("instances")
+                if entry.macro == "ATTENTION" and entry.fields[:2] == (arch, direction)
+            }
+            for kernel in kernels:
+                there = {
+                    tile["max_head_dim"]
+                    for tile in tiles
+                    if tile["kernel"] == kernel and tile["shared_kb"] == shared_kb
+                }
+                assert there == compiled, (arch, kernel)
