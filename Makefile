@@ -10,7 +10,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 MUST_BUILD := $(if $(shell command -v c++ g++ clang++),ANYFLASH_BUILD=1 ANYFLASH_WERROR=1 ANYFLASH_CUDA=$${ANYFLASH_CUDA:-1})
 # The oldest code of each family: the emulator runs PTX, and what ships is looked at in the installed library.
 CPP_BUILD := cmake -G Ninja -DANYFLASH_TORCH=OFF -DANYFLASH_TESTS=ON -DANYFLASH_WERROR=ON -DANYFLASH_CUDA_ARCHS="75;80"
-SOURCES := $(shell find core csrc kernels cmake tools -type f) CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find core csrc include kernels cmake tools -type f) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: help setup demo test test-cpp test-python emulate mutate fuzz sanitize build-address build-thread bench bench-peers test-matrix test-consumers wheels lint types format clean
 

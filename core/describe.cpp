@@ -57,20 +57,25 @@ Problem describe_attention(const AttentionCall& call, Direction direction, const
 
 }  // namespace
 
-Problem describe(const TensorView& x, Family family, Direction direction, const Caller& caller) {
+Problem describe_machine(Device device, int32_t device_index) {
   Problem problem;
-  problem.family = family;
-  problem.direction = direction;
-  problem.device = x.device;
-  if (x.device == Device::cuda) {
-    problem.sm = device_sm(x.device_index);
+  problem.device = device;
+  if (device == Device::cuda) {
+    problem.sm = device_sm(device_index);
     problem.driver = driver_version();
   }
-  if (x.device == Device::cpu) {
+  if (device == Device::cpu) {
     const AllowedIsa allowed = cpu_isa();
     problem.sm = allowed.isa;
     problem.isa_lowered = allowed.lowered;
   }
+  return problem;
+}
+
+Problem describe(const TensorView& x, Family family, Direction direction, const Caller& caller) {
+  Problem problem = describe_machine(x.device, x.device_index);
+  problem.family = family;
+  problem.direction = direction;
   problem.dtype = static_cast<Dtype>(x.dtype);
   problem.torch_version = caller.torch_version;
   problem.order = checked_order(caller.backend);

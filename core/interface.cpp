@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "anyflash/kernels.h"
+#include "core/describe.h"
 #include "core/environment.h"
 #include "core/notice.h"
 #include "core/problem_text.h"
@@ -178,6 +180,23 @@ Status anyflash_run_cross_entropy(const Instance* instance, const CrossEntropyCa
   return guarded([&] { run_cross_entropy(*instance, *call, *results, where); });
 }
 
+const Instance* anyflash_find_kernel(Family family, Direction direction, Dtype dtype, Device device,
+                                     int32_t head_dim, uint32_t features, int32_t device_index) {
+  const Instance* found = nullptr;
+  guarded([&] {
+    Problem problem = describe_machine(device, device_index);
+    problem.family = family;
+    problem.direction = direction;
+    problem.dtype = dtype;
+    problem.head_dim = problem.head_dim_v = head_dim;
+    problem.features = features;
+    problem.order = static_cast<Order>(BackEnd::kernel);
+    problem.explicit_order = true;
+    found = checked_choice(problem).instance;
+  });
+  return found;
+}
+
 Status anyflash_choose(const TensorView* x, Family family, Direction direction,
                        const Caller* caller, Choice* choice) {
   return guarded([&] { *choice = checked_choice(describe(*x, family, direction, *caller)); });
@@ -229,6 +248,10 @@ bool anyflash_checks_values(void) { return checks_values(); }
 const char* anyflash_route_name(Route route) { return route_name(route); }
 
 void anyflash_set_notice_sink(NoticeSink sink) { set_notice_sink(sink); }
+
+void anyflash_warn(const char* text) {
+  guarded([&] { tell_once(Level::warning, text); });
+}
 
 const char* anyflash_layout(void) {
   static const std::string lines =

@@ -134,6 +134,8 @@ ANYFLASH_EXPORT const char* anyflash_route_name(anyflash::Route route);
 // Where notices go instead of stderr; null for stderr again. A sink is told everything, stderr
 // without ANYFLASH_VERBOSE=1 warnings alone.
 ANYFLASH_EXPORT void anyflash_set_notice_sink(anyflash::NoticeSink sink);
+// A notice of the warnings' level, said once.
+ANYFLASH_EXPORT void anyflash_warn(const char* text);
 
 // ---- Threads. torch_parallel_for for a torch that has none: on the OpenMP runtime that torch has
 // loaded, whose GOMP_parallel this takes, so that both share their threads.

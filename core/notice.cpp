@@ -99,21 +99,6 @@ uint64_t number_of(const Problem& problem, Route route) {
   return number == 0 ? 1 : number;
 }
 
-void tell_once(Level level, const std::string& notice) {
-  static std::mutex mutex;
-  static std::set<std::string> told_texts;
-  {
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (!told_texts.insert(notice).second) return;
-  }
-  // Outside of the lock: a sink in Python waits for the interpreter.
-  if (NoticeSink sink = notice_sink.load()) {
-    sink(static_cast<int32_t>(level), notice.c_str());
-  } else if (level == Level::warning || environment().verbose) {
-    std::fprintf(stderr, "%s\n", notice.c_str());
-  }
-}
-
 // `anyflash: attention runs on plain PyTorch operators (math), because ...`
 std::string fallback_text(const Problem& problem, const Decision& decision) {
   const bool attention = problem.family == Family::attention;
@@ -153,5 +138,20 @@ void note_choice(const Problem& problem, const Choice& choice) {
 }
 
 void set_notice_sink(NoticeSink sink) { notice_sink.store(sink); }
+
+void tell_once(Level level, const std::string& notice) {
+  static std::mutex mutex;
+  static std::set<std::string> told_texts;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (!told_texts.insert(notice).second) return;
+  }
+  // Outside of the lock: a sink in Python waits for the interpreter.
+  if (NoticeSink sink = notice_sink.load()) {
+    sink(static_cast<int32_t>(level), notice.c_str());
+  } else if (level == Level::warning || environment().verbose) {
+    std::fprintf(stderr, "%s\n", notice.c_str());
+  }
+}
 
 }  // namespace anyflash

@@ -3,6 +3,8 @@
 // the level below.
 #pragma once
 
+#include <string>
+
 #include "core/dispatch.h"
 
 namespace anyflash {
@@ -12,6 +14,8 @@ enum class Level : int32_t { info = 20, warning = 30 };  // as Python's logging 
 // Told everything; without a sink stderr gets warnings, with ANYFLASH_VERBOSE=1 the rest too.
 using NoticeSink = void (*)(int32_t level, const char* text);
 void set_notice_sink(NoticeSink sink);  // null: stderr
+
+void tell_once(Level level, const std::string& notice);
 
 // Cheap when there is nothing new to tell: no lock, no string.
 void note_choice(const Problem& problem, const Choice& choice);

@@ -1,6 +1,7 @@
 // Registers every operator of schemas.def when the library is loaded.
 #include <torch/csrc/stable/library.h>
 
+#include "core/interface.h"
 #include "operators.h"
 #include "stable/check.h"
 #include "stable/registrar.h"
@@ -61,6 +62,9 @@ struct Registration {
     } catch (const std::exception& problem) {
       error = problem.what();
     }
+    if (error.empty()) return;
+    anyflash_warn(
+        text("anyflash: libanyflash_ops.so did not register its operators: ", error).c_str());
   }
 };
 

@@ -55,8 +55,8 @@ std::string register_operators(const char* name_space, const std::vector<const c
   for (const char* schema : schemas) {
     if (aoti_torch_library_def(definitions, schema) != AOTI_TORCH_SUCCESS) {
       const std::string signature(schema);
-      return text("operator already defined in this process: ", name_space,
-                  "::", signature.substr(0, signature.find('(')));
+      return text("already defined in this process, which goes on with that definition: ",
+                  name_space, "::", signature.substr(0, signature.find('(')));
     }
   }
   for (const Kernel& kernel : kernels) {

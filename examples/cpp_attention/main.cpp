@@ -1,6 +1,5 @@
 // Causal attention over packed sequences on the CPU, without torch: packed_attention [threads]
-#include <anyflash/kernels/arch.h>
-#include <anyflash/kernels/launch.h>
+#include <anyflash/kernels.h>
 
 #include <algorithm>
 #include <chrono>
@@ -15,22 +14,6 @@ namespace {
 
 constexpr int64_t kHeads = 8, kHeadsK = 2, kHeadDim = 64;
 constexpr float kScale = 0.125f;
-
-// The best kernel that this CPU runs, or null. Instruction sets are listed in ascending order.
-const anyflash::Instance* find_kernel(anyflash::Dtype dtype) {
-  int32_t count = 0;
-  const anyflash::Instance* instances = anyflash_instances(&count);
-  const anyflash::Instance* best = nullptr;
-  for (const auto* instance = instances; instance != instances + count; ++instance) {
-    if (instance->family == anyflash::Family::attention &&
-        instance->device == anyflash::Device::cpu &&
-        instance->direction == anyflash::Direction::forward && instance->dtype == dtype &&
-        anyflash::contains(anyflash_cpu_isa(), instance->min_sm)) {
-      if (best == nullptr || best->min_sm < instance->min_sm) best = instance;
-    }
-  }
-  return best;
-}
 
 // One thread per index; a server would hand the parts to its own pool.
 int32_t parallel_for(int64_t begin, int64_t end, int64_t, anyflash::RangeBody body, void* context) {
@@ -128,9 +111,11 @@ struct Batch {
 int main(int argc, char** argv) {
   const int threads = argc > 1 ? std::atoi(argv[1])
                                : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-  const anyflash::Instance* kernel = find_kernel(anyflash::Dtype::fp32);
+  const anyflash::Instance* kernel =
+      anyflash_find_kernel(anyflash::Family::attention, anyflash::Direction::forward,
+                           anyflash::Dtype::fp32, anyflash::Device::cpu, kHeadDim);
   if (kernel == nullptr) {
-    std::fprintf(stderr, "no kernel for this CPU\n");
+    std::fprintf(stderr, "%s\n", anyflash_text());
     return 1;
   }
   Batch batch({1000, 37, 512, 1, 256, 0, 730});

@@ -22,7 +22,9 @@ static void delta_rows(const BackwardPlan& plan, int64_t sequence_index, int64_t
                                 products);
       }
       const float dlse = p.dlse.data ? *statistic(p, p.dlse, sequence, query, head) : 0.0f;
-      *statistic(p, plan.delta, sequence, query, head) = sum(products) - dlse;
+      // A row without keys has no probabilities, whatever the gradients are.
+      const bool empty = *statistic(p, p.lse, sequence, query, head) == kInfinity;
+      *statistic(p, plan.delta, sequence, query, head) = empty ? 0.0f : sum(products) - dlse;
     }
   }
 }

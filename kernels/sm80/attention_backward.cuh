@@ -73,9 +73,8 @@ int32_t launch_queries(BackwardArguments a, void* stream) {
   const AttentionParams& p = a.attention;
   a.k_tile_bytes = 2 * p.k.row_stride * Tile::kShape.keys;
   a.v_tile_bytes = 2 * p.v.row_stride * Tile::kShape.keys;
-  const int64_t tiles = tiles_of(p, 1, Tile::kShape.rows);
   return launch_ordered(queries_kernel<T, kHeadDim, kHeadDimV, kExtras, kSharedKb>, a,
-                        p.cu_seqlens_q || p.batch == 0 ? tiles : tiles / p.batch,
+                        row_tiles_of(p, 1, Tile::kShape.rows),
                         p.cu_seqlens_q ? p.heads : p.heads * p.batch, p.seqlen_k, Tile::kThreads,
                         Tile::kSharedBytes, stream);
 }
@@ -84,19 +83,22 @@ template <typename T, int32_t kHeadDim, int32_t kHeadDimV, Extras kExtras, int32
 int32_t launch_gradients(const BackwardArguments& a, const BackwardPlan& plan, void* stream) {
   using Sums = QuerySums<kHeadDim, kSharedKb>;
   const AttentionParams& p = a.attention;
-  int32_t error = launch_ordered(prepare_kernel<T, kHeadDim, kHeadDimV>, a, plan.row_tiles,
-                                 plan.pairs, 0, kBackwardThreads, 0, stream);
-  if (!error && p.dsinks) {
-    BackwardArguments parts = a;
-    parts.order = backward_order(p, plan.row_tiles, plan.pairs, 0);
-    error = launch_kernel(sinks_kernel<T>, Grid{uint32_t(p.heads), 1, kWarpThreads}, parts, stream);
+  if (const int32_t error =
+          launch_ordered(prepare_kernel<T, kHeadDim, kHeadDimV>, a, plan.row_tiles, plan.pairs, 0,
+                         kBackwardThreads, 0, stream)) {
+    return error;
   }
-  if (!error) error = launch_keys<T, kHeadDim, kHeadDimV, kExtras, kSharedKb>(a, stream);
-  if (error) return error;
+  if (p.dsinks) {
+    const Grid grid{uint32_t(p.heads), 1, kWarpThreads};
+    if (const int32_t error = launch_kernel(sinks_kernel<T>, grid, a, stream)) return error;
+  }
+  if (const int32_t error = launch_keys<T, kHeadDim, kHeadDimV, kExtras, kSharedKb>(a, stream)) {
+    return error;
+  }
   if constexpr (kSharedKb >= kLeastSharedKb) {
     if (a.dq_sums) {
       return launch_ordered(finish_kernel<T, kHeadDim, kSharedKb>, a, plan.row_tiles, plan.pairs, 0,
-                            kBackwardThreads, Sums::kSharedBytes, stream);
+                            Sums::kThreads, Sums::kSharedBytes, stream);
     }
   }
   constexpr Extras kQueryExtras = kExtras == Extras::none ? Extras::none : Extras::all;

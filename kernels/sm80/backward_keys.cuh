@@ -102,21 +102,20 @@ class KeyTile {
 
   __device__ __forceinline__ void attend() {
     if (some_.begin >= some_.end) return;
-    load(KCopy(thread_), kK, keys(p_.k), 0, s_.seqlen_k - b_.key_begin, p_.head_dim);
-    load(VCopy(thread_), kV, keys(p_.v), 0, s_.seqlen_k - b_.key_begin, p_.head_dim_v);
+    load_keys(KCopy(thread_), kK, p_.k, p_.head_dim);
+    load_keys(VCopy(thread_), kV, p_.v, p_.head_dim_v);
     if constexpr (kShape.v_in_registers) hold_values();
     for (int32_t i = 0; i < c_.group; ++i) {
-      if (i > 0) __syncthreads();
       attend_head(b_.head_k * c_.group + i);
+      __syncthreads();  // nobody reads a tile any more
     }
-    __syncthreads();
   }
 
   __device__ __forceinline__ void write() {
-    const float dv_factor = drops(kExtras) ? a_.score.keep_scale : 1.0f;
     stage<T, kHeadDim, kColumnWarps>(dk_, float(p_.softmax_scale), address(kK), key_row(),
                                      key_column(), lane_);
-    stage<T, kHeadDimV, kColumnWarps>(dv_, dv_factor, address(kV), key_row(), key_column(), lane_);
+    stage<T, kHeadDimV, kColumnWarps>(dv_, a_.score.keep_scale, address(kV), key_row(),
+                                      key_column(), lane_);
     __syncthreads();
     const KCopy k_copy(thread_);
     const VCopy v_copy(thread_);
@@ -176,10 +175,10 @@ class KeyTile {
   }
 
   template <typename Copy>
-  __device__ __forceinline__ void load(const Copy& copy, int32_t place, const StridedRows& rows,
-                                       int32_t first_row, int32_t num_rows, int64_t columns) {
-    StridedRows from = copy.place(rows, first_row);
-    copy.template load<false>(address(place), from, num_rows, int32_t(columns));
+  __device__ __forceinline__ void load_keys(const Copy& copy, int32_t place, const Rows& rows,
+                                            int64_t columns) const {
+    StridedRows from = copy.place(keys(rows), 0);
+    copy.template load<false>(address(place), from, s_.seqlen_k - b_.key_begin, int32_t(columns));
   }
   // The tile before the one that was loaded last, which alone may reach beyond the last row: of it
   // num_rows are there. kWhole: all.

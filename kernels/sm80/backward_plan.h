@@ -33,15 +33,15 @@ struct BackwardPlan {
 // Of a family: that of sm_75 never adds to dq.
 ANYFLASH_HOST_DEVICE BackwardPlan backward_plan_of(const AttentionParams& p, int32_t least_sm,
                                                    int32_t max_head_dim) {
-  const int64_t tiles = tiles_of(p, 1, kRowTile);
-  const bool packed = p.cu_seqlens_q != nullptr;
-  return {packed || p.batch == 0 ? tiles : tiles / p.batch, packed ? p.heads : p.heads * p.batch,
+  return {row_tiles_of(p, 1, kRowTile), p.cu_seqlens_q ? p.heads : p.heads * p.batch,
           p.deterministic || least_sm < 80 ? 0 : max_head_dim, p.dsinks != nullptr};
 }
 
 // Tiles of keys of a sequence, or of all packed ones and what follows them.
 ANYFLASH_HOST_DEVICE int64_t key_tiles_of(const AttentionParams& p, int64_t keys) {
-  return p.cu_seqlens_k ? p.total_k / keys + p.batch + 1 : ceil_div(p.seqlen_k, keys);
+  if (!p.cu_seqlens_k) return ceil_div(p.seqlen_k, keys);
+  // With seqused_k nothing says where the last sequence ends, and without one there are no keys.
+  return p.seqused_k && p.batch == 0 ? 0 : p.total_k / keys + p.batch + 1;
 }
 
 }  // namespace anyflash::sm80

@@ -46,9 +46,8 @@ struct QuerySums {
   }
 };
 
-// How a result of 16-bit numbers is spread over warps: `rows` warps along its rows, the others
-// along its columns, 16 at a time in turn. Stages a warp's part of a tile of kColumns in shared
-// memory.
+// Stages a warp's part of a tile of kColumns in shared memory, rounded: rows from first_row on, and
+// of the columns every kColumnWarps-th 16, from the column_warp-th on.
 template <typename T, int32_t kColumns, int32_t kColumnWarps, int32_t kMTiles, int32_t kNTiles>
 __device__ __forceinline__ void stage(const float (&x)[kMTiles][kNTiles][4], float factor,
                                       uint32_t tile, int32_t first_row, int32_t column_warp,
@@ -86,14 +85,15 @@ __global__ void __launch_bounds__(kBackwardThreads) prepare_kernel(const Backwar
         ptx::store_16(sums + 4 * i, {});
       }
     }
-    const bool packed = p.cu_seqlens_q != nullptr, unowned = s.index == p.batch;
+    const bool packed = p.cu_seqlens_q != nullptr;
+    const int32_t rows = s.index == p.batch ? 0 : s.seqlen_q;  // behind the last nothing is read
     const int32_t lane = thread % kRowThreads;
     const bool has_columns = 8 * lane < p.head_dim_v;
     const StridedRows out = strided_rows(p.out, packed, s.index, s.first_q, head);
     const StridedRows dout = strided_rows(p.dout, packed, s.index, s.first_q, head);
     for (int32_t r = thread / kRowThreads; r < kRowTile; r += kBackwardThreads / kRowThreads) {
       const int32_t row = block.row_begin + r;
-      const bool exists = row < s.seqlen_q && !unowned;
+      const bool exists = row < rows;
       float delta = 0;
       if (exists && has_columns) {
         const Words16 x = ptx::load_16(out[row] + 16 * lane);
@@ -113,6 +113,7 @@ __global__ void __launch_bounds__(kBackwardThreads) prepare_kernel(const Backwar
       if (exists) {
         lse = statistics_of(p, p.lse, s, head)[row];
         if (p.dlse.data) delta -= statistics_of(p, p.dlse, s, head)[row];
+        if (lse == infinity()) delta = 0;  // no probabilities, whatever the gradients are
         if (a.dsinks_parts) dsink -= ptx::ex2((p.sinks[head] - lse) * kLog2e) * delta;
       }
       a.rows[first + r] = {(lse - a.score.origin) * kLog2e, delta};
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(kBackwardThreads) prepare_kernel(const Backwar
   if (thread == 0) {
     float sum = 0;
     for (int32_t warp = 0; warp < kBackwardWarps; ++warp) sum += of_warps[warp];
-    a.dsinks_parts[blockIdx.x] = sum;
+    a.dsinks_parts[first / kRowTile] = sum;
   }
 }
 
@@ -134,10 +135,11 @@ __global__ void __launch_bounds__(kBackwardThreads) prepare_kernel(const Backwar
 template <typename T>
 __global__ void __launch_bounds__(kWarpThreads) sinks_kernel(const BackwardArguments a) {
   const AttentionParams& p = a.attention;
-  const int32_t head = int32_t(blockIdx.x), tiles = a.order.row_tiles, pairs = a.order.pairs;
+  const int32_t head = int32_t(blockIdx.x);
+  const int64_t tiles = a.padded_rows / kRowTile, sequences = p.cu_seqlens_q ? 1 : p.batch;
   float sum = 0;
-  for (int32_t i = int32_t(threadIdx.x); i < pairs * tiles; i += kWarpThreads) {
-    if (a.order.at(i).pair % int32_t(p.heads) == head) sum += a.dsinks_parts[i];
+  for (int64_t i = threadIdx.x; i < sequences * tiles; i += kWarpThreads) {
+    sum += a.dsinks_parts[(i / tiles * p.heads + head) * tiles + i % tiles];
   }
   sum = warp_sum(sum);
   if (threadIdx.x == 0) p.dsinks[head] = sum;

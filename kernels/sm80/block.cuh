@@ -63,9 +63,11 @@ struct KeyBlock {
     const int32_t tile = a.order.row_tiles - 1 - place.row_tile, heads_k = int32_t(p.heads_k);
     const int32_t head_k = place.pair % heads_k;
     if (!p.cu_seqlens_k) return {sequence_of(p, place.pair / heads_k), head_k, tile * kKeys};
-    // With seqused_k only beginnings count: the last sequence has none behind it.
+    // With seqused_k only beginnings count: the first may lie anywhere, and the last sequence has
+    // none behind it.
     const int64_t sequences = p.seqused_k ? p.batch : p.batch + 1;
-    const auto packed = PackedTile<kKeys>::find(p.cu_seqlens_k, sequences, 1, tile);
+    const int32_t skipped = PackedTile<kKeys>::first(p.cu_seqlens_k, 1, 0);
+    const auto packed = PackedTile<kKeys>::find(p.cu_seqlens_k, sequences, 1, tile + skipped);
     const bool rest = packed.sequence == p.batch;
     return {rest ? rest_of_keys(p) : sequence_of(p, packed.sequence), head_k,
             packed.row_tile * kKeys};

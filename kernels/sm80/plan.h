@@ -48,11 +48,12 @@ struct Plan {
   }
 };
 
-// Tiles of rows of all sequences. Of packed ones the host knows only the sum of their lengths;
-// sequence.cuh says which tile begins where. What follows the last sequence counts as one more.
-ANYFLASH_HOST_DEVICE int64_t tiles_of(const AttentionParams& p, int64_t group, int64_t rows) {
+// Tiles of rows of a sequence, or of all packed ones together: of these the host knows only the sum
+// of their lengths; sequence.cuh says which tile begins where. What follows the last sequence
+// counts as one more.
+ANYFLASH_HOST_DEVICE int64_t row_tiles_of(const AttentionParams& p, int64_t group, int64_t rows) {
   return p.cu_seqlens_q ? p.total_q * group / rows + p.batch + 1
-                        : ceil_div(p.seqlen_q * group, rows) * p.batch;
+                        : ceil_div(p.seqlen_q * group, rows);
 }
 
 // Keys that a row sees at most.
@@ -70,11 +71,12 @@ ANYFLASH_HOST_DEVICE Plan plan_of(const AttentionParams& p, int32_t multiprocess
   const int64_t rows = plan.decodes ? kDecodeRows : kernels.forward_rows;
   // Dropout numbers and ALiBi slopes belong to a head, so their tiles have one.
   const bool may_share = p.dropout_p == 0 && !p.alibi_slopes;
-  const int64_t apart = tiles_of(p, 1, rows) * group;
-  if (plan.decodes || (may_share && tiles_of(p, group, rows) * 8 <= apart * 7)) plan.group = group;
+  const int64_t apart = row_tiles_of(p, 1, rows) * group;
+  if (plan.decodes || (may_share && row_tiles_of(p, group, rows) * 8 <= apart * 7)) {
+    plan.group = group;
+  }
   const int64_t heads = p.heads / plan.group;
-  const int64_t tiles = tiles_of(p, plan.group, rows);
-  plan.row_tiles = p.cu_seqlens_q || p.batch == 0 ? tiles : tiles / p.batch;
+  plan.row_tiles = row_tiles_of(p, plan.group, rows);
   plan.pairs = p.cu_seqlens_q ? heads : heads * p.batch;
   if (plan.blocks() == 0) return plan;
   const int64_t wanted = kBlocksPerMultiprocessor * multiprocessors / plan.blocks();

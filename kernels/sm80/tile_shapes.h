@@ -46,7 +46,9 @@ template <typename Shape>
 ANYFLASH_HOST_DEVICE constexpr bool runs_here(Shape (*shape)(int32_t, int32_t),
                                               int32_t max_head_dim, int32_t shared_kb) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ > 800
-  constexpr int32_t kKb = __CUDA_ARCH__ / 100 == 8 || __CUDA_ARCH__ >= 1200 ? 100 : 228;
+  constexpr int32_t kKb = __CUDA_ARCH__ == 870                                ? 164
+                          : __CUDA_ARCH__ / 100 == 8 || __CUDA_ARCH__ >= 1200 ? 100
+                                                                              : 228;
   return shape(max_head_dim, kKb).shared_kb == shared_kb;
 #else
   return true;

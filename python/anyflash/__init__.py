@@ -12,6 +12,10 @@ try:
 except ImportError as _error:
     _text = f"anyflash needs PyTorch, which cannot be imported here: {_error}"
     if getattr(sys, "argv", None) and sys.argv[0] == "-m":  # python -m anyflash: an answer
+        from . import _files
+
+        if sys.argv[1:] and sys.argv[1] in _files.OPTIONS:  # for C++, whose LibTorch is no package
+            _files.answer(sys.argv[1])
         from ._remedies import REMEDIES as _REMEDIES
 
         sys.exit(f"{_text}\nWhat to do: {_REMEDIES['install_torch'].text()[0]}")

@@ -1,4 +1,4 @@
-"""`python -m anyflash [doctor] | info | explain | demo`."""
+"""`python -m anyflash [doctor] | info | explain | demo`, `--cmake-dir`, `--library`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import argparse
 import json
 import signal
 import sys
+from typing import Any
 
-from . import __version__, _defs, _doctor, _machine
+from . import __version__, _defs, _doctor, _files, _machine
 from .explain import add_arguments as add_explain_arguments
 from .explain import main as explain_main
 
@@ -55,11 +56,23 @@ def _demo(options: argparse.Namespace) -> int:
     return demo.main(options)
 
 
+class _Locate(argparse.Action):
+    """An option that prints the path of a file for C++ programs."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
+        _files.answer(self.option_strings[0])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m anyflash", description="flash_attn that always imports and always runs"
     )
     parser.add_argument("--version", action="version", version=f"anyflash {__version__}")
+    for option, what in (
+        ("--cmake-dir", "print the folder for find_package(anyflash), and exit"),
+        ("--library", "print the library that registers the operators in C++, and exit"),
+    ):
+        parser.add_argument(option, action=_Locate, nargs=0, help=what)
     commands = parser.add_subparsers(dest="command")
 
     command = commands.add_parser(

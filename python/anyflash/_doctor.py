@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 import torch
 
-from . import _drivers, _loader, _machine, _threads, sdpa
+from . import _drivers, _files, _loader, _machine, _threads, sdpa
 from ._core import torch_version
 from ._remedies import REMEDIES
 from .explain import explain
@@ -140,7 +140,7 @@ def _operators(report: Report) -> dict[str, Any]:
         "provider": _loader.provider,
         "reasons": list(_loader.reasons),
         "files": _machine.library_files(),
-        "build": _loader.build_facts(),
+        "build": _files.build_facts(),
         "kernels": _machine.kernel_state(),
     }
     for file in state["files"].values():
@@ -181,7 +181,7 @@ def _explain_python_operators(report: Report, state: dict[str, Any]) -> None:
         report.note(f"The Python operators are in use: ANYFLASH_BUILD=0 chose them. {same}")
     else:
         what = (
-            f"The compiled operators are not there ({_loader.why_not_built()}); the Python "
+            f"The compiled operators are not there ({_files.why_not_built()}); the Python "
             f"operators stand in for them. {same}"
         )
         if any(reason.startswith("operators:") for reason in build.get("reasons", ())):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import json
 import logging
 import os
 import pathlib
@@ -19,9 +18,8 @@ from typing import Any
 import torch
 
 from . import _core
+from ._files import KERNELS, LIBRARY, build_facts, why_not_built
 
-LIBRARY = pathlib.Path(__file__).resolve().parent / "libanyflash_ops.so"
-KERNELS = LIBRARY.with_name("libanyflash_kernels.so")  # the core and the kernels; LIBRARY opens it
 MIN_TORCH = 210  # 2.10, the stable ABI that the binary is built against
 _PROVIDERS = ("auto", "binary", "python")
 _PROBE = "anyflash::_flash_attn_forward"
@@ -41,15 +39,6 @@ def _is_defined(operator: str) -> bool:
     return bool(torch._C._jit_get_schemas_for_operator(operator))
 
 
-def build_facts() -> dict[str, Any]:
-    """Word that the build left: binary, cuda, reasons for what is missing, and in a wheel the
-    checksums (crc32) of the libraries; or nothing."""
-    try:
-        return json.loads(LIBRARY.with_name("_build.json").read_text())
-    except (OSError, ValueError):
-        return {}
-
-
 def damage(path: pathlib.Path) -> str | None:
     """What is wrong with the file of a library; to open a damaged one could end the process.
 
@@ -65,15 +54,6 @@ def damage(path: pathlib.Path) -> str | None:
         f"{path.name} is damaged: the checksum of its {len(content)} bytes is {found:08x}, that of "
         f"the file that was built is {noted:08x}"
     )
-
-
-def why_not_built() -> str:
-    """Why a library is missing, by the word that the build left."""
-    facts = build_facts()
-    if "reasons" not in facts:
-        return f"{LIBRARY.parent} holds only a part of the package, as frozen or zipped ones do"
-    told = (reason for reason in facts["reasons"] if not reason.startswith("cuda:"))
-    return "; ".join(told) or "the file was there when anyflash was installed"
 
 
 def _obstacle_to(path: pathlib.Path) -> str | None:
@@ -120,7 +100,7 @@ def _open_binary() -> str | None:
         text = f"{LIBRARY.name} did not register its operators: {error_text.decode()}"
         if not was_defined:
             return text
-        reasons.append(f"{text}; those that were there first are in use")
+        reasons.append(text)
     return None
 
 

@@ -4,13 +4,9 @@
 #include <set>
 #include <string>
 
+#include "anyflash/kernels.h"
 #include "catch.h"
-#include "kernels/arch.h"
-#include "kernels/cross_entropy_params.h"
 #include "kernels/driver.h"
-#include "kernels/launch.h"
-#include "kernels/norm_params.h"
-#include "kernels/rotary_params.h"
 
 using anyflash::Activation;
 using anyflash::Arch;
@@ -19,6 +15,7 @@ using anyflash::BiasActivationParams;
 using anyflash::CrossEntropyParams;
 using anyflash::Cubin;
 using anyflash::Device;
+using anyflash::Direction;
 using anyflash::Dtype;
 using anyflash::Family;
 using anyflash::Instance;
@@ -201,4 +198,30 @@ TEST_CASE("launch: workspace of the bias gradient", "[launch]") {
   CHECK(anyflash_bias_activation_workspace(1 << 30, 1, Activation::gelu_tanh) == 256 * 4);
   const int64_t wide = int64_t{1} << 31;
   CHECK(anyflash_bias_activation_workspace(17, wide, Activation::relu) == wide * 4);
+}
+
+TEST_CASE("find_kernel: the best that the machine runs, or the reason", "[instances]") {
+  const auto find = [](Dtype dtype, int32_t head_dim) {
+    return anyflash_find_kernel(Family::attention, Direction::forward, dtype, Device::cpu,
+                                head_dim);
+  };
+  const int32_t isa = anyflash_cpu_isa();
+  for (const Instance& instance : Table()) {
+    if (instance.device != Device::cpu || !anyflash::contains(isa, instance.min_sm)) continue;
+    CAPTURE(instance.name);
+    const Instance* found =
+        anyflash_find_kernel(instance.family, instance.direction, instance.dtype, Device::cpu);
+    REQUIRE(found != nullptr);
+    CHECK(found->family == instance.family);
+    CHECK(found->direction == instance.direction);
+    CHECK(found->dtype == instance.dtype);
+    CHECK(found->min_sm >= instance.min_sm);
+    CHECK(anyflash::contains(isa, found->min_sm));
+  }
+  if (isa == anyflash::Isa::none) return;
+  CHECK(find(Dtype::fp32, 512) != nullptr);
+  CHECK(find(Dtype::fp32, 513) == nullptr);
+  CHECK(std::string(anyflash_text()).find("head_dim") != std::string::npos);
+  CHECK(find(Dtype::fp64, 64) == nullptr);
+  CHECK(std::string(anyflash_text()).find("fp64") != std::string::npos);
 }

@@ -85,7 +85,8 @@ TEST_CASE("registration defines every schema, adds every kernel and keeps the li
 TEST_CASE("an operator that exists already is named, and nothing stays behind") {
   FakeTorch torch;
   torch.taken_schema = kSchemas[1];
-  CHECK(register_with(torch) == "operator already defined in this process: lib::second");
+  CHECK(register_with(torch) ==
+        "already defined in this process, which goes on with that definition: lib::second");
   CHECK(fake.kernels.empty());
   CHECK(fake.open.empty());
 }

@@ -187,7 +187,9 @@ class Problem {
       p_.cu_seqlens_q = keep(begin);
     }
     if (shape_.packed_k) {
-      const Lengths begin = cumulative(*shape_.packed_k, 0);
+      // With seqused_k the first sequence may begin anywhere.
+      const Lengths begin = cumulative(
+          *shape_.packed_k, shape_.seqused_k ? static_cast<int32_t>(random_.integer(0, 300)) : 0);
       rows_k_ = begin.back() + shape_.slack;
       p_.total_k = shape_.clears_rest ? rows_k_ : begin.back();
       p_.cu_seqlens_k = keep(begin);
@@ -338,7 +340,9 @@ class Problem {
           fill_row(p_.q, s.query_position(p_.q, i, head), p_.head_dim, shape_.amplitude);
           if (!shape_.backward) continue;
           fill_row(p_.dout, s.query_position(p_.dout, i, head), p_.head_dim_v, 1);
-          if (shape_.dlse) {
+          bool sees_a_key = false;
+          for (int64_t j = 0; j < s.seqlen_k; ++j) sees_a_key |= s.visible(i, j);
+          if (shape_.dlse && sees_a_key) {  // else NaN stays
             p_.dlse.data[s.statistic_position(p_.dlse, i, head)] =
                 static_cast<float>(random_.normal());
           }

@@ -18,6 +18,7 @@ from installations import (  # noqa: F401  (fixtures)
     libraries,
     pure_wheel,
     source,
+    user,
     wheel,
 )
 

@@ -123,6 +123,24 @@ def environment(tmp_path, libraries) -> Environment:
     return Environment(tmp_path / "venv", libraries)
 
 
+@pytest.fixture(scope="session")
+def user(tmp_path_factory, libraries, wheel) -> Environment:
+    """The wheel in one folder with torch and all else, as a user has it."""
+    folder = tmp_path_factory.mktemp("user")
+    environment = Environment(folder / "venv", folder / "nothing")
+    for entry in libraries.iterdir():
+        (environment.site / entry.name).symlink_to(entry.resolve())
+    environment.install(wheel)
+    return environment
+
+
+def shell(environment: Environment, command: str, cwd: Path, check=True, **variables: str):
+    """Runs a line as a user types it, whose `python` is the environment's."""
+    path = (environment.python.parent, Path(sys.executable).parent, os.environ["PATH"])
+    variables["PATH"] = os.pathsep.join(map(str, path))
+    return call("bash", "-c", command, cwd=cwd, check=check, **variables)
+
+
 def check_out(folder: Path) -> Path:
     """Copies the tracked files there."""
     for path in tracked("**"):

@@ -8,52 +8,27 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import sysconfig
 from pathlib import Path
 
+import cpp_builds
 import torch
-from tree import REPOSITORY
 
 NAME = "standin"
 SOURCE = Path(__file__).with_suffix(".cpp")
-# Kept between runs: PyTorch's headers take half a minute to compile.
-FOLDER = REPOSITORY / "out/stand_in_device"
 
 
 def why_not() -> str | None:
     """Why this environment has no such device."""
     if torch.__version__.split(".")[:2] != ["2", "13"]:
         return f"the stand-in device is written for torch 2.13, this is {torch.__version__}"
-    if _compiler() is None:
+    if cpp_builds.compiler() is None:
         return "no C++ compiler for the stand-in device"
     return None
 
 
-def _compiler() -> str | None:
-    return shutil.which("g++") or shutil.which("c++")
-
-
 def build() -> Path:
     """The library, compiled against the running torch."""
-    from torch.utils.cpp_extension import include_paths, library_paths
-
-    state = SOURCE.read_bytes() + torch.__version__.encode() + torch.__file__.encode()
-    library = FOLDER / f"{hashlib.sha256(state).hexdigest()[:16]}.so"
-    if library.exists():
-        return library
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    unfinished = library.with_suffix(f".{os.getpid()}")
-    flags = ["-O1", "-std=c++20", "-shared", "-fPIC", "-w"]
-    flags += [f"-I{path}" for path in [*include_paths(), sysconfig.get_paths()["include"]]]
-    links = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-lc10"]
-    command = [str(_compiler()), *flags, str(SOURCE), "-o", str(unfinished), *links]
-    subprocess.run(command, check=True)
-    unfinished.rename(library)
-    return library
+    return cpp_builds.shared_library(SOURCE, "-w")
 
 
 class _Module:

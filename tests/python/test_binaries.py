@@ -74,6 +74,7 @@ def test_only_our_names_are_visible(library):
 def test_exports():
     assert "anyflash_register_error" in exports(OPS)
     assert {
+        "anyflash_find_kernel",
         "anyflash_instances",
         "anyflash_launch",
         "anyflash_error_string",

@@ -15,6 +15,7 @@ import pytest
 from tree import REPOSITORY, text_of, tracked
 
 from anyflash.__main__ import _parser
+from anyflash._files import OPTIONS
 
 TRACKED = {path.relative_to(REPOSITORY).as_posix() for path in tracked("**")}
 FOLDERS = {folder.as_posix() for name in TRACKED for folder in Path(name).parents}
@@ -41,6 +42,8 @@ def test_commands_exist(page):
     commands = next(a.choices for a in _parser()._actions if a.dest == "command")
     for command in re.findall(r"python -m anyflash (\w+)", text):
         assert command in commands, command
+    for option in re.findall(r"python -m anyflash (--[a-z-]+)", text):
+        assert option in OPTIONS, option
     for module in re.findall(r"python -m (benchmarks\.\w+)", text):
         assert (REPOSITORY / f"{module.replace('.', '/')}.py").is_file(), module
 
@@ -50,7 +53,7 @@ MADE = {
     *("python/anyflash/_build.json", "python/anyflash/_lists.py", "python/anyflash/cmake"),
     *("python/anyflash/include", "benchmarks/results", "tests/cpp/fuzz_cpu_attention"),
     *("cmake/anyflashConfig.cmake.in", "built.def", "_lists.py", "_companion.py", "train.py"),
-    "kernel.cpp",  # an example of a command
+    *("kernel.cpp", "attend.cpp"),  # examples of a command
     "csrc/xentropy",  # upstream's
 }
 PATH = re.compile(

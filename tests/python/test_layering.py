@@ -29,7 +29,7 @@ def test_kernels_know_nothing_of_torch():
             assert not name.startswith("csrc/"), f"{path} looks up: {name}"
 
 
-@pytest.mark.parametrize("folder", ["kernels", "core", "csrc"])
+@pytest.mark.parametrize("folder", ["kernels", "core", "csrc", "include"])
 def test_what_ships_knows_nothing_of_its_tests(folder):
     for path in _sources(folder):
         found = re.search(r"\b(tests|emulator)/.*", path.read_text())
@@ -68,8 +68,22 @@ def test_the_core_is_free_of_torch_and_knows_nothing_above_it():
     for path in _sources("core"):
         for name in _includes(path):
             assert not name.startswith(("torch/", "ATen/", "c10/", "csrc/", "tests/")), path
-            own = name.startswith(("core/", "kernels/"))
+            own = name.startswith(("core/", "kernels/")) or name == "anyflash/kernels.h"
             assert own or "/" not in name or name.startswith("sys/"), f"{path}: {name}"
+
+
+def test_the_header_of_the_kernels_is_free_of_torch_and_complete():
+    """It includes what csrc/CMakeLists.txt installs, and that nothing else."""
+    listed = re.search(
+        r"ANYFLASH_KERNEL_HEADERS ([^)]*)", (REPOSITORY / "csrc/CMakeLists.txt").read_text()
+    )
+    installed = {f"kernels/{name}" for name in listed[1].split()}
+    found, waiting = set(), ["include/anyflash/kernels.h"]
+    while waiting:
+        names = {name for name in _includes(REPOSITORY / waiting.pop()) if "/" in name}
+        waiting += names - found
+        found |= names
+    assert found == installed
 
 
 def test_only_the_stable_folder_meets_the_registrar_macros():

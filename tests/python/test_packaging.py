@@ -52,6 +52,9 @@ def test_the_wheel_holds_what_it_should_and_no_more(wheel):
         assert any(re.fullmatch(rf"anyflash-[\d.]+\.data/purelib/{name}", n) for n in names)
     assert {
         "anyflash/cmake/anyflashConfig.cmake",
+        "anyflash/include/anyflash/attention.h",
+        "anyflash/include/anyflash/autograd.h",
+        "anyflash/include/anyflash/kernels.h",
         "anyflash/include/anyflash/kernels/launch.h",
     } <= names
     top = {n.split("/")[0] for n in names}

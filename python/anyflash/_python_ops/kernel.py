@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from .. import _core, _records, _threads
 from .arguments import AttentionArgs, BackwardArgs, Gradients
-from .dense_mask import INFINITY
 from .results import empty_results
 
 _PACK = 8  # CUDA kernels move 16 bytes at a time
@@ -74,9 +73,6 @@ def forward(
     if lse.numel() == 0:
         return promised, lse
     out = _Output(promised)
-    if args.q.is_cuda and args.packed:  # how many rows belong to no sequence, the device knows
-        out.written.zero_()
-        lse.fill_(INFINITY)
     converted = _Converted(args, call)
     results = _records.new(_records.AttentionResults)
     _records.put(results, "out", out.written)
