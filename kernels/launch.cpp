@@ -108,7 +108,8 @@ int64_t anyflash_attention_workspace(const Instance* instance,
                                      const anyflash::AttentionParams* params) {
   if (instance->device != anyflash::Device::cuda) return 0;
   if (instance->direction == anyflash::Direction::backward) {
-    return anyflash::sm80::backward_plan_of(*params, instance->max_head_dim).workspace_bytes();
+    return anyflash::sm80::backward_plan_of(*params, instance->min_sm, instance->max_head_dim)
+        .workspace_bytes();
   }
   const auto kernels = anyflash::sm80::kernels_of(instance->min_sm, instance->max_head_dim);
   return anyflash::sm80::plan_of(*params, anyflash::device_limits().multiprocessors, kernels)

@@ -108,19 +108,26 @@ class Code:
     def hot_loop(self, wanted: str = "") -> collections.Counter[str] | None:
         """A pass through the loop with most matrix products, by opcode without modifiers. Masks and
         other branches are left out, except those with instructions that match `wanted`."""
-        ways = []
+        passes: list[tuple[set[int], collections.Counter[str]]] = []
         for at in range(len(self.instructions)):
             for header in self.successors(at):
-                if header <= at:
-                    ways.append(self._pass(header, self._body(header, at), wanted))
-        counts = [
-            (done, collections.Counter(self.instructions[n].opcode.partition(".")[0] for n in path))
-            for done, path in ways
+                if header > at:
+                    continue
+                body = self._body(header, at)
+                _, path = self._pass(header, body, wanted)
+                opcodes = (self.instructions[n].opcode.partition(".")[0] for n in path)
+                count = collections.Counter(opcodes)
+                if count["HMMA"]:
+                    passes.append((body, count))
+        # A loop around another has the products of a pass through that, and more.
+        inner = [
+            count
+            for body, count in passes
+            if not any(b < body and 2 * c["HMMA"] <= count["HMMA"] for b, c in passes)
         ]
-        with_products = [(done, count) for done, count in counts if count["HMMA"]]
-        most = max((count["HMMA"] for _, count in with_products), default=0)
-        full = [(done, count) for done, count in with_products if count["HMMA"] >= 0.9 * most]
-        return min(full, key=lambda way: sum(way[1].values()), default=(0, None))[1]
+        most = max((count["HMMA"] for count in inner), default=0)
+        full = [count for count in inner if count["HMMA"] >= 0.9 * most]
+        return min(full, key=lambda count: sum(count.values()), default=None)
 
 
 def compile_cuda(

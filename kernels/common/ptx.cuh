@@ -187,14 +187,14 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
 
 // Closes a group of this thread's copies.
 __device__ __forceinline__ void cp_async_commit() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
+  if constexpr (kHasCpAsync) asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
 // Waits until at most kPending of this thread's groups are unfinished. Other threads see what was
 // copied after a barrier behind the wait.
 template <int32_t kPending>
 __device__ __forceinline__ void cp_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+  if constexpr (kHasCpAsync) asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // Four 8x8 matrices of 16-bit elements: lanes 8i ... 8i + 7 give the addresses of the rows of

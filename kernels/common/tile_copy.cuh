@@ -43,11 +43,18 @@ class TileCopy {
   // Of the thread's first chunk in its rows.
   __device__ __forceinline__ int32_t byte() const { return chunk_ * kChunkBytes; }
 
-  // Queues the rows of a tile. Those from `num_rows` on and columns from `num_columns` on become
-  // zeros and are not read; kWhole: all rows are there.
+  // Queues the rows of a tile; without cp.async they are stored there and then. Those from
+  // `num_rows` on and columns from `num_columns` on become zeros and are not read; kWhole: all rows
+  // are there.
   template <bool kWhole, typename Place>
   __device__ __forceinline__ void load(uint32_t tile, Place&& place, int32_t num_rows,
                                        int32_t num_columns) const {
+    if constexpr (!ptx::kHasCpAsync) {
+      Fetched fetched;
+      fetch<kWhole>(fetched, place, num_rows, num_columns);
+      put(tile, fetched);
+      return;
+    }
     const int32_t columns = num_columns - chunk_ * kChunkElements;  // from the thread's on
 #pragma unroll
     for (int32_t i = 0; i < kRowsEach; ++i) {

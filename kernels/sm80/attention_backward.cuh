@@ -67,11 +67,13 @@ int32_t launch_keys(BackwardArguments a, void* stream) {
       kBackwardThreads, Tile::kSharedBytes, stream);
 }
 
-template <typename T, int32_t kHeadDim, int32_t kHeadDimV, Extras kExtras>
-int32_t launch_queries(const BackwardArguments& a, void* stream) {
-  using Tile = QueryTile<T, kHeadDim, kHeadDimV, kExtras, kLeastSharedKb>;
+template <typename T, int32_t kHeadDim, int32_t kHeadDimV, Extras kExtras, int32_t kSharedKb>
+int32_t launch_queries(BackwardArguments a, void* stream) {
+  using Tile = QueryTile<T, kHeadDim, kHeadDimV, kExtras, kSharedKb>;
   const AttentionParams& p = a.attention;
-  return launch_ordered(queries_kernel<T, kHeadDim, kHeadDimV, kExtras, kLeastSharedKb>, a,
+  a.k_tile_bytes = 2 * p.k.row_stride * Tile::kShape.keys;
+  a.v_tile_bytes = 2 * p.v.row_stride * Tile::kShape.keys;
+  return launch_ordered(queries_kernel<T, kHeadDim, kHeadDimV, kExtras, kSharedKb>, a,
                         row_tiles_of(p, 1, Tile::kShape.rows),
                         p.cu_seqlens_q ? p.heads : p.heads * p.batch, p.seqlen_k, Tile::kThreads,
                         Tile::kSharedBytes, stream);
@@ -93,40 +95,47 @@ int32_t launch_gradients(const BackwardArguments& a, const BackwardPlan& plan, v
   if (const int32_t error = launch_keys<T, kHeadDim, kHeadDimV, kExtras, kSharedKb>(a, stream)) {
     return error;
   }
-  if (!a.dq_sums) {
-    constexpr Extras kQueryExtras = kExtras == Extras::none ? Extras::none : Extras::all;
-    return launch_queries<T, kHeadDim, kHeadDimV, kQueryExtras>(a, stream);
+  if constexpr (kSharedKb >= kLeastSharedKb) {
+    if (a.dq_sums) {
+      return launch_ordered(finish_kernel<T, kHeadDim, kSharedKb>, a, plan.row_tiles, plan.pairs, 0,
+                            Sums::kThreads, Sums::kSharedBytes, stream);
+    }
   }
-  return launch_ordered(finish_kernel<T, kHeadDim, kSharedKb>, a, plan.row_tiles, plan.pairs, 0,
-                        Sums::kThreads, Sums::kSharedBytes, stream);
+  constexpr Extras kQueryExtras = kExtras == Extras::none ? Extras::none : Extras::all;
+  constexpr int32_t kQuerySharedKb = smaller(kSharedKb, kLeastSharedKb);
+  return launch_queries<T, kHeadDim, kHeadDimV, kQueryExtras, kQuerySharedKb>(a, stream);
 }
 
 // The largest tile for which the device has the shared memory; Extras::all has one.
-template <typename T, int32_t kHeadDim, int32_t kHeadDimV, Extras kExtras>
+template <typename T, int32_t kHeadDim, int32_t kHeadDimV, int32_t kLeastSm, Extras kExtras>
 int32_t launch_extras(const BackwardArguments& a, const BackwardPlan& plan, void* stream) {
-  constexpr int32_t kMostKb = key_tile_shape(kHeadDim, 1024).shared_kb;
-  if constexpr (kExtras != Extras::all && kMostKb > kLeastSharedKb) {
-    if (device_limits().shared_bytes_per_multiprocessor >= kMostKb * 1024) {
-      return launch_gradients<T, kHeadDim, kHeadDimV, kExtras, kMostKb>(a, plan, stream);
+  if constexpr (kLeastSm < 80) {
+    return launch_gradients<T, kHeadDim, kHeadDimV, kExtras, kSm75SharedKb>(a, plan, stream);
+  } else {
+    constexpr int32_t kMostKb = key_tile_shape(kHeadDim, 1024).shared_kb;
+    if constexpr (kExtras != Extras::all && kMostKb > kLeastSharedKb) {
+      if (device_limits().shared_bytes_per_multiprocessor >= kMostKb * 1024) {
+        return launch_gradients<T, kHeadDim, kHeadDimV, kExtras, kMostKb>(a, plan, stream);
+      }
     }
+    return launch_gradients<T, kHeadDim, kHeadDimV, kExtras, kLeastSharedKb>(a, plan, stream);
   }
-  return launch_gradients<T, kHeadDim, kHeadDimV, kExtras, kLeastSharedKb>(a, plan, stream);
 }
 
-template <typename T, int32_t kHeadDim, int32_t kHeadDimV>
+template <typename T, int32_t kHeadDim, int32_t kHeadDimV, int32_t kLeastSm = 80>
 int32_t launch_backward_of(const AttentionParams& p, int32_t max_head_dim, void* stream) {
-  const BackwardPlan plan = backward_plan_of(p, max_head_dim);
+  const BackwardPlan plan = backward_plan_of(p, kLeastSm, max_head_dim);
   if (plan.workspace_bytes() > 0 && !p.workspace) return kErrorInvalidParams;
   const BackwardArguments a = backward_arguments(p, plan);
   switch (backward_extras_of(p)) {
     case Extras::none:
-      return launch_extras<T, kHeadDim, kHeadDimV, Extras::none>(a, plan, stream);
+      return launch_extras<T, kHeadDim, kHeadDimV, kLeastSm, Extras::none>(a, plan, stream);
     case Extras::score_mod:
-      return launch_extras<T, kHeadDim, kHeadDimV, Extras::score_mod>(a, plan, stream);
+      return launch_extras<T, kHeadDim, kHeadDimV, kLeastSm, Extras::score_mod>(a, plan, stream);
     case Extras::dropout:
-      return launch_extras<T, kHeadDim, kHeadDimV, Extras::dropout>(a, plan, stream);
+      return launch_extras<T, kHeadDim, kHeadDimV, kLeastSm, Extras::dropout>(a, plan, stream);
     case Extras::all:
-      return launch_extras<T, kHeadDim, kHeadDimV, Extras::all>(a, plan, stream);
+      return launch_extras<T, kHeadDim, kHeadDimV, kLeastSm, Extras::all>(a, plan, stream);
   }
   return kErrorInvalidParams;
 }

@@ -8,6 +8,9 @@
 //                              P and dS                     dO of the
 //                              are there                    next step
 //
+// On sm_75 dQ is left to backward_queries.cuh. The next tile's rows come through registers, which
+// are free behind the first barrier, and are stored between two barriers at the top of its step.
+//
 // Scores are rows of queries by columns of keys. P and dS go through shared memory, because each
 // product needs them shared out differently.
 #pragma once
@@ -33,6 +36,7 @@ class KeyTile {
   static constexpr int32_t kScoreKeys = kKeys / kScoreColumnWarps;
   static constexpr int32_t kWarpKeys = kKeys / kShape.key_warps;
   static constexpr int32_t kMTiles = kScoreRows / 16, kNTiles = kScoreKeys / 8;
+  static constexpr bool kAddsQueries = kSharedKb >= kLeastSharedKb;
 
   using KTile = SwizzledTile<kHeadDim>;
   using VTile = SwizzledTile<kHeadDimV>;
@@ -48,14 +52,14 @@ class KeyTile {
 
  public:
   // What a block's threads have in common. In shared memory, because all registers are for scores
-  // and gradients.
+  // and gradients. On sm_75 tiles fill that, so that each thread has it.
   struct Common {
     KeyBlock block;
     int32_t group;     // heads that share the keys
     HeadNumbers head;  // of the one at work
   };
-  static constexpr int32_t kCommonBytes = 128;
-  static_assert(sizeof(Common) <= kCommonBytes);
+  static constexpr int32_t kCommonBytes = kSharedKb < kLeastSharedKb ? 0 : 128;
+  static_assert(kCommonBytes == 0 || sizeof(Common) <= kCommonBytes);
   static constexpr int32_t kSharedBytes =
       kCommonBytes + kQ + kShape.q_buffers * KTile::bytes(kRows);
   static_assert(kCommonBytes + kV + VTile::bytes(kKeys) <= kSharedBytes);
@@ -181,17 +185,37 @@ class KeyTile {
   // num_rows are there. kWhole: all.
   template <bool kWhole>
   __device__ __forceinline__ void load_queries(int32_t num_rows = 0) {
-    QCopy(thread_).template load<kWhole>(address(kQ) + q_buffer_, queries_, num_rows,
-                                         int32_t(p_.head_dim));
-    ptx::cp_async_commit();
+    if constexpr (ptx::kHasCpAsync) {
+      QCopy(thread_).template load<kWhole>(address(kQ) + q_buffer_, queries_, num_rows,
+                                           int32_t(p_.head_dim));
+      ptx::cp_async_commit();
+    } else {
+      QCopy(thread_).template fetch<kWhole>(fetched_q_, queries_, num_rows, int32_t(p_.head_dim));
+    }
     queries_.skip(-a_.q_tile_bytes);
   }
   template <bool kWhole>
   __device__ __forceinline__ void load_dout(int32_t num_rows = 0) {
-    DoutCopy(thread_).template load<kWhole>(address(kDout), douts_, num_rows,
-                                            int32_t(p_.head_dim_v));
-    ptx::cp_async_commit();
+    if constexpr (ptx::kHasCpAsync) {
+      DoutCopy(thread_).template load<kWhole>(address(kDout), douts_, num_rows,
+                                              int32_t(p_.head_dim_v));
+      ptx::cp_async_commit();
+    } else {
+      DoutCopy(thread_).template fetch<kWhole>(fetched_dout_, douts_, num_rows,
+                                               int32_t(p_.head_dim_v));
+    }
     douts_.skip(-a_.dout_tile_bytes);
+  }
+  // What was asked for is there for every thread.
+  __device__ __forceinline__ void await_rows() const {
+    if constexpr (ptx::kHasCpAsync) {
+      ptx::cp_async_wait<0>();
+    } else {
+      __syncthreads();  // nobody reads the rows before
+      QCopy(thread_).put(address(kQ), fetched_q_);
+      DoutCopy(thread_).put(address(kDout), fetched_dout_);
+    }
+    __syncthreads();
   }
 
   // The warp's keys' rows of V, as fragments of dP's product.
@@ -220,9 +244,9 @@ class KeyTile {
     const int32_t row = tile * kRows;
     const int64_t first = first_number(a_, s_, head) + row;
     // Seen behind the first barrier of a step.
-    if (thread_ == 0) c_.head = HeadNumbers::of(p_, a_.score, s_.index, head);
+    if (kCommonBytes == 0 || thread_ == 0) c_.head = HeadNumbers::of(p_, a_.score, s_.index, head);
     numbers_ = a_.rows + first + score_row() + lane_ / 4;
-    sums_ = Sums::of(a_.dq_sums, first, thread_);
+    if constexpr (kAddsQueries) sums_ = Sums::of(a_.dq_sums, first, thread_);
     queries_ = QCopy(thread_).place(queries(p_.q, head), row);
     douts_ = DoutCopy(thread_).place(queries(p_.dout, head), row);
     load_queries<false>(s_.seqlen_q - row);
@@ -235,8 +259,7 @@ class KeyTile {
   __device__ __forceinline__ void step(int32_t tile) {
     Gradients<kExtras, kMTiles, kNTiles> gradients(a_.score, p_, numbers_);
     const uint32_t q = kQ + q_buffer_;
-    ptx::cp_async_wait<0>();
-    __syncthreads();
+    await_rows();
     if (kShape.q_buffers == 2 && !kLast) {
       q_buffer_ ^= KTile::bytes(kRows);
       load_queries<true>();
@@ -276,19 +299,25 @@ class KeyTile {
     }
 
     __syncthreads();
+    if (!ptx::kHasCpAsync && !kLast) {
+      load_dout<true>();
+      load_queries<true>();
+    }
     add_transposed(dv_, transposed_.in(kP), columns_dout_.in(kDout));
-    if (!kLast) {
+    if (ptx::kHasCpAsync && !kLast) {
       __syncthreads();
       load_dout<true>();
     }
-    if (a_.dq_sums) add_queries();
+    if constexpr (kAddsQueries) {
+      if (a_.dq_sums) add_queries();
+    }
     add_transposed(dk_, transposed_.in(kDs), TileReader<kHeadDim>{columns_q_.address + q});
-    if (kShape.q_buffers == 1 && !kLast) {
+    if (ptx::kHasCpAsync && kShape.q_buffers == 1 && !kLast) {
       __syncthreads();
       load_queries<true>();
     }
     numbers_ -= kRows;
-    sums_ -= kRows * kHeadDim;
+    if constexpr (kAddsQueries) sums_ -= kRows * kHeadDim;
   }
 
   // Two neighbours of a row of scores.
@@ -363,6 +392,8 @@ class KeyTile {
   float* sums_;                // of the same tile
   StridedRows queries_{};      // of the next tile to load
   StridedRows douts_{};
+  typename QCopy::Fetched fetched_q_;  // without cp.async
+  typename DoutCopy::Fetched fetched_dout_;
   uint32_t q_buffer_ = 0;  // behind kQ, where the ones loaded last are
   uint32_t values_[kShape.v_in_registers ? kHeadDimV / 16 : 1][kNTiles / 2][4];
   Accumulator<kWarpKeys / 16, kHeadDim / kColumnWarps> dk_;
@@ -374,17 +405,26 @@ __global__ void __launch_bounds__(kBackwardThreads) keys_kernel(const BackwardAr
   using Tile = KeyTile<T, kHeadDim, kHeadDimV, kExtras, kSharedKb>;
   if constexpr (kExtras == Extras::all || runs_here(key_tile_shape, kHeadDim, kSharedKb)) {
     extern __shared__ __align__(128) unsigned char shared[];
-    auto* common = reinterpret_cast<typename Tile::Common*>(shared);
+    using Common = typename Tile::Common;
     const KeyBlock block = KeyBlock::of<Tile::kKeys>(a);
     if (!block.has_keys()) return;
-    if (threadIdx.x == 0) {
-      common->block = block;
-      common->group = int32_t(a.attention.heads) / int32_t(a.attention.heads_k);
+    const auto group = [&] { return int32_t(a.attention.heads) / int32_t(a.attention.heads_k); };
+    if constexpr (Tile::kCommonBytes == 0) {
+      Common common{block, group(), {}};
+      Tile tile(a, common, shared);
+      tile.attend();
+      tile.write();
+    } else {
+      auto* common = reinterpret_cast<Common*>(shared);
+      if (threadIdx.x == 0) {
+        common->block = block;
+        common->group = group();
+      }
+      __syncthreads();
+      Tile tile(a, *common, shared + Tile::kCommonBytes);
+      tile.attend();
+      tile.write();
     }
-    __syncthreads();
-    Tile tile(a, *common, shared + Tile::kCommonBytes);
-    tile.attend();
-    tile.write();
   } else {
     ptx::trap();
   }

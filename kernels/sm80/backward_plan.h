@@ -30,9 +30,11 @@ struct BackwardPlan {
   }
 };
 
-ANYFLASH_HOST_DEVICE BackwardPlan backward_plan_of(const AttentionParams& p, int32_t max_head_dim) {
+// Of a family: that of sm_75 never adds to dq.
+ANYFLASH_HOST_DEVICE BackwardPlan backward_plan_of(const AttentionParams& p, int32_t least_sm,
+                                                   int32_t max_head_dim) {
   return {row_tiles_of(p, 1, kRowTile), p.cu_seqlens_q ? p.heads : p.heads * p.batch,
-          p.deterministic ? 0 : max_head_dim, p.dsinks != nullptr};
+          p.deterministic || least_sm < 80 ? 0 : max_head_dim, p.dsinks != nullptr};
 }
 
 // Tiles of keys of a sequence, or of all packed ones and what follows them.

@@ -17,6 +17,15 @@ struct KeyTileShape {
   bool v_in_registers;
 };
 
+struct QueryTileShape {
+  int32_t max_head_dim;
+  int32_t shared_kb;
+  int32_t rows;
+  int32_t keys;
+  int32_t warps;
+  bool q_in_registers;
+};
+
 constexpr KeyTileShape kKeyTileShapes[] = {
 #define KEY_TILE(...) {__VA_ARGS__},
 #define QUERY_TILE(...)
@@ -25,7 +34,7 @@ constexpr KeyTileShape kKeyTileShapes[] = {
 #undef KEY_TILE
 };
 
-constexpr TileShape kQueryTileShapes[] = {
+constexpr QueryTileShape kQueryTileShapes[] = {
 #define KEY_TILE(...)
 #define QUERY_TILE(...) {__VA_ARGS__},
 #include "kernels/sm80/backward_tiles.def"
@@ -37,7 +46,8 @@ ANYFLASH_HOST_DEVICE constexpr KeyTileShape key_tile_shape(int32_t max_head_dim,
                                                            int32_t shared_kb) {
   return find_shape(kKeyTileShapes, max_head_dim, shared_kb);
 }
-ANYFLASH_HOST_DEVICE constexpr TileShape query_tile_shape(int32_t max_head_dim, int32_t shared_kb) {
+ANYFLASH_HOST_DEVICE constexpr QueryTileShape query_tile_shape(int32_t max_head_dim,
+                                                               int32_t shared_kb) {
   return find_shape(kQueryTileShapes, max_head_dim, shared_kb);
 }
 

@@ -70,7 +70,7 @@ _TILES = {
         "max_head_dim shared_kb rows keys score_warps key_warps query_warps q_buffers "
         "v_in_registers",
     ),
-    "QUERY_TILE": ("backward, dq alone", "max_head_dim shared_kb rows keys warps"),
+    "QUERY_TILE": ("backward, dq alone", "max_head_dim shared_kb rows keys warps q_in_registers"),
 }
 
 

@@ -175,9 +175,16 @@ TEST_CASE("dispatch: what the attention kernels for GPUs compute, and what not",
   }
 }
 
-TEST_CASE("dispatch: the backward on GPUs without kernels for it", "[dispatch]") {
-  CHECK(reasons_against_kernel(on_gpu(75, 0, Direction::backward)) ==
-        "this build has no attention kernel for the backward on sm_75");
+TEST_CASE("dispatch: the backward on sm_75", "[dispatch]") {
+  Problem problem = on_gpu(75, Feature::lse_grad, Direction::backward);
+  CHECK(kernel_for(problem) == "attention_backward_fp16_d64_sm75");
+  problem.head_dim = problem.head_dim_v = 65;
+  CHECK(kernel_for(problem) == "attention_backward_fp16_d128_sm75");
+  problem.head_dim = problem.head_dim_v = 129;
+  CHECK(reasons_against_kernel(problem) == "head_dim 129 is above 128");
+  problem = on_gpu(75, 0, Direction::backward);
+  problem.dtype = Dtype::bf16;
+  CHECK(reasons_against_kernel(problem) == "needs fp16, got bf16");
 }
 
 TEST_CASE("dispatch: a GPU that a build has no machine code for", "[dispatch]") {

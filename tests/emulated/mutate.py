@@ -103,6 +103,17 @@ BACKWARD = (
     attention_probe(64, *QUICK_BACKWARD, direction="backward"),
     attention_probe(64, *ALL_BACKWARD, direction="backward"),
 )
+BACKWARD_SM75 = (
+    attention_probe(
+        64,
+        "prepare_kernel<T_D_D>(const BackwardArguments)",
+        "keys_kernel<T_D_D, Extras::none, 64>(const BackwardArguments)",
+        "queries_kernel<T_D_D, Extras::none, 64>(const BackwardArguments)",
+        dtype="fp16",
+        sm=75,
+        direction="backward",
+    ),
+)
 KVCACHE_APPEND = (
     Probe(
         """#include "kernels/elementwise/kvcache_append.cuh"
@@ -122,8 +133,8 @@ FILES = {
     "kernels/sm80/combine.cuh": ATTENTION,
     "kernels/sm80/block.cuh": ATTENTION + BACKWARD,
     "kernels/sm80/key_tiles.cuh": ATTENTION + SM75,
-    "kernels/sm80/backward_keys.cuh": BACKWARD,
-    "kernels/sm80/backward_queries.cuh": BACKWARD,
+    "kernels/sm80/backward_keys.cuh": BACKWARD + BACKWARD_SM75,
+    "kernels/sm80/backward_queries.cuh": BACKWARD + BACKWARD_SM75,
     "kernels/sm80/backward_rows.cuh": BACKWARD,
     "kernels/sm80/gradients.cuh": BACKWARD,
     "kernels/common/tile_copy.cuh": ATTENTION + SM75,

@@ -12,6 +12,7 @@ import json
 import pathlib
 import re
 import sys
+from collections import Counter
 from typing import NamedTuple
 
 import pytest
@@ -30,6 +31,8 @@ INSTANCES = [name for name in instances() if not re.search(r"fp16_.*_sm80", name
 FORWARD = [name for name in INSTANCES if instances()[name].direction == "forward"]
 BACKWARD = [name for name in INSTANCES if instances()[name].direction == "backward"]
 SM80 = [name for name in FORWARD if name.endswith("_sm80")]
+BACKWARD_SM80 = [name for name in BACKWARD if name.endswith("_sm80")]
+BACKWARD_SM75 = [name for name in BACKWARD if name.endswith("_sm75")]
 
 
 class Tile(NamedTuple):
@@ -90,6 +93,10 @@ SPILL_BUDGET = {
     "forward fp16 256 dropout": 228,
     "forward fp16 256 everything": 176,
     "forward fp16 256 everything paged": 280,
+    "keys fp16 128 score_mod": 108,
+    "keys fp16 128 dropout": 120,
+    "keys fp16 128 everything": 160,
+    "queries fp16 64 everything": 152,
 }
 
 # Local loads and stores in one pass of the mask-free loop, of some 900 instructions.
@@ -109,6 +116,8 @@ LOOP_BUDGET = {
     "forward fp16 256 dropout": 10,
     "forward fp16 256 everything": 8,
     "forward fp16 256 everything paged": 12,
+    "keys fp16 128 everything": 2,
+    "queries fp16 64 everything": 4,
 }
 
 # Loops that read pages: instructions, as a multiple of those of the same kernel without pages.
@@ -131,6 +140,15 @@ BACKWARD_GOALS = {
 # weigh more.
 BACKWARD_ADDRESSES = {"64, 100 KB": 0.3, "192, 100 KB": 0.3}
 
+# What the loops of sm_75's backward take per 16x8x16 product at most, of which two are mma; and
+# their integer arithmetic and moves.
+BACKWARD_GOALS_SM75 = {
+    "keys fp16 64 plain": (4.9, 0.3),
+    "keys fp16 128 plain": (4.1, 0.35),
+    "queries fp16 64 plain": (4.7, 0.3),
+    "queries fp16 128 plain": (4.0, 0.3),
+}
+
 # Integer arithmetic and moves per product of the plain loops: one to four. On sm_75, where two
 # numbers are packed by two conversions and tiles pass through registers, more.
 ADDRESSES_PER_PRODUCT = {"fp16_d64_sm75": 0.4, "fp16_d128_sm75": 0.3, "fp16_d256_sm75": 1.0}
@@ -146,7 +164,11 @@ def tile_of(kernel: Kernel) -> Tile:
 
 def products(name: str) -> int:
     """Instructions of an instance for a 16x8x16 product."""
-    return 1 if name in SM80 else 2
+    return 1 if name.endswith("_sm80") else 2
+
+
+def addresses_and_moves(loop: Counter[str]) -> int:
+    return sum(n for name, n in loop.items() if re.match(ADDRESSES_AND_MOVES, name))
 
 
 def needed(tile: Tile, head_dim: int, head_dim_v: int, products: int) -> dict[str, int]:
@@ -232,7 +254,7 @@ def test_addresses_and_moves(sass, name):
         if kernel.kind != "forward" or kernel.extras or kernel.paged:
             continue
         found = code.hot_loop()
-        other = sum(n for name, n in found.items() if re.match(ADDRESSES_AND_MOVES, name))
+        other = addresses_and_moves(found)
         count = found["HMMA"] // products(name)
         assert other <= ADDRESSES_PER_PRODUCT.get(name, 0.25) * count, (
             f"{kernel.label()}: {other} of {count}"
@@ -303,48 +325,75 @@ class KeyTile(NamedTuple):
     q_buffers: int
     v_in_registers: int
 
-    def needed(self, head_dim: int, head_dim_v: int) -> dict[str, int]:
+    def needed(self, head_dim: int, head_dim_v: int, products: int) -> dict[str, int]:
         """Instructions of one of 8 warps per query tile: matrix products, ldmatrix.x4 for their
-        operands, exponentials, additions to dq."""
+        operands, exponentials, additions to dq; sm_75, with two instructions for a product, has
+        none of these."""
         rows, keys = self.rows // self.score_warps, self.keys // (8 // self.score_warps)
         own_keys, columns = self.keys // self.key_warps, 8 // self.key_warps
         own_rows, query_columns = self.rows // self.query_warps, 8 // self.query_warps
         both = head_dim + head_dim_v
         scores = (rows + keys) * head_dim + (rows + keys * (1 - self.v_in_registers)) * head_dim_v
         sums = self.rows * (2 * own_keys + both // columns)
-        dq = self.keys * (own_rows + head_dim // query_columns)
-        products = self.rows * self.keys * (3 * head_dim + 2 * head_dim_v) // 8
+        adds = products == 1
+        dq = adds * self.keys * (own_rows + head_dim // query_columns)
+        depth = 2 * both + adds * head_dim
         return {
-            "HMMA": products // (16 * 8 * 16),
+            "HMMA": products * self.rows * self.keys * depth // 8 // (16 * 8 * 16),
             "LDSM": (scores + sums + dq) // 256,
             "MUFU": rows * keys // 32,
-            "RED": self.rows * head_dim // 256,
+            "RED": adds * self.rows * head_dim // 256,
         }
 
 
-def key_tiles() -> dict[tuple[int, int], KeyTile]:
-    """(head_dim, shared_kb) -> KeyTile."""
+class QueryTile(NamedTuple):
+    """The same of the kernel that computes dq alone."""
+
+    rows: int
+    keys: int
+    warps: int
+    q_in_registers: int
+
+    def needed(self, head_dim: int, head_dim_v: int, products: int) -> dict[str, int]:
+        """Instructions of a warp per key tile."""
+        rows, keys = self.rows // self.warps, self.keys
+        q, dout = rows * head_dim * (1 - self.q_in_registers), rows * head_dim_v
+        return {
+            "HMMA": products * rows * keys * (2 * head_dim + head_dim_v) // (16 * 8 * 16),
+            "LDSM": (q + dout + keys * (2 * head_dim + head_dim_v)) // 256,
+            "MUFU": rows * keys // 32,
+        }
+
+
+def backward_tile(kernel: Kernel) -> KeyTile | QueryTile:
+    """The line of a kernel that has one."""
+    macro, tile = {"keys": ("KEY_TILE", KeyTile), "queries": ("QUERY_TILE", QueryTile)}[kernel.kind]
     text = (REPOSITORY / "kernels/sm80/backward_tiles.def").read_text()
-    lines = re.findall(r"^KEY_TILE\((.*)\)", text, re.MULTILINE)
-    numbers = [tuple(map(int, line.split(","))) for line in lines]
-    return {(line[0], line[1]): KeyTile(*line[2:]) for line in numbers}
+    place = rf"{kernel.head_dim}, {kernel.shared_kb}"
+    (numbers,) = re.findall(rf"^{macro}\({place}, (.*)\)", text, re.MULTILINE)
+    return tile(*map(int, numbers.split(",")))
 
 
-def keys_kernels(sass, name: str) -> dict[Kernel, Code]:
-    """Those that compute dk, dv and dq's sums."""
-    return {kernel: code for kernel, code in sass(name).items() if kernel.kind == "keys"}
+def plain_loops(sass, name: str, *kinds: str) -> dict[Kernel, Counter[str]]:
+    """The mask-free loops of kernels without extras, with their copies."""
+    return {
+        kernel: code.hot_loop(r"LDG\.E\.128")
+        for kernel, code in sass(name).items()
+        if kernel.kind in kinds and not kernel.extras
+    }
 
 
 @pytest.mark.parametrize("name", BACKWARD)
 def test_the_backward_has_what_the_method_needs(sass, name):
-    for kernel, code in keys_kernels(sass, name).items():
-        tile = key_tiles()[kernel.head_dim, kernel.shared_kb]
-        found = code.hot_loop()
-        if kernel.extras:
-            continue
-        for opcode, count in tile.needed(kernel.head_dim, kernel.head_dim_v).items():
+    for kernel, found in plain_loops(sass, name, "keys", "queries").items():
+        tile = backward_tile(kernel)
+        needed = tile.needed(kernel.head_dim, kernel.head_dim_v, products(name))
+        for opcode, count in needed.items():
             assert found[opcode] == count, f"{kernel.label()}: {opcode}"
-        assert found["BAR"] == 4 - tile.q_buffers // 2, kernel.label()
+        barriers = 2 if kernel.kind == "queries" else 3
+        if kernel.kind == "keys" and name in BACKWARD_SM80 and tile.q_buffers == 1:
+            barriers = 4
+        assert found["BAR"] == barriers, kernel.label()
         assert found["FSEL"] == 0, f"{kernel.label()} has a mask in its loop"
 
 
@@ -358,30 +407,39 @@ def test_local_memory_in_the_backward_loop(sass, name):
     assert {k: n for k, n in local.items() if n > LOOP_BUDGET.get(k, 0)} == {}
 
 
-@pytest.mark.parametrize("name", BACKWARD)
+@pytest.mark.parametrize("name", BACKWARD_SM80)
 def test_the_backward_has_no_more_instructions_than_flash_attention(sass, name):
     compared = set()
-    for kernel, code in keys_kernels(sass, name).items():
-        if kernel.extras or kernel.head_dim_v != kernel.head_dim:
+    for kernel, found in plain_loops(sass, name, "keys").items():
+        if kernel.head_dim_v != kernel.head_dim:
             continue
-        found = code.hot_loop()
         line = f"{kernel.head_dim}, {kernel.shared_kb} KB"
         peers = PEERS["backward_instructions_per_mma"][line]
         ours = sum(found.values()) / found["HMMA"]
         assert ours <= BACKWARD_GOALS.get(line, min(peers.values())), (
             f"{kernel.label()}: {ours:.2f}"
         )
-        other = sum(n for name, n in found.items() if re.match(ADDRESSES_AND_MOVES, name))
-        assert other <= BACKWARD_ADDRESSES.get(line, 0.25) * found["HMMA"], kernel.label()
+        allowed = BACKWARD_ADDRESSES.get(line, 0.25) * found["HMMA"]
+        assert addresses_and_moves(found) <= allowed, kernel.label()
         compared.add(line)
     head_dim = str(instances()[name].head_dim)
     peers = PEERS["backward_instructions_per_mma"]
     assert compared == {line for line in peers if line.split(",")[0] == head_dim}
 
 
+@pytest.mark.parametrize("name", BACKWARD_SM75)
+def test_instructions_of_the_backward_on_sm75(sass, name):
+    for kernel, found in plain_loops(sass, name, "keys", "queries").items():
+        count = found["HMMA"] / products(name)
+        most, most_addresses = BACKWARD_GOALS_SM75[kernel.label()]
+        ours, addresses = sum(found.values()) / count, addresses_and_moves(found) / count
+        assert ours <= most, f"{kernel.label()}: {ours:.2f}"
+        assert addresses <= most_addresses, f"{kernel.label()}: {addresses:.2f}"
+
+
 @pytest.mark.parametrize(
     "of_family",
-    ([*SM80, *BACKWARD], sorted(set(INSTANCES) - {*SM80, *BACKWARD})),
+    ([*SM80, *BACKWARD_SM80], sorted(set(INSTANCES) - {*SM80, *BACKWARD_SM80})),
     ids=("sm80", "sm75"),
 )
 def test_the_page_of_registers_is_current(compiled, of_family, tmp_path):
