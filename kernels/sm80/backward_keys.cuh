@@ -188,7 +188,6 @@ class KeyTile {
     if constexpr (ptx::kHasCpAsync) {
       QCopy(thread_).template load<kWhole>(address(kQ) + q_buffer_, queries_, num_rows,
                                            int32_t(p_.head_dim));
-      ptx::cp_async_commit();
     } else {
       QCopy(thread_).template fetch<kWhole>(fetched_q_, queries_, num_rows, int32_t(p_.head_dim));
     }
@@ -199,7 +198,6 @@ class KeyTile {
     if constexpr (ptx::kHasCpAsync) {
       DoutCopy(thread_).template load<kWhole>(address(kDout), douts_, num_rows,
                                               int32_t(p_.head_dim_v));
-      ptx::cp_async_commit();
     } else {
       DoutCopy(thread_).template fetch<kWhole>(fetched_dout_, douts_, num_rows,
                                                int32_t(p_.head_dim_v));
@@ -209,9 +207,11 @@ class KeyTile {
   // What was asked for is there for every thread.
   __device__ __forceinline__ void await_rows() const {
     if constexpr (ptx::kHasCpAsync) {
+      ptx::cp_async_commit();
       ptx::cp_async_wait<0>();
     } else {
-      __syncthreads();  // nobody reads the rows before
+      // Nobody reads the rows before.
+      __syncthreads();
       QCopy(thread_).put(address(kQ), fetched_q_);
       DoutCopy(thread_).put(address(kDout), fetched_dout_);
     }

@@ -99,7 +99,9 @@ class QueryTile {
 
   __device__ __forceinline__ void write() const {
     const uint32_t slice = QTile::bytes(warp_row_);  // of Q or dO, which only this warp reads
-    if constexpr (!ptx::kHasCpAsync) __syncwarp();   // no barrier behind its last reader
+    if constexpr (!ptx::kHasCpAsync) {               // there is no barrier behind its last reader
+      __syncwarp();
+    }
     stage<T, kHeadDim, 1>(dq_, float(p_.softmax_scale), address(kQ) + slice, 0, 0, lane_);
     __syncwarp();
     const TileCopy<kWarpRows, kHeadDim, kWarpThreads> copy(lane_);
@@ -160,7 +162,8 @@ class QueryTile {
     if constexpr (ptx::kHasCpAsync) {
       ptx::cp_async_wait<0>();
     } else {
-      __syncthreads();  // nobody reads those before
+      // Nobody reads those before.
+      __syncthreads();
       KeyCopy(thread_).put(k, fetched_keys_);
       ValueCopy(thread_).put(address(kV), fetched_values_);
     }

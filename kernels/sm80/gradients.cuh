@@ -81,7 +81,8 @@ class Gradients {
                                                 bool masked, const Take& take) {
     constexpr bool kAll = kExtras == Extras::all;
     // Of a softcap; with ALiBi the scores do not tell them any more.
-    [[maybe_unused]] float slopes[kAll ? kMTiles : 1][kAll ? kNTiles : 1][4];
+    constexpr int32_t kM = kAll ? kMTiles : 1, kN = kAll ? kNTiles : 1;
+    [[maybe_unused]] float slopes[kM][kN][4];
     if constexpr (modifies_scores(kExtras)) {
       modify_scores<kAll>(x, a_);
       if constexpr (kAll) {

@@ -19,6 +19,11 @@ _QUERIES = "if (!ptx::kHasCpAsync) queries.finish(copy, query_tile());"
 _NO_SLOPES = "if (!p_.alibi_slopes) return;"
 _HAS_ROWS = "if (!block.has_rows(a)) return;"
 
+_ADD_SLOPES = "if (p_.alibi_slopes) add_slopes(x, head.slope, corner(), mask().shift());"
+_MASKED = "if (masked) hide(x, corner(), mask());"
+_SOME_DROPPED = "if (a_.dropout_threshold > 0) {"
+_KEPT = "const bool kept = __float_as_int(p) >= 0;"
+
 _NO_WHOLE_TILES = "whole_ = {0, 0};  // there are keys to hide"
 _KEYS_TO_HIDE = f"if (b_.key_begin + kKeys > s_.seqlen_k) {_NO_WHOLE_TILES}"
 
@@ -132,6 +137,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
                 f"if (b_.key_begin + kKeys >= s_.seqlen_k) {_NO_WHOLE_TILES}",
                 MORE_MASKS,
             ),
+        )
+    }
+    | {
+        ("gradients.cuh", before, after): reason
+        for before, after, reason in (
+            (_ADD_SLOPES, _ADD_SLOPES.replace("p_.alibi_slopes", "true"), "slopes of 0 add 0"),
+            (_MASKED, _MASKED.replace("masked", "true"), MORE_MASKS),
+            (_SOME_DROPPED, "if (true) {", KEEPS_ALL),
+            (_SOME_DROPPED, "if (a_.dropout_threshold >= 0) {", KEEPS_ALL),
+            (_KEPT, _KEPT.replace(">=", ">"), "of a probability of 0 the gradient is 0 either way"),
         )
     }
 )
