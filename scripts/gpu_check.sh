@@ -135,9 +135,9 @@ conformance() { "$WORK/conformance" write "$RESULTS/conformance.txt" "$WORK/conf
 
 # Every attention kernel on the emulator's problems. Most of the time goes into the reference, on one core per process.
 kernels() {
-  local lines=(64_sm75 128_sm75 256_sm75)
-  ((ARCH < 80)) || lines=(64_sm80 96_sm80 128_sm80 192_sm80 256_sm80)
-  printf '%s\n' "${lines[@]}" | xargs -P 5 -I {} "$WORK/attention_on_device" --instance "_d{}"
+  local lines=({forward,backward}_fp16_d{64,128,256}_sm75)
+  ((ARCH < 80)) || lines=({forward,backward}_{fp16,bf16}_d{64,96,128,192,256}_sm80)
+  printf '%s\n' "${lines[@]}" | xargs -P "$(nproc)" -I {} "$WORK/attention_on_device" --instance {}
 }
 
 # What only a GPU can show: graphs, streams, large tensors.

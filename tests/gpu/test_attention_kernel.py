@@ -59,6 +59,44 @@ def test_dense_offsets_beyond_32_bits():
     assert torch.equal(out[-1:], flash_attn_func(*(x[-1:].clone() for x in (q, k, v))))
 
 
+@pytest.mark.parametrize("deterministic", (False, True))
+def test_packed_gradients_beyond_32_bits(deterministic):
+    needs_memory(70)
+    heads, head_dim, seqlen = 16, 128, 1024
+    sequences = 2**31 // (heads * head_dim * seqlen) + 1
+    q, k, v = (randn(sequences * seqlen, heads, head_dim) for _ in range(3))
+    dout = randn(sequences * seqlen, heads, head_dim)
+    ends = torch.arange(sequences + 1, device="cuda", dtype=torch.int32) * seqlen
+    options = {"causal": True, "deterministic": deterministic}
+
+    def gradients(inputs, dout, attend):
+        inputs = [x.clone().requires_grad_() for x in inputs]
+        return torch.autograd.grad(attend(*inputs), inputs, dout)
+
+    found = gradients(
+        (q, k, v),
+        dout,
+        lambda *x: flash_attn_varlen_func(*x, ends, ends, seqlen, seqlen, **options),
+    )
+    last = [x[-seqlen:].clone()[None] for x in (q, k, v, dout)]
+    alone = gradients(last[:3], last[3], lambda *x: flash_attn_func(*x, **options))
+    for name, of_all, of_last in zip("qkv", found, alone):
+        if deterministic or name != "q":
+            assert torch.equal(of_all[-seqlen:], of_last[0]), name
+        else:  # additions come in any order
+            torch.testing.assert_close(of_all[-seqlen:], of_last[0], atol=2e-2, rtol=2e-2)
+
+
+def test_deterministic_gradients_repeat_bit_by_bit():
+    inputs = [randn(2, 1000, heads, 128).requires_grad_() for heads in (8, 2, 2)]
+    out = flash_attn_func(*inputs, causal=True, deterministic=True)
+    dout = randn(*out.shape)
+    first = torch.autograd.grad(out, inputs, dout, retain_graph=True)
+    for _ in range(5):
+        again = torch.autograd.grad(out, inputs, dout, retain_graph=True)
+        assert all(map(torch.equal, first, again))
+
+
 @pytest.mark.parametrize("seqlen", (1, 3))
 def test_more_heads_and_sequences_than_a_grid_has_rows(seqlen):
     q, k, v = (randn(35000, seqlen, 2, 64) for _ in range(3))

@@ -115,7 +115,8 @@ def test_the_backward_never_waits(entry, route):
         run(route, step)
 
 
-def test_a_training_step_in_a_graph():
+@pytest.mark.parametrize("route", ("kernel", "auto"))
+def test_a_training_step_in_a_graph(route):
     inputs, call = dense()
     for tensor in inputs:
         tensor.requires_grad_()
@@ -124,7 +125,7 @@ def test_a_training_step_in_a_graph():
     def step():
         for tensor in inputs:
             tensor.grad.zero_()
-        call().float().square().sum().backward()
+        run(route, lambda: call().float().square().sum().backward())
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
