@@ -108,6 +108,7 @@ BACKWARD_SM75 = (
         64,
         "prepare_kernel<T_D_D>(const BackwardArguments)",
         "keys_kernel<T_D_D, Extras::none, 64>(const BackwardArguments)",
+        "keys_kernel<T_D_D, Extras::all, 64>(const BackwardArguments)",
         "queries_kernel<T_D_D, Extras::none, 64>(const BackwardArguments)",
         dtype="fp16",
         sm=75,
