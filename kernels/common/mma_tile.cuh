@@ -27,6 +27,20 @@ __device__ __forceinline__ void clear(float (&x)[kMTiles][kNTiles][4]) {
   }
 }
 
+// function(m, n, h) for each pair of neighbours in a row, x[m][n][2 h] and x[m][n][2 h + 1].
+template <int32_t kMTiles, int32_t kNTiles, typename Function>
+__device__ __forceinline__ void for_pairs(const float (&)[kMTiles][kNTiles][4],
+                                          const Function& function) {
+#pragma unroll
+  for (int32_t m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (int32_t n = 0; n < kNTiles; ++n) {
+#pragma unroll
+      for (int32_t h = 0; h < 2; ++h) function(m, n, h);
+    }
+  }
+}
+
 // Four neighbours of one row, rounded to T.
 template <typename T>
 __device__ __forceinline__ void store_4(T, void* global, const float (&x)[4]) {

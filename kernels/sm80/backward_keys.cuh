@@ -289,14 +289,9 @@ class KeyTile {
       multiply_keys<T>(dp, dout, scores_v_.in(kV));
     }
     gradients.scores(dp, scores);
-#pragma unroll
-    for (int32_t m = 0; m < kMTiles; ++m) {
-#pragma unroll
-      for (int32_t n = 0; n < kNTiles; ++n) {
-#pragma unroll
-        for (int32_t h = 0; h < 2; ++h) put(kDs, m, n, h, dp[m][n][2 * h], dp[m][n][2 * h + 1]);
-      }
-    }
+    for_pairs(dp, [&](int32_t m, int32_t n, int32_t h) {
+      put(kDs, m, n, h, dp[m][n][2 * h], dp[m][n][2 * h + 1]);
+    });
 
     __syncthreads();
     if (!ptx::kHasCpAsync && !kLast) {

@@ -55,17 +55,10 @@ __device__ __forceinline__ void stage(const float (&x)[kMTiles][kNTiles][4], flo
   using Layout = SwizzledTile<kColumns>;
   const TileReader<kColumns> place{tile + Layout::offset(first_row + lane / 4, 2 * column_warp) +
                                    lane % 4 * 4};
-#pragma unroll
-  for (int32_t m = 0; m < kMTiles; ++m) {
-#pragma unroll
-    for (int32_t n = 0; n < kNTiles; ++n) {
-#pragma unroll
-      for (int32_t h = 0; h < 2; ++h) {
-        ptx::store_shared_4(place.at_chunk(16 * m + 8 * h, n / 2 * 2 * kColumnWarps + n % 2),
-                            ptx::pack(T{}, x[m][n][2 * h] * factor, x[m][n][2 * h + 1] * factor));
-      }
-    }
-  }
+  for_pairs(x, [&](int32_t m, int32_t n, int32_t h) {
+    ptx::store_shared_4(place.at_chunk(16 * m + 8 * h, n / 2 * 2 * kColumnWarps + n % 2),
+                        ptx::pack(T{}, x[m][n][2 * h] * factor, x[m][n][2 * h + 1] * factor));
+  });
 }
 
 // A block has kRowTile rows of one head. Threads share a row by eights of its columns.

@@ -106,16 +106,9 @@ class Gradients {
       const Corner at = corner();
       drop(x, head.dropout, head.bh, at.row, at.key, [](float dropped) { return -dropped; });
     }
-#pragma unroll
-    for (int32_t m = 0; m < kMTiles; ++m) {
-#pragma unroll
-      for (int32_t n = 0; n < kNTiles; ++n) {
-#pragma unroll
-        for (int32_t h = 0; h < 2; ++h) {
-          take(m, n, h, fmaxf(x[m][n][2 * h], 0.0f), fmaxf(x[m][n][2 * h + 1], 0.0f));
-        }
-      }
-    }
+    for_pairs(x, [&](int32_t m, int32_t n, int32_t h) {
+      take(m, n, h, fmaxf(x[m][n][2 * h], 0.0f), fmaxf(x[m][n][2 * h + 1], 0.0f));
+    });
     if constexpr (kAll) {
       each(x, [&](int32_t m, int32_t n, int32_t i) { x[m][n][i] *= slopes[m][n][i]; });
     }
@@ -150,22 +143,15 @@ class Gradients {
 
   template <typename Take, typename Slope>
   __device__ __forceinline__ void exponentiate(Tile& x, const Take& take, const Slope& slope) {
-#pragma unroll
-    for (int32_t m = 0; m < kMTiles; ++m) {
-#pragma unroll
-      for (int32_t n = 0; n < kNTiles; ++n) {
-#pragma unroll
-        for (int32_t h = 0; h < 2; ++h) {
-          float& left = x[m][n][2 * h];
-          float& right = x[m][n][2 * h + 1];
-          const float left_p = ptx::ex2(left * a_.exponent - lse_[m][h]);
-          const float right_p = ptx::ex2(right * a_.exponent - lse_[m][h]);
-          take(m, n, h, left_p, right_p);
-          left = left_p * slope(left);
-          right = right_p * slope(right);
-        }
-      }
-    }
+    for_pairs(x, [&](int32_t m, int32_t n, int32_t h) {
+      float& left = x[m][n][2 * h];
+      float& right = x[m][n][2 * h + 1];
+      const float left_p = ptx::ex2(left * a_.exponent - lse_[m][h]);
+      const float right_p = ptx::ex2(right * a_.exponent - lse_[m][h]);
+      take(m, n, h, left_p, right_p);
+      left = left_p * slope(left);
+      right = right_p * slope(right);
+    });
   }
 
   __device__ __forceinline__ void add_slopes(Tile& x, float slope_of_head, const Corner& at,
