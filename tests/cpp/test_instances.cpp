@@ -169,7 +169,7 @@ TEST_CASE("launch: without a driver, an error with a text", "[launch]") {
   CHECK(anyflash_device_sm(0) == anyflash::kErrorNoCuda);
   CHECK_THAT(std::string(anyflash_error_string(anyflash::kErrorNoCuda)),
              ContainsSubstring("no NVIDIA driver: libcuda.so.1"));
-  float x[4] = {}, y[4] = {};
+  alignas(16) float x[4] = {}, y[4] = {};
   BiasActivationParams bias_activation{};
   bias_activation.x = bias_activation.dy = x;
   bias_activation.y = bias_activation.dx = y;
@@ -181,6 +181,7 @@ TEST_CASE("launch: without a driver, an error with a text", "[launch]") {
   attention.batch = attention.heads = attention.heads_k = 1;
   attention.seqlen_q = attention.seqlen_k = 1;
   attention.head_dim = attention.head_dim_v = 8;
+  attention.workspace = x;  // which nobody comes to
   const void* const params[] = {&attention, &bias_activation, &kvcache_append};  // by Family
   for (const Instance& instance : Table()) {
     if (instance.device != Device::cuda) continue;

@@ -108,6 +108,7 @@ LOOP_BUDGET = {
     "forward bf16 128 plain paged": 1,
     "forward bf16 128 dropout 164 KB": 2,
     "keys bf16 64 dropout 164 KB": 2,
+    "keys bf16 96 everything": 14,
     "keys bf16 256 score_mod 164 KB": 3,
     "keys bf16 256 dropout 164 KB": 1,
     # sm_75
