@@ -138,9 +138,16 @@ NAMED_ON_A_GPU = [
     (dict(sm=90, dtype="fp32"), "needs fp16 or bf16, got fp32"),
     (dict(sm=90, head_dim=264, head_dim_v=64), "head_dim 264 is above 256"),
     (dict(sm=90, features=["bias"]), "does not support an additive bias or boolean mask"),
+    (dict(sm=90, direction="backward"), "attention_backward_fp16_d64_sm80"),
     (
-        dict(sm=90, direction="backward"),
-        "this build has no attention kernel for the backward on sm_90",
+        dict(sm=100, direction="backward", features=["deterministic", "dropout", "lse_grad"]),
+        "attention_backward_fp16_d64_sm80",
+    ),
+    (dict(sm=75, direction="backward"), "attention_backward_fp16_d64_sm75"),
+    (dict(sm=75, direction="backward", head_dim=192), "head_dim 192 is above 128"),
+    (
+        dict(sm=90, direction="backward", features=["bias"]),
+        "does not support an additive bias or boolean mask",
     ),
 ]
 
@@ -272,7 +279,7 @@ EXPECTED_ROUTES = [
     (dict(sm=90, order="aten_cudnn"), "aten_cudnn"),
     (dict(sm=80, order="aten_cudnn"), "none"),
     (dict(sm=70, order="kernel"), "none"),
-    (dict(sm=90, direction="backward", order="kernel"), "none"),
+    (dict(sm=90, features=["bias"], direction="backward", order="kernel"), "none"),
     (dict(sm=90, order="math"), "math"),
     (dict(sm=90, order="math,sdpa"), "math"),
 ]
