@@ -107,7 +107,7 @@ def announcement() -> str:
     if host_compiler() is None:
         what, minutes = "CPU kernels with zig (no g++ or clang++ is here)", 1.7
     elif cuda:
-        what, minutes = "operators and CPU and CUDA kernels", 7.2
+        what, minutes = "operators and CPU and CUDA kernels", 11
     else:
         what, minutes = "operators and CPU kernels", 2.5
     return (
