@@ -119,6 +119,7 @@ inline void add_packed(std::vector<Case>& cases, int64_t d) {
   cases.push_back({"packed, window", Sketch(200, 150, d).packed(q, k).window(20, 8)});
   cases.push_back({"packed, fused", Sketch(130, 130, d).packed(q, q).strides(Strides::fused)});
   cases.push_back({"packed, gaps", Sketch(130, 133, d).packed(q, k).strides(Strides::random)});
+  cases.push_back({"packed, sinks", Sketch(130, 133, d).packed(q, k).sinks().causal()});
   cases.push_back({"packed, dropout", Sketch(130, 133, d).packed(q, k).dropout(0.3)});
   cases.push_back(
       {"packed, fewer keys used", Sketch(130, 133, d).packed(q, k).used({0, 5, 9, 70})});

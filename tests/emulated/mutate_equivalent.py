@@ -19,6 +19,11 @@ _QUERIES = "if (!ptx::kHasCpAsync) queries.finish(copy, query_tile());"
 _NO_SLOPES = "if (!p_.alibi_slopes) return;"
 _HAS_ROWS = "if (!block.has_rows(a)) return;"
 
+_OWN_ROWS = (
+    "const int32_t rows = s.index == p.batch ? 0 : s.seqlen_q;  // behind the last nothing is read"
+)
+_FINISH_END = "const int32_t end = smaller(block.row_begin + kRowTile, s.seqlen_q);"
+
 _ADD_SLOPES = "if (p_.alibi_slopes) add_slopes(x, head.slope, corner(), mask().shift());"
 _MASKED = "if (masked) hide(x, corner(), mask());"
 _SOME_DROPPED = "if (a_.dropout_threshold > 0) {"
@@ -147,6 +152,15 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
             (_SOME_DROPPED, "if (true) {", KEEPS_ALL),
             (_SOME_DROPPED, "if (a_.dropout_threshold >= 0) {", KEEPS_ALL),
             (_KEPT, _KEPT.replace(">=", ">"), "of a probability of 0 the gradient is 0 either way"),
+        )
+    }
+    | {
+        ("backward_rows.cuh", before, after): reason
+        for before, after, reason in (
+            ("if (block.has_rows(a)) {", "if (true) {", "such tiles have numbers of their own"),
+            (_OWN_ROWS, _OWN_ROWS.replace("s.index == p.batch", "false"), "their lse is +inf"),
+            (_HAS_ROWS, "if (false) return;", NO_ROWS),
+            (_FINISH_END, "const int32_t end = (block.row_begin + kRowTile);", NO_ROWS),
         )
     }
 )
