@@ -29,11 +29,13 @@ from .explain import explain
 if TYPE_CHECKING:
     from ._sdpa_jagged import JaggedOverride
     from ._sdpa_pass import SdpaPass
+    from ._sdpa_ring import RingOverride
 
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 _BACKWARD = f"{_FORWARD}_backward"
 _INDUCTOR = "torch._inductor.compile_fx"
 _NESTED = "torch.nested._internal.ops"
+_RING = "torch.distributed.tensor.experimental._context_parallel._attention"
 _KERNEL_ALONE = backends.CODES["kernel"]  # as an order: what _runs_on_kernel answered for
 
 #: What both directions of a dense call say alike.
@@ -121,6 +123,9 @@ def accelerate_sdpa() -> SdpaAcceleration:
     with, so a function of torch.nested's is replaced, and graphs of torch.compile keep what they
     were compiled with.
 
+    Inside torch.distributed's context_parallel, which knows CUDA's routines alone, it runs in
+    PyTorch's ring, forward and backward (torch 2.10 and newer).
+
     It counts from the call on, for all threads of the process, until the result is closed; several
     may be open. ANYFLASH_SDPA=1 does it at `import anyflash`. nn.MultiheadAttention and
     nn.TransformerEncoderLayer skip scaled_dot_product_attention in inference, so that fast path of
@@ -162,10 +167,11 @@ class _Overrides:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch 2.9 tells what allow_override asks for
                 self._library.impl(name, function, "CPU", allow_override=True)
-        self._added: list[SdpaPass | JaggedOverride] = []
+        self._added: list[SdpaPass | JaggedOverride | RingOverride] = []
         self._waiting = [
             AfterImport(_INDUCTOR, self._add_pass),
             AfterImport(_NESTED, self._add_jagged),
+            AfterImport(_RING, self._add_ring),
         ]
         self._fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
@@ -181,6 +187,13 @@ class _Overrides:
         from ._sdpa_jagged import JaggedOverride
 
         self._added.append(JaggedOverride(nested, _runs_packed))
+
+    def _add_ring(self, context_parallel: ModuleType) -> None:
+        from ._sdpa_ring import RingOverride
+
+        forward, backward = (getattr(torch.ops.aten, name).default for name in _KERNELS)
+        call = _FORWARD_CALL._replace(backend=0, window_size_right=-1)
+        self._added.append(RingOverride(context_parallel, (forward, backward), call))
 
     def remove(self) -> None:
         torch.backends.mha.set_fastpath_enabled(self._fast_path)
