@@ -24,7 +24,7 @@ from ._autograd import is_seen
 from ._guards import isolated
 from ._operators.attention import AttentionCall, BackwardCall
 from ._sdpa_mask import key_ranges
-from .explain import explain
+from .explain import kernel_runs
 
 if TYPE_CHECKING:
     from ._sdpa_jagged import JaggedOverride
@@ -160,7 +160,7 @@ class _Overrides:
     until remove()."""
 
     def __init__(self) -> None:
-        kept = {name: _builtin(name) for name in _KERNELS}
+        kept = {name: builtin_kernel(name, "CPU") for name in _KERNELS}
         self._library = torch.library.Library("aten", "IMPL")
         for name, kernel in _KERNELS.items():
             function = isolated(functools.partial(kernel, kept[name]))
@@ -204,10 +204,18 @@ class _Overrides:
         self._library._destroy()
 
 
-def _builtin(name: str) -> Callable[..., Any]:
-    """PyTorch's own CPU kernel of an operator of aten."""
-    kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+def builtin_kernel(name: str, key: str) -> Callable[..., Any]:
+    """PyTorch's own kernel of an operator of aten.
+
+    Args:
+        name: of the operator.
+        key: the dispatch key, "CPU" or "CUDA".
+
+    Raises:
+        RuntimeError: it has none.
+    """
+    kernel = torch.library.get_kernel(f"aten::{name}", key)
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     return functools.partial(kernel.call_boxed, keys)
 
 
@@ -222,16 +230,8 @@ def _runs_on_kernel(
 ) -> bool:
     """Whether an order of back ends gives a problem to a kernel; direction 0 is the forward, asked
     in the order of _FEATURES."""
-    features = itertools.chain.from_iterable(itertools.compress(_FEATURES, asked))
-    answer = explain(
-        device="cpu",
-        dtype=dtype,
-        head_dim=head_dim,
-        features=tuple(features),
-        training=True,
-        backend=",".join(backends.order_names(order)),
-    )
-    return bool(answer.decisions[direction]["route"] == "kernel")
+    features = tuple(itertools.chain.from_iterable(itertools.compress(_FEATURES, asked)))
+    return kernel_runs(direction, torch.device("cpu"), dtype, head_dim, features, order)
 
 
 class _Masking(NamedTuple):
@@ -319,7 +319,7 @@ def _forward(
         softmax_scale=_scale(query, scale),
     )
     out, lse, _ = torch.ops.anyflash._flash_attn_forward.default(*call)
-    return _in_layout_of(query, out.transpose(1, 2)), _as_aten_lse(lse, attn_mask is not None)
+    return in_layout_of(query, out.transpose(1, 2)), _as_aten_lse(lse, attn_mask is not None)
 
 
 def _backward(
@@ -355,7 +355,7 @@ def _backward(
     return tuple(gradient.contiguous().transpose(1, 2) for gradient in gradients)
 
 
-def _in_layout_of(q: Tensor, out: Tensor) -> Tensor:
+def in_layout_of(q: Tensor, out: Tensor) -> Tensor:
     """out with the strides that PyTorch's would have: those of empty_like(q)."""
     if out.stride() == q.stride():
         return out
