@@ -124,7 +124,7 @@ def accelerate_sdpa() -> SdpaAcceleration:
     were compiled with.
 
     Inside torch.distributed's context_parallel, which knows CUDA's routines alone, it runs in
-    PyTorch's ring, forward and backward (torch 2.10 and newer).
+    PyTorch's ring, forward and backward (torch 2.13).
 
     It counts from the call on, for all threads of the process, until the result is closed; several
     may be open. ANYFLASH_SDPA=1 does it at `import anyflash`. nn.MultiheadAttention and

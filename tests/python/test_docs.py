@@ -53,7 +53,7 @@ MADE = {
     *("python/anyflash/_build.json", "python/anyflash/_lists.py", "python/anyflash/cmake"),
     *("python/anyflash/include", "benchmarks/results", "tests/cpp/fuzz_cpu_attention"),
     *("cmake/anyflashConfig.cmake.in", "built.def", "_lists.py", "_companion.py", "train.py"),
-    *("kernel.cpp", "attend.cpp"),  # examples of a command
+    *("kernel.cpp", "attend.cpp", "attend.py"),  # examples of a command
     "csrc/xentropy",  # upstream's
 }
 PATH = re.compile(
@@ -133,7 +133,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_code_of_the_readme_runs_as_pasted(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
     assert "forward" in capsys.readouterr().out
 

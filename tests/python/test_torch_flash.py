@@ -8,13 +8,12 @@ from typing import Any, Callable, NamedTuple
 
 import pytest
 import torch
-import torch.nn.attention
 from support import run_python
 
 import anyflash
 from anyflash.integrations import torch_flash
 
-attention = torch.nn.attention
+attention = pytest.importorskip("torch.nn.attention", reason="torch.nn.attention is of torch 2.2")
 pytestmark = pytest.mark.skipif(
     not hasattr(attention, "activate_flash_attention_impl"), reason="the hook is of torch 2.10"
 )
@@ -248,7 +247,8 @@ def test_without_cuda(monkeypatch):
 def test_older_torch():
     code = """
 import torch.nn.attention
-del torch.nn.attention.activate_flash_attention_impl
+if hasattr(torch.nn.attention, "activate_flash_attention_impl"):
+    del torch.nn.attention.activate_flash_attention_impl
 from anyflash.integrations import torch_flash
 try:
     torch_flash.enable()

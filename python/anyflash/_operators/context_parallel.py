@@ -23,10 +23,8 @@ from .._sharding import is_distributed
 from .attention import AttentionCall, BackwardCall
 
 _SEQUENCE = 2  # the dimension, of (batch, heads, seqlen, head_dim)
-#: Where the ring lives: torch 2.10 and newer, and before.
 _EXPERIMENTAL = "torch.distributed.tensor.experimental"
-MODULE = f"{_EXPERIMENTAL}._context_parallel._attention"
-_MODULES = (MODULE, f"{_EXPERIMENTAL}._attention")
+_MODULES = (f"{_EXPERIMENTAL}._context_parallel._attention", f"{_EXPERIMENTAL}._attention")
 _NOT_IN_THE_RING = (
     *("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k", "block_table"),
     *("alibi_slopes", "bias", "sinks"),
@@ -64,7 +62,7 @@ def active_region() -> Region | None:
             if mesh is None or ring is None or "group" not in inspect.signature(ring).parameters:
                 raise RuntimeError(
                     f"context_parallel of torch {torch.__version__} has no ring that anyflash "
-                    "knows; expected torch 2.13, or scaled_dot_product_attention in the region"
+                    "knows; expected torch 2.9 or newer, or scaled_dot_product_attention there"
                 )
             return Region(module, mesh)
     return None

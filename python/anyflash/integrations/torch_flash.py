@@ -66,15 +66,15 @@ def enable() -> FlashActivation:
     Raises:
         RuntimeError: torch is older than 2.10, where there is no such hook, or has no CUDA.
     """
-    import torch.nn.attention
-
-    if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):
+    try:
+        from torch.nn.attention import activate_flash_attention_impl, register_flash_attention_impl
+    except ImportError as error:
         raise RuntimeError(
             "torch_flash.enable() needs torch.nn.attention.register_flash_attention_impl, which "
             f"torch 2.10 and newer have; this is {torch.__version__}"
-        )
-    torch.nn.attention.register_flash_attention_impl(NAME, register_fn=_Overrides)
-    torch.nn.attention.activate_flash_attention_impl(NAME)
+        ) from error
+    register_flash_attention_impl(NAME, register_fn=_Overrides)
+    activate_flash_attention_impl(NAME)
     return FlashActivation(_active)
 
 
