@@ -20,12 +20,9 @@ import anyflash
 if Version(torch.__version__) < Version("2.13"):
     pytest.skip("anyflash knows the ring of torch 2.13", allow_module_level=True)
 cp = importlib.import_module("torch.distributed.tensor.experimental._context_parallel._attention")
-pytestmark = [
-    pytest.mark.skipif(
-        not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
-    ),
-    pytest.mark.providers,
-]
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
+)
 SIZE = 2
 BATCH, ROWS, HEADS, HEAD_DIM = 2, 16, 4, 8
 
@@ -62,6 +59,10 @@ def _checkpointed(q, k, v):
     return checkpoint(
         functools.partial(anyflash.attention, causal=True), q, k, v, use_reentrant=False
     )
+
+
+def _compiled(q, k, v):
+    return torch.compile(_causal, backend="aot_eager")(q, k, v)
 
 
 def _sequence(q, k, v):
@@ -101,6 +102,7 @@ CASES = {
     "sdpa, not balanced": Case(_sdpa_causal, balanced=False),
     "sdpa, full": Case(functools.partial(_sdpa, scale=0.5), balanced=False),
     "sdpa, fp64": Case(_sdpa_causal, dtype=torch.float64),
+    "compiled": Case(_compiled),
     "one sequence": Case(_sequence),
 }
 

@@ -22,12 +22,9 @@ import anyflash
 
 SIZE = 2
 VOCAB, WIDTH, HEADS, STEPS = 19, 32, 4, 30
-pytestmark = [
-    pytest.mark.skipif(
-        not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
-    ),
-    pytest.mark.providers,
-]
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
+)
 
 
 class Block(nn.Module):
