@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ._activations import inputs_per_output
 from ._after_import import AfterImport
@@ -282,8 +281,3 @@ def _hand_over(_: ModuleType) -> None:
     while _waiting:
         operator, rule, results = _waiting.pop()
         register_sharding(operator)(_strategy(operator, rule, results))
-
-
-def is_distributed(x: Tensor | None) -> bool:
-    """Whether x is a DTensor, without the import."""
-    return hasattr(x, "device_mesh")

@@ -194,6 +194,13 @@ def _refused(mesh: Any) -> dict[str, str]:
             lambda: lse.sum().backward()
         )
     found["ran outside of it"] = _message(lambda: out.sum().backward())
+    cp._enable_context_parallel_dispatcher()
+    distributed = [dist.tensor.DTensor.from_local(x, mesh, [dist.tensor.Shard(1)]) for x in qkv]
+    found["q: expected no shards of the sequence"] = _message(
+        lambda: anyflash.attention(*distributed, causal=True)
+    )
+    cp._disable_context_parallel_dispatcher()
+    assert anyflash.attention(*distributed, causal=True).placements[0].is_replicate()
     with anyflash.accelerate_sdpa(), _region(mesh, tensors):
         found["expected attn_mask=None"] = _message(
             lambda: _sdpa(*qkv, attn_mask=torch.zeros(1, 1, 8, 16))

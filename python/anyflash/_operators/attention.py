@@ -19,6 +19,7 @@ from .._autograd import (
     direct_apply,
     first_derivative_only,
     in_functorch,
+    is_distributed,
     is_exporting,
     is_seen,
     needs_autograd,
@@ -380,6 +381,10 @@ def attend(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
 
         if (region := context_parallel.active_region()) is not None:
             return context_parallel.attend(call, region)
+    if type(call.q) is not Tensor and is_distributed(call.q):
+        from . import context_parallel
+
+        context_parallel.refuse_shards_of_sequence(call.q)
     if is_seen():
         return _by_known_name(call) if _has_known_name(call) else _forward(*call)
     if _records_call(call):

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function
 
-from .._autograd import first_derivative_only
-from .._sharding import is_distributed
+from .._autograd import first_derivative_only, is_distributed
 from .attention import AttentionCall, BackwardCall
 
 _SEQUENCE = 2  # the dimension, of (batch, heads, seqlen, head_dim)
@@ -74,6 +73,22 @@ def refuse_in_region(what: str) -> None:
         raise RuntimeError(
             f"{what}: not inside context_parallel, where it would see the shard of one process; "
             "call it outside, with whole sequences"
+        )
+
+
+def refuse_shards_of_sequence(q: Any) -> None:
+    """RuntimeError for a DTensor sharded along its rows while torch's dispatcher for modules with
+    context parallelism is on: their rows may be in another order, which a mask would not know."""
+    sharded = any(placement.is_shard(q.dim() - 3) for placement in q.placements)
+    module = sys.modules.get(_MODULES[0])
+    if not sharded or module is None:
+        return
+    handlers = module.DTensor._op_dispatcher._custom_op_handlers
+    if handlers is not module.existing_custom_ops:
+        raise RuntimeError(
+            "q: expected no shards of the sequence while the dispatcher of context parallelism is "
+            f"on, got {q.placements}: use context_parallel() with tensors, or "
+            "scaled_dot_product_attention"
         )
 
 

@@ -23,6 +23,7 @@ from anyflash._autograd import (
     below_autograd,
     first_derivative_only,
     forward_only,
+    is_distributed,
     is_watched,
 )
 from anyflash._guards import isolated
@@ -247,7 +248,7 @@ def _differentiable(operator: Any, function: Callable[..., Any]) -> Callable[...
             needed = ctx.needs_input_grad
             indices = [bound.get(name, len(needed)) for name in Gradients._fields]
             asked = [i < len(needed) and needed[i] for i in indices]
-            is_plain = dsoftmax_lse is None and not _sharding.is_distributed(dout)
+            is_plain = dsoftmax_lse is None and not is_distributed(dout)
             if is_watched() and dout is not None and is_plain:
                 gradients = _backward_by_name(ctx, dout, asked)
             else:
