@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sphinx.application import Sphinx
+from sphinx.pycode import ModuleAnalyzer
 
 import anyflash
 
@@ -59,5 +60,13 @@ def add_dropin_modules(app: Sphinx, docname: str, content: list[str]) -> None:
         content[0] += "".join(map(section, dropin_modules()))
 
 
+def show_every_keyword(module: str) -> None:
+    """Of an overloaded function the signature that runs: the others, for mypy, name no defaults."""
+    analyzer = ModuleAnalyzer.for_module(module)
+    analyzer.analyze()
+    analyzer.overloads.clear()
+
+
 def setup(app: Sphinx) -> None:
+    show_every_keyword("anyflash.attention")
     app.connect("source-read", add_dropin_modules)

@@ -14,6 +14,8 @@ from types import ModuleType
 import pytest
 from tree import REPOSITORY, tracked
 
+import anyflash
+
 for tool in ("sphinx", "myst_parser"):
     pytest.importorskip(tool, reason="needs Python 3.11")
 sys.path.append(str(REPOSITORY / "docs"))
@@ -68,6 +70,16 @@ def test_every_public_function_is_there(pages, page, modules):
             found[value] = found.get(value, False) or f'id="{name}"' in text
     assert len(found) > 20 and not [value for value, there in found.items() if not there]
     assert not [name for name in modules if f"<h2>{name}<" not in text]
+
+
+def test_every_parameter_is_in_the_signature(pages):
+    text = (pages / "docs/reference.html").read_text(encoding="utf-8")
+    for name in anyflash.__all__:
+        function = getattr(anyflash, name)
+        if inspect.isfunction(function):
+            (shown,) = re.findall(rf'id="anyflash\.{name}">(.*?)</dt>', text, re.DOTALL)
+            words = re.findall(r'<span class="n"><span class="pre">(\w+)', shown)
+            assert set(inspect.signature(function).parameters) <= set(words), name
 
 
 def test_every_guide_is_there(pages):
