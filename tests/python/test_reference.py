@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from tree import REPOSITORY, tracked
+from tree import REPOSITORY, text_of, tracked
 
 import anyflash
 
@@ -21,6 +21,7 @@ for tool in ("sphinx", "myst_parser"):
 sys.path.append(str(REPOSITORY / "docs"))
 from conf import dropin_modules  # noqa: E402
 
+OUR_PAGE = "reference"
 OURS = ("anyflash", "anyflash.backends", "anyflash.integrations.transformers", "anyflash.testing")
 
 
@@ -59,11 +60,11 @@ def imported(names: Iterable[str]) -> Iterator[ModuleType]:
 
 @pytest.mark.parametrize(
     "page, modules",
-    [("reference", OURS), ("reference_flash_attn", tuple(dropin_modules()))],
+    [(OUR_PAGE, OURS), ("reference_flash_attn", tuple(dropin_modules()))],
     ids=["anyflash", "flash_attn"],
 )
 def test_every_public_function_is_there(pages, page, modules):
-    text = (pages / f"docs/{page}.html").read_text(encoding="utf-8")
+    text = text_of(pages / f"docs/{page}.html")
     found: dict[object, bool] = {}  # under one of its names
     for module in imported(modules):
         for name, value in public(module):
@@ -73,7 +74,7 @@ def test_every_public_function_is_there(pages, page, modules):
 
 
 def test_every_parameter_is_in_the_signature(pages):
-    text = (pages / "docs/reference.html").read_text(encoding="utf-8")
+    text = text_of(pages / f"docs/{OUR_PAGE}.html")
     for name in anyflash.__all__:
         function = getattr(anyflash, name)
         if inspect.isfunction(function):
@@ -93,7 +94,7 @@ def test_no_link_is_dead(pages):
     dead = [
         f"{page.relative_to(pages)}: {link}"
         for page in pages.rglob("*.html")
-        for link in re.findall(r'(?:href|src)="([^"#?]+)[^"]*"', page.read_text(encoding="utf-8"))
+        for link in re.findall(r'(?:href|src)="([^"#?]+)[^"]*"', text_of(page))
         if "://" not in link and not (page.parent / link).exists()
     ]
     assert not dead, "\n".join(dead)
