@@ -233,7 +233,7 @@ def page(tables: list[str]) -> str:
             "Written by `python scripts/gpu_registers.py`, compiled as the build does for the",
             "first GPUs of each family. Names are kind, dtype, head_dim and extras",
             "(`kernels/common/scores.cuh`); blocks are what a multiprocessor holds at a time.",
-            "Of the backward are `prepare`, `sinks`, `keys`, `queries` and `finish`.",
+            "Of the backward are `prepare`, `far_rows`, `sinks`, `keys`, `queries` and `finish`.",
             "",
             *tables,
         )

@@ -1,6 +1,6 @@
 """PyTorch's flash attention on CUDA by anyflash's kernels: scaled_dot_product_attention where it
 takes its flash back end, and torch.nn.attention.varlen.varlen_attn. The counterpart on CPUs is
-anyflash.accelerate_sdpa().
+anyflash.accelerate_sdpa()::
 
     from anyflash.integrations import torch_flash
     with torch_flash.enable():
