@@ -106,21 +106,22 @@ LOOP_BUDGET = {
     "decode bf16 64 plain": 1,
     "forward bf16 64 dropout": 2,
     "forward bf16 64 everything": 4,
-    "forward bf16 64 everything paged": 6,
+    "forward bf16 64 everything paged": 8,
     "forward bf16 128 plain paged": 1,
     "forward bf16 128 dropout 164 KB": 2,
     "keys bf16 64 dropout 164 KB": 2,
-    "keys bf16 96 everything": 14,
+    "keys bf16 96 everything": 39,
     "keys bf16 256 score_mod 164 KB": 3,
     "keys bf16 256 dropout 164 KB": 1,
     # sm_75
+    "forward fp16 128 everything paged": 1,
     "forward fp16 256 plain": 11,
     "forward fp16 256 score_mod": 14,
     "forward fp16 256 dropout": 10,
-    "forward fp16 256 everything": 8,
-    "forward fp16 256 everything paged": 12,
-    "keys fp16 128 everything": 2,
-    "queries fp16 64 everything": 4,
+    "forward fp16 256 everything": 14,
+    "forward fp16 256 everything paged": 23,
+    "keys fp16 128 everything": 3,
+    "queries fp16 64 everything": 11,
 }
 
 # Loops that read pages: instructions, as a multiple of those of the same kernel without pages.
