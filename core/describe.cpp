@@ -1,7 +1,6 @@
 // Attention as the decision sees it: its numbers normalised, its features.
 #include "core/describe.h"
 
-#include <algorithm>
 #include <stdexcept>
 
 #include "core/attention.h"
@@ -49,9 +48,13 @@ Features features_of(const AttentionCall& call) {
 }
 
 // Whether a number of the bias belongs to many scores.
-bool broadcasts(const TensorView& bias) {
-  if (bias.rank < 4) return true;
-  return std::any_of(bias.sizes, bias.sizes + 4, [](int64_t size) { return size == 1; });
+bool bias_broadcasts(const AttentionCall& call) {
+  const int64_t scores[] = {call.batch(), call.heads(), call.longest_q(), call.longest_k()};
+  for (int64_t i = 0; i < 4; ++i) {
+    const int64_t dim = i - 4 + call.bias.rank;
+    if (scores[i] > 1 && (dim < 0 || call.bias.sizes[dim] == 1)) return true;
+  }
+  return false;
 }
 
 Problem describe_attention(const AttentionCall& call, Direction direction, const Caller& caller) {
@@ -118,7 +121,7 @@ Problem describe_backward(const AttentionCall& call, const BackwardCall& grad,
   if (grad.dlse.given()) problem.features |= Feature::lse_grad;
   if (grad.bias_requires_grad) problem.features |= Feature::bias_grad;
   if (grad.deterministic) problem.features |= Feature::deterministic;
-  if (grad.deterministic && grad.bias_requires_grad && broadcasts(call.bias)) {
+  if (grad.deterministic && grad.bias_requires_grad && bias_broadcasts(call)) {
     problem.features |= Feature::deterministic_bias_grad;
   }
   return problem;

@@ -60,9 +60,10 @@ struct OnlineSoftmax {
     }
   }
 
-  // Scores become their probabilities' numerators; sums and out shrink to the new maximum. kFar: of
-  // any size. Else c x is not rounded where c max is, which from some 2^27 on makes a difference.
-  template <bool kFar, int32_t kNTiles, int32_t kOutTiles>
+  // Scores become their probabilities' numerators; sums and out shrink to the new maximum.
+  // kAnySize: scores of any size. Else c x is not rounded where c max is, which matters from some
+  // 2^27 on.
+  template <bool kAnySize, int32_t kNTiles, int32_t kOutTiles>
   __device__ __forceinline__ void update(float (&scores)[kMTiles][kNTiles][4],
                                          float (&out)[kMTiles][kOutTiles][4], float scale) {
 #pragma unroll
@@ -77,7 +78,7 @@ struct OnlineSoftmax {
         row_max = quad_max(row_max);
         const float subtrahend = row_max * scale;
         const auto weight = [&](float x) {
-          return ptx::ex2(kFar ? (x - row_max) * scale : x * scale - subtrahend);
+          return ptx::ex2(kAnySize ? (x - row_max) * scale : x * scale - subtrahend);
         };
         const float shrink = weight(max[m][h]);
         max[m][h] = row_max;

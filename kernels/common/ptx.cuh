@@ -33,6 +33,17 @@ __device__ __forceinline__ float rcp(float x) {
   return y;
 }
 
+// The larger one of x and 0; NaN stays NaN.
+__device__ __forceinline__ float relu(float x) {
+#if __CUDA_ARCH__ >= 800
+  float y;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return x < 0 ? 0.0f : x;
+#endif
+}
+
 __device__ __forceinline__ float fp16_to_fp32(uint16_t x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));

@@ -78,10 +78,10 @@ __device__ __forceinline__ float tanh(float x) {
   return fabsf(x) < 0.25f ? series : far;
 }
 
-// Branches are the same for all threads, so that a call pays for what it has.
+// Factor and softcap. Branches are the same for all threads, so that a call pays for what it has.
 template <bool kAnyCap, int32_t kMTiles, int32_t kNTiles>
-__device__ __forceinline__ void modify_scores(float (&scores)[kMTiles][kNTiles][4],
-                                              const ScoreArguments& a) {
+__device__ __forceinline__ void cap_scores(float (&scores)[kMTiles][kNTiles][4],
+                                           const ScoreArguments& a) {
   if (a.factor != 1) map_scores(scores, [&](float x) { return x * a.factor; });
   if (a.softcap == Softcap::sigmoid) {
     map_scores(scores, [&](float x) { return ptx::rcp(1.0f + ptx::ex2(x * a.capped)); });
@@ -123,34 +123,30 @@ __device__ __forceinline__ void add_alibi(float (&scores)[kMTiles][kNTiles][4], 
   }
 }
 
-// Query 0 and key 0 of a head's bias.
-__device__ __forceinline__ const char* bias_of(const AttentionParams& p, int32_t sequence,
-                                               int32_t head) {
-  const int64_t elements = sequence * p.bias_stride[0] + head * p.bias_stride[1];
-  return static_cast<const char*>(p.bias) + elements * bytes_of(p.bias_type);
-}
-
 __device__ __forceinline__ float bias_value(fp16 x) { return to_fp32(x); }
 __device__ __forceinline__ float bias_value(bf16 x) { return to_fp32(x); }
 __device__ __forceinline__ float bias_value(fp32 x) { return x; }
 __device__ __forceinline__ float bias_value(unsigned char x) { return x ? 0.0f : -infinity(); }
 
+// The bias of a head (HeadTerms) for rows row, row + 8, ... of the queries and the thread's keys,
+// as far as they exist. Finite sums do not fall to -inf: a row of nothing but the least float, as
+// many write masks, has keys.
 template <typename Bias, int32_t kMTiles, int32_t kNTiles>
-__device__ __forceinline__ void add_bias_of(float (&scores)[kMTiles][kNTiles][4],
-                                            const AttentionParams& p, const ScoreArguments& a,
-                                            const char* bias, int32_t row, int32_t first_key,
-                                            int32_t seqlen_q, int32_t seqlen_k) {
+__device__ __forceinline__ void add_bias(float (&scores)[kMTiles][kNTiles][4],
+                                         const AttentionParams& p, const ScoreArguments& a,
+                                         const char* bias, int32_t row, int32_t first_key,
+                                         int32_t end_row, int32_t end_key) {
   const float lowest = a.floor * (1 - 0x1p-22f);
 #pragma unroll
   for (int32_t r = 0; r < 2 * kMTiles; ++r) {
-    if (row + 8 * r >= seqlen_q) continue;
+    if (row + 8 * r >= end_row) continue;
     const auto* of_row = reinterpret_cast<const Bias*>(bias) + (row + 8 * r) * p.bias_stride[2];
 #pragma unroll
     for (int32_t n = 0; n < kNTiles; ++n) {
 #pragma unroll
       for (int32_t i = 0; i < 2; ++i) {
         const int32_t key = first_key + 8 * n + i;
-        if (key >= seqlen_k) continue;
+        if (key >= end_key) continue;
         const float value = bias_value(of_row[key * p.bias_stride[3]]);
         float& x = scores[r / 2][n][r % 2 * 2 + i];
         x += value * a.inverse_unit;
@@ -160,21 +156,51 @@ __device__ __forceinline__ void add_bias_of(float (&scores)[kMTiles][kNTiles][4]
   }
 }
 
-// The bias of a head (bias_of) for rows row, row + 8, ... of the queries and the thread's keys, as
-// far as they exist. Sums of finite numbers stay finite: a row of nothing but the least float, as
-// many write masks, has keys.
-template <int32_t kMTiles, int32_t kNTiles>
-__device__ __forceinline__ void add_bias(float (&scores)[kMTiles][kNTiles][4],
-                                         const AttentionParams& p, const ScoreArguments& a,
-                                         const char* bias, int32_t row, int32_t first_key,
-                                         int32_t seqlen_q, int32_t seqlen_k) {
-  const auto add = [&](auto element) {
-    add_bias_of<decltype(element)>(scores, p, a, bias, row, first_key, seqlen_q, seqlen_k);
-  };
-  if (p.bias_type == BiasType::fp16) add(fp16{});
-  if (p.bias_type == BiasType::bf16) add(bf16{});
-  if (p.bias_type == BiasType::fp32) add(fp32{});
-  if (p.bias_type == BiasType::boolean) add(static_cast<unsigned char>(0));
+// What is added to the scores of one query head.
+struct HeadTerms {
+  float slope;       // of ALiBi, in units of the scores
+  const char* bias;  // of query 0 and key 0
+
+  __device__ __forceinline__ static HeadTerms of(const AttentionParams& p, const ScoreArguments& a,
+                                                 int32_t sequence, int32_t head) {
+    HeadTerms terms{
+        0, static_cast<const char*>(p.bias) +
+               bytes_of(p.bias_type) * (sequence * p.bias_stride[0] + head * p.bias_stride[1])};
+    if (p.alibi_slopes && sequence < p.batch) {
+      terms.slope = p.alibi_slopes[sequence * p.alibi_batch_stride + head] * a.inverse_unit;
+    }
+    return terms;
+  }
+};
+
+// ALiBi, and with kBias a bias, of rows row, row + 8, ... and the thread's keys.
+template <bool kBias, int32_t kMTiles, int32_t kNTiles>
+__device__ __forceinline__ void add_terms(float (&scores)[kMTiles][kNTiles][4],
+                                          const AttentionParams& p, const ScoreArguments& a,
+                                          const HeadTerms& terms, int32_t row, int32_t first_key,
+                                          const IntervalMask<int32_t>& mask) {
+  if (p.alibi_slopes) {
+    float slope[2 * kMTiles];
+    int32_t diagonal[2 * kMTiles];
+#pragma unroll
+    for (int32_t r = 0; r < 2 * kMTiles; ++r) {
+      slope[r] = terms.slope;
+      diagonal[r] = row + 8 * r + mask.shift();
+    }
+    add_alibi(scores, first_key, slope, diagonal, a.alibi_by_key);
+  }
+  if constexpr (kBias) {
+    // A bias has no more rows and keys than the call says, whatever lengths say on the device.
+    const int32_t end_row = smaller(mask.seqlen_q, int32_t(p.seqlen_q));
+    const int32_t end_key = smaller(mask.seqlen_k, int32_t(p.seqlen_k));
+    const auto add = [&](auto element) {
+      add_bias<decltype(element)>(scores, p, a, terms.bias, row, first_key, end_row, end_key);
+    };
+    if (p.bias_type == BiasType::fp16) add(fp16{});
+    if (p.bias_type == BiasType::bf16) add(bf16{});
+    if (p.bias_type == BiasType::fp32) add(fp32{});
+    if (p.bias_type == BiasType::boolean) add(static_cast<unsigned char>(0));
+  }
 }
 
 // What dropout takes of probabilities whose first row (of the thread) is `row`, in 16-row tiles

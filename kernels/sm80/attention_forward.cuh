@@ -100,7 +100,7 @@ inline Arguments arguments_of(const AttentionParams& p, const Plan& plan, int32_
               nullptr};
   if (plan.splits > 1) {
     a.part_out = static_cast<float*>(p.workspace);
-    a.part_lse = a.part_out + plan.splits * plan.rows * p.head_dim_v;
+    a.part_sums = reinterpret_cast<PartSum*>(a.part_out + plan.splits * plan.rows * p.head_dim_v);
   }
   return a;
 }
@@ -134,8 +134,8 @@ int32_t launch_shape(const AttentionParams& p, const Plan& plan, void* stream) {
       stream);
 }
 
-// The largest tile for which the device has the shared memory. Extras::all, which few calls need,
-// has one for every device.
+// The largest tile for which the device has the shared memory. Extras::all, which is not tuned, has
+// one for every device.
 template <typename T, int32_t kHeadDim, int32_t kHeadDimV, int32_t kLeastSm, Extras kExtras,
           bool kPaged>
 int32_t launch_tiles(const AttentionParams& p, const Plan& plan, void* stream) {

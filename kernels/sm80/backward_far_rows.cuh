@@ -10,43 +10,50 @@
 
 namespace anyflash::sm80 {
 
+struct FarNumbers {
+  float reference;  // the row's largest score
+  float lse;        // in powers of two, counted from there
+  float sink;       // the exponent of the sink's probability
+};
+
 template <typename T>
 class FarRow {
  public:
   __device__ __forceinline__ FarRow(const BackwardArguments& a, const Sequence& s, int32_t head,
                                     int32_t row)
-      : a_(a), p_(a.attention), s_(s), head_(head), row_(row) {}
+      : a_(a),
+        p_(a.attention),
+        s_(s),
+        head_(head),
+        row_(row),
+        mask_{s.seqlen_q, s.seqlen_k, a.score.window_left, a.score.window_right} {}
 
-  // The reference; `lse` becomes what belongs to it.
-  __device__ __forceinline__ float find(float& lse) const {
-    const IntervalMask<int32_t> mask{s_.seqlen_q, s_.seqlen_k, a_.score.window_left,
-                                     a_.score.window_right};
-    const HeadNumbers numbers = HeadNumbers::of(p_, a_.score, s_.index, head_);
+  // `given`: the log-sum-exp of the forward.
+  __device__ __forceinline__ FarNumbers find(float given) const {
+    const HeadTerms terms = HeadTerms::of(p_, a_.score, s_.index, head_);
     const bool packed_q = p_.cu_seqlens_q != nullptr, packed_k = p_.cu_seqlens_k != nullptr;
     const Columns query(strided_rows(p_.q, packed_q, s_.index, s_.first_q, head_)[row_], p_);
     const StridedRows keys = strided_rows(p_.k, packed_k, s_.index, s_.first_k,
                                           head_ / (int32_t(p_.heads) / int32_t(p_.heads_k)));
-    const int32_t end = smaller(mask.kv_end(row_), s_.seqlen_k);
+    const int32_t end = smaller(mask_.kv_end(row_), s_.seqlen_k);
     float max = a_.score.floor, sum = 0;
-    for (int32_t key = larger(mask.kv_begin(row_), 0); key < end; ++key) {
-      const float x = score(query * Columns(keys[key], p_), numbers, mask, key);
+    for (int32_t key = larger(mask_.kv_begin(row_), 0); key < end; ++key) {
+      const float x = score(query * Columns(keys[key], p_), terms, key);
       if (x > max) {
-        sum *= ptx::ex2((max - x) * a_.score.exponent);
+        sum *= weight(max, x);
         max = x;
       }
-      sum += ptx::ex2((x - max) * a_.score.exponent);
+      sum += weight(x, max);
     }
-    const float given = lse;
-    lse = infinity();  // of a row without keys
-    if (sum == 0) return 0;
-    const float origin = logit(a_.score, max), sink = p_.sinks ? p_.sinks[head_] : -infinity();
-    const float sink_exponent = (sink - origin) * kLog2e;
+    if (sum == 0) return {0, infinity(), -infinity()};  // without keys
+    const float largest = logit(a_.score, max);
+    const float sink = p_.sinks ? (p_.sinks[head_] - largest) * kLog2e : -infinity();
     // Beyond some 2^100 the keys are nothing beside the sink.
-    const float own = sink_exponent > 100 ? sink_exponent : ptx::lg2(sum + ptx::ex2(sink_exponent));
-    // Nor are they beside other keys that a larger log-sum-exp, merged from several calls, has in
+    const float lse = sink > 100 ? sink : ptx::lg2(sum + ptx::ex2(sink));
+    // Nor are they beside other keys, which a larger log-sum-exp, merged from several calls, has in
     // it.
-    if (origin + own * kLn2 >= given - fabsf(given) * 0x1p-12f) lse = own;
-    return max;
+    const bool merged = largest + lse * kLn2 < given - fabsf(given) * 0x1p-12f;
+    return {max, merged ? infinity() : lse, sink - lse};
   }
 
  private:
@@ -70,16 +77,15 @@ class FarRow {
     }
   };
 
-  // As a tile has it.
-  __device__ __forceinline__ float score(float product, const HeadNumbers& numbers,
-                                         const IntervalMask<int32_t>& mask, int32_t key) const {
+  __device__ __forceinline__ float weight(float score, float beside) const {
+    return ptx::ex2((score - beside) * a_.score.exponent);
+  }
+
+  // As a tile has it, but for the order of a sum.
+  __device__ __forceinline__ float score(float product, const HeadTerms& terms, int32_t key) const {
     float x[1][1][4] = {{{product, 0, 0, 0}}};
-    modify_scores<true>(x, a_.score);
-    if (p_.alibi_slopes) {
-      const int32_t diagonal = row_ + mask.shift();
-      add_alibi(x, key, {numbers.slope, 0}, {diagonal, 0}, a_.score.alibi_by_key);
-    }
-    add_bias(x, p_, a_.score, numbers.bias, row_, key, row_ + 1, key + 1);
+    cap_scores<true>(x, a_.score);
+    add_terms<true>(x, p_, a_.score, terms, row_, key, mask_);
     return x[0][0][0];
   }
 
@@ -88,6 +94,7 @@ class FarRow {
   const Sequence& s_;
   const int32_t head_;
   const int32_t row_;
+  const IntervalMask<int32_t> mask_;
 };
 
 // A block has kRowTile rows of one head. prepare_kernel has written their numbers.
@@ -101,18 +108,24 @@ __global__ void __launch_bounds__(kBackwardThreads) far_rows_kernel(const Backwa
   const int32_t lane = int32_t(threadIdx.x) % kWarpThreads, head = block.first_head;
   const int32_t rows = s.index == p.batch ? 0 : s.seqlen_q;
   const int64_t first = first_number(a, s, head) + block.row_begin;
+  float dsink = 0;
   for (int32_t r = warp; r < kRowTile; r += kBackwardWarps) {
     const int32_t row = block.row_begin + r;
     float reference = 0;
-    if (row < rows) {
-      float lse = statistics_of(p, p.lse, s, head)[row];
-      if (is_far(lse)) {
-        reference = FarRow<T>(a, s, head, row).find(lse);
-        if (lane == 0) a.rows[first + r].lse = lse;
+    const float lse = row < rows ? statistics_of(p, p.lse, s, head)[row] : 0.0f;
+    if (is_far(lse)) {
+      const FarNumbers found = FarRow<T>(a, s, head, row).find(lse);
+      reference = found.reference;
+      if (lane == 0) {
+        a.rows[first + r].lse = found.lse;
+        dsink -= ptx::ex2(found.sink) * a.rows[first + r].delta;
       }
     }
     if (lane == 0) a.references[first + r] = reference;
   }
+  if (!a.dsinks_parts) return;
+  dsink = block_sum(dsink);
+  if (threadIdx.x == 0) a.dsinks_parts[first / kRowTile] += dsink;
 }
 
 }  // namespace anyflash::sm80

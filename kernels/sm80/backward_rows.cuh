@@ -61,6 +61,18 @@ __device__ __forceinline__ void stage(const float (&x)[kMTiles][kNTiles][4], flo
   });
 }
 
+// What the threads of a block have, added up, in thread 0.
+__device__ __forceinline__ float block_sum(float x) {
+  __shared__ float of_warps[kBackwardWarps];
+  const int32_t thread = int32_t(threadIdx.x);
+  x = warp_sum(x);
+  if (thread % kWarpThreads == 0) of_warps[thread / kWarpThreads] = x;
+  __syncthreads();
+  float sum = 0;
+  for (int32_t warp = 0; warp < kBackwardWarps; ++warp) sum += of_warps[warp];
+  return sum;
+}
+
 // A block has kRowTile rows of one head. Threads share a row by eights of its columns.
 template <typename T, int32_t kHeadDim, int32_t kHeadDimV>
 __global__ void __launch_bounds__(kBackwardThreads) prepare_kernel(const BackwardArguments a) {
@@ -107,21 +119,15 @@ __global__ void __launch_bounds__(kBackwardThreads) prepare_kernel(const Backwar
         lse = statistics_of(p, p.lse, s, head)[row];
         if (p.dlse.data) delta -= statistics_of(p, p.dlse, s, head)[row];
         if (lse == infinity()) delta = 0;  // no probabilities, whatever the gradients are
-        if (a.dsinks_parts) dsink -= ptx::ex2((p.sinks[head] - lse) * kLog2e) * delta;
+        const bool left_out = a.references && is_far(lse);  // to far_rows_kernel
+        if (a.dsinks_parts && !left_out) dsink -= ptx::ex2((p.sinks[head] - lse) * kLog2e) * delta;
       }
       a.rows[first + r] = {(lse - a.score.origin) * kLog2e, delta};
     }
   }
   if (!a.dsinks_parts) return;
-  __shared__ float of_warps[kBackwardWarps];
-  dsink = warp_sum(dsink);
-  if (thread % kWarpThreads == 0) of_warps[thread / kWarpThreads] = dsink;
-  __syncthreads();
-  if (thread == 0) {
-    float sum = 0;
-    for (int32_t warp = 0; warp < kBackwardWarps; ++warp) sum += of_warps[warp];
-    a.dsinks_parts[first / kRowTile] = sum;
-  }
+  dsink = block_sum(dsink);
+  if (thread == 0) a.dsinks_parts[first / kRowTile] = dsink;
 }
 
 // A block adds up one head's parts, in an order that is always the same.

@@ -8,7 +8,7 @@
 
 namespace anyflash::sm80 {
 
-// Where row r of the sequences' rows stands in part_out and part_lse.
+// Where row r of the sequences' rows stands in part_out and part_sums.
 __device__ __forceinline__ int64_t part_row(const AttentionParams& p, int32_t split,
                                             int32_t sequence, int32_t head, int32_t token) {
   return ((split * p.batch + sequence) * p.heads + head) * p.seqlen_q + token;
@@ -33,24 +33,24 @@ __global__ void __launch_bounds__(kCombineWarps* kWarpThreads) combine_kernel(co
   if (token >= s.seqlen_q) return;
 
   constexpr int32_t kLaneParts = int32_t(kMostSplits) / kWarpThreads;
-  float part_sum[kLaneParts];  // its logarithm
-  float max = -infinity();
+  PartSum parts[kLaneParts];
+  float max = a.score.floor;
 #pragma unroll
   for (int32_t i = 0; i < kLaneParts; ++i) {
     const int32_t part = i * kWarpThreads + lane;
-    const float lse = part < a.splits ? a.part_lse[part * rows + row] : infinity();
-    part_sum[i] = lse == infinity() ? -infinity() : lse;
-    max = fmaxf(max, part_sum[i]);
+    parts[i] = part < a.splits ? a.part_sums[part * rows + row] : PartSum{a.score.floor, 0};
+    max = fmaxf(max, parts[i].max);
   }
   max = warp_max(max);
+  float weights[kLaneParts];
   float sum = 0;
 #pragma unroll
   for (int32_t i = 0; i < kLaneParts; ++i) {
-    part_sum[i] = ptx::ex2((part_sum[i] - finite_max(max)) * kLog2e);  // from here on the weight
-    sum += part_sum[i];
+    weights[i] = ptx::ex2((parts[i].max - max) * a.score.exponent) * parts[i].sum;
+    sum += weights[i];
   }
   const float sink = p.sinks ? p.sinks[head] : -infinity();
-  const RowResult result = finish_row(max, warp_sum(sum), sink);
+  const RowResult result = finish_row(logit(a.score, max), warp_sum(sum), sink);
   if (lane == 0) statistics_of(p, p.lse, s, head)[token] = result.lse;
 
   char* out = strided_rows(p.out, p.cu_seqlens_q != nullptr, s.index, s.first_q, head)[token];
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kCombineWarps* kWarpThreads) combine_kernel(co
 #pragma unroll
     for (int32_t i = 0; i < kLaneParts; ++i) {
       for (int32_t from = 0; from < kWarpThreads && i * kWarpThreads + from < a.splits; ++from) {
-        const float weight = ptx::shuffle(part_sum[i], from);
+        const float weight = ptx::shuffle(weights[i], from);
         if (weight == 0 || column >= p.head_dim_v) continue;
         const float* part =
             a.part_out + ((i * kWarpThreads + from) * rows + row) * p.head_dim_v + column;

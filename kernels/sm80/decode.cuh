@@ -181,7 +181,7 @@ class DecodeTile {
   }
 
   __device__ __forceinline__ void modify(Accumulator<1, kKeys>& scores, int32_t first_key) {
-    modify_scores<true>(scores, a_.score);
+    cap_scores<true>(scores, a_.score);
     if (!p_.alibi_slopes) return;
     const float* slopes = p_.alibi_slopes + s_.index * p_.alibi_batch_stride;
     float slope[2];
@@ -216,11 +216,8 @@ class DecodeTile {
     const float sink = last && p_.sinks ? p_.sinks[query_head] : -infinity();
     const RowResult result = finish_row(logit(a_.score, max), sum, sink);
     const int64_t in_parts = part_row(p_, b_.split, s_.index, query_head, query);
-    if (part == 0) {
-      float* lse =
-          last ? statistics_of(p_, p_.lse, s_, query_head) + query : a_.part_lse + in_parts;
-      *lse = result.lse;
-    }
+    if (part == 0 && last) statistics_of(p_, p_.lse, s_, query_head)[query] = result.lse;
+    if (part == 0 && !last) a_.part_sums[in_parts] = {max, sum};
     char* out =
         strided_rows(p_.out, p_.cu_seqlens_q != nullptr, s_.index, s_.first_q, query_head)[query];
 #pragma unroll

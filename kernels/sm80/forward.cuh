@@ -40,28 +40,20 @@ class ForwardTile {
   // and results.
   struct Common {
     Block block;
-    float slope;  // of ALiBi, in units of the scores
+    HeadTerms terms;
     Dropout dropout;
-    const char* bias;
     KeyPages<kPaged> pages;
 
     __device__ __forceinline__ Common(const Arguments& a, const Block& found)
-        : block(found),
-          slope(0),
-          dropout{0, 0, a.score.dropout_threshold},
-          bias(nullptr),
-          pages(a, found) {
+        : block(found), terms{}, dropout{0, 0, a.score.dropout_threshold}, pages(a, found) {
       const AttentionParams& p = a.attention;
-      const int32_t sequence = found.sequence.index;
-      if (modifies_scores(kExtras) && p.alibi_slopes && sequence < p.batch) {
-        slope = p.alibi_slopes[sequence * p.alibi_batch_stride + found.first_head] *
-                a.score.inverse_unit;
+      if (modifies_scores(kExtras)) {
+        terms = HeadTerms::of(p, a.score, found.sequence.index, found.first_head);
       }
       if (drops(kExtras) && p.rng_state) {  // without: what else only Extras::all has
         dropout.seed = uint64_t(p.rng_state[0]);
         dropout.offset = uint32_t(p.rng_state[1]);
       }
-      if (kExtras == Extras::all) bias = bias_of(p, sequence, found.first_head);
     }
   };
 
@@ -124,7 +116,7 @@ class ForwardTile {
         if (in_parts) {
           if (!exists) continue;
           const int64_t part = part_row(p_, b_.split, s_.index, query_head, query);
-          write_part_row(m, h, part, result.lse, factor);
+          write_part_row(m, h, part, sum, factor);
           continue;
         }
         if (lane_ % 4 == 0 && exists) {
@@ -256,23 +248,9 @@ class ForwardTile {
 
   __device__ __forceinline__ void modify(Accumulator<kMTiles, kShape.keys>& scores,
                                          int32_t first_key) {
-    modify_scores<kExtras == Extras::all>(scores, a_.score);
-    if (p_.alibi_slopes) add_slopes(scores, first_key);
-    if (kExtras == Extras::all && p_.bias) {
-      add_bias(scores, p_, a_.score, c_.bias, row(0, 0), first_key, s_.seqlen_q, s_.seqlen_k);
-    }
-  }
-
-  __device__ __forceinline__ void add_slopes(Accumulator<kMTiles, kShape.keys>& scores,
-                                             int32_t first_key) {
-    float slope[2 * kMTiles];
-    int32_t diagonal[2 * kMTiles];
-#pragma unroll
-    for (int32_t r = 0; r < 2 * kMTiles; ++r) {
-      slope[r] = c_.slope;
-      diagonal[r] = row(r / 2, r % 2) + mask().shift();
-    }
-    add_alibi(scores, first_key, slope, diagonal, a_.score.alibi_by_key);
+    constexpr bool kAll = kExtras == Extras::all;
+    cap_scores<kAll>(scores, a_.score);
+    add_terms<kAll>(scores, p_, a_.score, c_.terms, row(0, 0), first_key, mask());
   }
 
   // One row of the thread into the warp's slice of the query tile, which has no reader left.
@@ -286,9 +264,9 @@ class ForwardTile {
     }
   }
 
-  __device__ __forceinline__ void write_part_row(int32_t m, int32_t h, int64_t at, float lse,
+  __device__ __forceinline__ void write_part_row(int32_t m, int32_t h, int64_t at, float sum,
                                                  float factor) {
-    if (lane_ % 4 == 0) a_.part_lse[at] = lse;
+    if (lane_ % 4 == 0) a_.part_sums[at] = {softmax_.max[m][h], sum};
     float* out = a_.part_out + at * p_.head_dim_v + lane_ % 4 * 2;
 #pragma unroll
     for (int32_t n = 0; n < kHeadDimV / 8; ++n) {

@@ -17,23 +17,18 @@ namespace anyflash::sm80 {
 
 // What belongs to one query head.
 struct HeadNumbers {
-  float slope;  // of ALiBi, in units of the scores
+  HeadTerms terms;
   Dropout dropout;
-  uint32_t bh;       // sequence * heads + head
-  const char* bias;  // of query 0 and key 0
-  float* dbias;
+  uint32_t bh;   // sequence * heads + head
+  float* dbias;  // of query 0 and key 0
 
   __device__ __forceinline__ static HeadNumbers of(const AttentionParams& p,
                                                    const ScoreArguments& score, int32_t sequence,
                                                    int32_t head) {
-    HeadNumbers x{0,
+    HeadNumbers x{HeadTerms::of(p, score, sequence, head),
                   {0, 0, score.dropout_threshold},
                   uint32_t(sequence * int32_t(p.heads) + head),
-                  bias_of(p, sequence, head),
                   p.dbias + sequence * p.dbias_stride[0] + head * p.dbias_stride[1]};
-    if (p.alibi_slopes) {
-      x.slope = p.alibi_slopes[sequence * p.alibi_batch_stride + head] * score.inverse_unit;
-    }
     if (p.rng_state)
       x.dropout = {uint64_t(p.rng_state[0]), uint32_t(p.rng_state[1]), score.dropout_threshold};
     return x;
@@ -62,9 +57,11 @@ __device__ __forceinline__ void add_to_bias(const float (&x)[kMTiles][kNTiles][4
   const int32_t lane = int32_t(threadIdx.x) % kWarpThreads;
   const auto row = [&](int32_t r) { return at.row + 8 * r; };
   const auto key = [&](int32_t c) { return at.key + c / 2 * 8 + c % 2; };
+  const int32_t end_row = smaller(s.seqlen_q, int32_t(p.seqlen_q));
+  const int32_t end_key = smaller(s.seqlen_k, int32_t(p.seqlen_k));
   // Zero where there is no row or key: their numbers may be anything.
   const auto value = [&](int32_t r, int32_t c) {
-    const bool exists = row(r) < s.seqlen_q && key(c) < s.seqlen_k;
+    const bool exists = row(r) < end_row && key(c) < end_key;
     return exists ? x[r / 2][c / 2][r % 2 * 2 + c % 2] : 0.0f;
   };
   const int64_t row_stride = p.dbias_stride[2], key_stride = p.dbias_stride[3];
@@ -80,7 +77,7 @@ __device__ __forceinline__ void add_to_bias(const float (&x)[kMTiles][kNTiles][4
         continue;
       }
       sum = quad_sum(sum);
-      if (lane % 4 == 0 && row(r) < s.seqlen_q) ptx::add(dbias + row(r) * row_stride, sum);
+      if (lane % 4 == 0 && row(r) < end_row) ptx::add(dbias + row(r) * row_stride, sum);
     }
     if (row_stride != 0) return;
     of_rows = warp_sum(of_rows);
@@ -94,14 +91,14 @@ __device__ __forceinline__ void add_to_bias(const float (&x)[kMTiles][kNTiles][4
     for (int32_t r = 0; r < 2 * kMTiles; ++r) {
       if (row_stride == 0) {
         sum += value(r, c);
-      } else if (row(r) < s.seqlen_q && key(c) < s.seqlen_k) {
+      } else if (row(r) < end_row && key(c) < end_key) {
         ptx::add(dbias + row(r) * row_stride + key(c) * key_stride, value(r, c));
       }
     }
     if (row_stride != 0) continue;
 #pragma unroll
     for (int32_t lanes = 4; lanes < kWarpThreads; lanes *= 2) sum += ptx::shuffle_xor(sum, lanes);
-    if (lane < 4 && key(c) < s.seqlen_k) ptx::add(dbias + key(c) * key_stride, sum);
+    if (lane < 4 && key(c) < end_key) ptx::add(dbias + key(c) * key_stride, sum);
   }
 }
 
@@ -147,16 +144,15 @@ class Gradients {
                                                 const CornerOf& corner, const MaskOf& mask,
                                                 bool masked, const Take& take) {
     if constexpr (modifies_scores(kExtras)) {
-      modify_scores<kAll>(x, a_);
+      cap_scores<kAll>(x, a_);
       if constexpr (kAll) {
         for_each(x, [&](int32_t m, int32_t n, int32_t i) {
           slopes_[m][n][i] = a_.softcap == Softcap::none ? 1.0f : cap_slope(a_.softcap, x[m][n][i]);
         });
       }
-      if (p_.alibi_slopes) add_slopes(x, head.slope, corner(), mask().shift());
-      if (kAll && p_.bias) {
+      if (p_.alibi_slopes || (kAll && p_.bias)) {
         const Corner at = corner();
-        add_bias(x, p_, a_, head.bias, at.row, at.key, mask().seqlen_q, mask().seqlen_k);
+        add_terms<kAll>(x, p_, a_, head.terms, at.row, at.key, mask());
       }
     }
     if (masked) hide(x, corner(), mask());
@@ -174,7 +170,7 @@ class Gradients {
       drop(x, head.dropout, head.bh, at.row, at.key, [](float dropped) { return -dropped; });
     }
     for_pairs(x, [&](int32_t m, int32_t n, int32_t h) {
-      take(m, n, h, fmaxf(x[m][n][2 * h], 0.0f), fmaxf(x[m][n][2 * h + 1], 0.0f));
+      take(m, n, h, ptx::relu(x[m][n][2 * h]), ptx::relu(x[m][n][2 * h + 1]));
     });
   }
 
@@ -214,18 +210,6 @@ class Gradients {
       left = left_p * slope(left);
       right = right_p * slope(right);
     });
-  }
-
-  __device__ __forceinline__ void add_slopes(Tile& x, float slope_of_head, const Corner& at,
-                                             int32_t shift) {
-    float slope[2 * kMTiles];
-    int32_t diagonal[2 * kMTiles];
-#pragma unroll
-    for (int32_t r = 0; r < 2 * kMTiles; ++r) {
-      slope[r] = slope_of_head;
-      diagonal[r] = at.row + 8 * r + shift;
-    }
-    add_alibi(x, at.key, slope, diagonal, a_.alibi_by_key);
   }
 
   __device__ __forceinline__ void hide(Tile& x, const Corner& at,

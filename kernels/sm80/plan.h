@@ -42,9 +42,9 @@ struct Plan {
 
   ANYFLASH_HOST_DEVICE int64_t blocks() const { return row_tiles * pairs * splits; }
 
-  // Per part: the rows' normalised results, then their log-sum-exps; fp32.
+  // Per part: the rows' normalised results, then the largest score and the sum of weights; fp32.
   ANYFLASH_HOST_DEVICE int64_t workspace_bytes() const {
-    return splits > 1 ? splits * rows * (head_dim_v + 1) * 4 : 0;
+    return splits > 1 ? splits * rows * (head_dim_v + 2) * 4 : 0;
   }
 };
 

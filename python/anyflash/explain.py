@@ -220,8 +220,11 @@ def _facts_of_call(
         **{name: name in call for name in ("seqused_k", "leftpad_k", "bias", "sinks")},
     }
     if asked["deterministic"] and asked["bias_grad"]:
-        bias = call["bias"]
-        asked["deterministic_bias_grad"] = bias.dim() < 4 or 1 in bias.shape
+        packed = call.get("cu_seqlens_q")
+        batch = q.size(0) if packed is None else packed.numel() - 1
+        scores = (batch, q.size(-2), int(call.get("max_seqlen_q", q.size(-3))), longest_k)
+        bias = (1,) * (4 - call["bias"].dim()) + tuple(call["bias"].shape)
+        asked["deterministic_bias_grad"] = any(a == 1 < b for a, b in zip(bias, scores))
     inputs = [q, k, v, call.get("bias"), call.get("sinks")]
     graded = any(t.requires_grad for t in inputs if t is not None)
     facts = {

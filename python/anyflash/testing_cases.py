@@ -251,6 +251,7 @@ CORNER = [
     Case("bias_minus_inf_causal_fp16", bias="inf", causal=True, dtype="fp16", head_dim=64),
     Case("bias_lowest", bias="lowest"),
     Case("bias_lowest_sinks", bias="lowest", sinks=True, causal=True),
+    Case("bias_lowest_parts", (64,), (832,), heads=1, heads_k=1, causal=True, bias="lowest"),
     Case("bias_lowest_bf16", bias="lowest", causal=True, dtype="bf16", head_dim=64),
     Case("scale_zero", softmax_scale=0.0, causal=True),
     Case("scale_negative", softmax_scale=-0.15, causal=True),

@@ -225,6 +225,8 @@ TEST_CASE("sm80, sm75: memory of a backward", "[sm80]") {
       CHECK(backward_plan_of(p, 75, int32_t(head_dim)).workspace_bytes() == rows * 8);
       p.deterministic = true;
       CHECK(backward_plan_of(p, 80, int32_t(head_dim)).workspace_bytes() == rows * 8);
+      p.bias = &p;
+      CHECK(backward_plan_of(p, 80, int32_t(head_dim)).workspace_bytes() == rows * 12);
     }
   }
 }

@@ -82,15 +82,26 @@ inline void add_features(std::vector<Case>& cases, int64_t d) {
   cases.push_back({"ALiBi by sequence", Sketch(40, 70, d).alibi(Slopes::batch_heads).batch(3)});
   cases.push_back({"ALiBi, window", Sketch(130, 99, d).alibi(Slopes::heads).window(40, 9)});
   cases.push_back({"bias", Sketch(90, 70, d).bias(BiasType::fp32).batch(2)});
-  cases.push_back({"bias, causal", Sketch(70, 133, d).bias(BiasType::bf16).causal().heads(4, 2)});
-  cases.push_back({"bias, window", Sketch(140, 99, d).bias(BiasType::fp16).window(40, 9)});
-  cases.push_back({"bias, boolean", Sketch(70, 140, d).bias(BiasType::boolean).batch(3)});
-  cases.push_back({"bias, softcap", Sketch(66, 90, d).bias(BiasType::fp32, 3).softcap(2)});
-  cases.push_back({"bias, far", Sketch(40, 70, d).bias(BiasType::fp32, 1e6).batch(2).heads(4, 2)});
+  cases.push_back(
+      {"bias, causal", Sketch(70, 133, d).bias(BiasType::bf16, "1hqk").causal().heads(4, 2)});
+  cases.push_back({"bias, window", Sketch(140, 99, d).bias(BiasType::fp16, "11qk").window(40, 9)});
+  cases.push_back({"bias by key", Sketch(90, 133, d).bias(BiasType::bf16, "b11k").batch(2)});
+  cases.push_back(
+      {"bias by row, sinks", Sketch(70, 66, d).bias(BiasType::fp32, "1hq1").sinks().batch(2)});
+  cases.push_back({"bias of one number, sinks",
+                   Sketch(70, 66, d).bias(BiasType::fp32, "b111").sinks().batch(2)});
+  cases.push_back({"boolean mask", Sketch(70, 140, d).bias(BiasType::boolean, "b1qk").batch(3)});
+  cases.push_back(
+      {"boolean mask by key", Sketch(70, 140, d).bias(BiasType::boolean, "b11k").batch(3)});
+  cases.push_back({"bias, softcap", Sketch(66, 90, d).bias(BiasType::fp32, "1hqk", 3).softcap(2)});
+  cases.push_back(
+      {"bias, far, sinks", Sketch(40, 70, d).bias(BiasType::fp32, "bhqk", 2e4).sinks().batch(2)});
   cases.push_back({"bias, least floats",
                    Sketch(70, 5, d).bias(BiasType::fp32).hidden(0.8, -3.4028234e38).batch(2)});
-  cases.push_back({"bias, least halfs", Sketch(40, 90, d).bias(BiasType::fp16).hidden(1, -65504)});
-  cases.push_back({"bias, one row", Sketch(1, 300, d).bias(BiasType::bf16).heads(4, 2).batch(2)});
+  cases.push_back({"bias, least halfs, few rows",
+                   Sketch(64, 832, d).bias(BiasType::fp16, "11qk").hidden(1, -65504).causal()});
+  cases.push_back(
+      {"bias, one row", Sketch(1, 300, d).bias(BiasType::bf16, "1h1k").heads(4, 2).batch(2)});
   cases.push_back({"sinks", Sketch(66, 70, d).sinks()});
   cases.push_back({"sinks, rows without keys", Sketch(140, 66, d).sinks().causal()});
   cases.push_back({"dropout", Sketch(130, 140, d).dropout(0.17)});
@@ -132,7 +143,7 @@ inline void add_packed(std::vector<Case>& cases, int64_t d) {
   cases.push_back({"packed, gaps", Sketch(130, 133, d).packed(q, k).strides(Strides::random)});
   cases.push_back({"packed, sinks", Sketch(130, 133, d).packed(q, k).sinks().causal()});
   cases.push_back({"packed, dropout", Sketch(130, 133, d).packed(q, k).dropout(0.3)});
-  cases.push_back({"packed, bias", Sketch(130, 133, d).packed(q, k).bias(BiasType::fp16)});
+  cases.push_back({"packed, bias", Sketch(130, 133, d).packed(q, k).bias(BiasType::fp16, "b1qk")});
   cases.push_back(
       {"packed, fewer keys used", Sketch(130, 133, d).packed(q, k).used({0, 5, 9, 70})});
 }
@@ -189,8 +200,9 @@ inline void add_caches(std::vector<Case>& cases, int64_t d) {
                    Sketch(90, 130, d).pages(16).used({130, 9}).alibi(Slopes::heads)});
   cases.push_back(
       {"pages, many rows, dropout", Sketch(90, 130, d).pages(64).used({130, 9}).dropout(0.4)});
-  cases.push_back({"pages, bias",
-                   Sketch(30, 130, d).pages(16).used({130, 9}).bias(BiasType::boolean).causal()});
+  cases.push_back(
+      {"pages, bias",
+       Sketch(30, 130, d).pages(16).used({130, 9}).bias(BiasType::boolean, "b1qk").causal()});
   cases.push_back({"pages, everything", Sketch(20, 200, d)
                                             .heads(4, 2)
                                             .pages(64)

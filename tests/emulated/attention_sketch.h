@@ -65,8 +65,9 @@ class Sketch {
   Sketch& softcap(double cap) { return set(shape_.softcap, cap); }
   Sketch& alibi(Slopes slopes) { return set(shape_.alibi, slopes); }
   // Its gradient is wanted too, unless it is boolean.
-  Sketch& bias(BiasType type, double size = 1) {
+  Sketch& bias(BiasType type, const char* shape = "bhqk", double size = 1) {
     shape_.bias_type = type;
+    shape_.bias_shape = shape;
     shape_.bias_size = size;
     return set(shape_.dbias, type != BiasType::boolean);
   }

@@ -16,7 +16,7 @@ _DROPS = "if (drops(kExtras) && a_.score.dropout_threshold > 0) {"
 _BEHIND = "if (tile >= whole_.end) {"
 _BEFORE = "if (tile < whole_.begin) {"
 _QUERIES = "if (!ptx::kHasCpAsync) queries.finish(copy, query_tile());"
-_SLOPES = "if (p_.alibi_slopes) add_slopes(scores, first_key);"
+_SLOPES = "if (p.alibi_slopes) {"
 _HAS_ROWS = "if (!block.has_rows(a)) return;"
 
 _OWN_ROWS = (
@@ -24,7 +24,7 @@ _OWN_ROWS = (
 )
 _FINISH_END = "const int32_t end = smaller(block.row_begin + kRowTile, s.seqlen_q);"
 
-_ADD_SLOPES = "if (p_.alibi_slopes) add_slopes(x, head.slope, corner(), mask().shift());"
+_ADDS_TERMS = "if (p_.alibi_slopes || (kAll && p_.bias)) {"
 _MASKED = "if (masked) hide(x, corner(), mask());"
 _SOME_DROPPED = "if (a_.dropout_threshold > 0) {"
 _KEPT = "const bool kept = __float_as_int(p) >= 0;"
@@ -107,7 +107,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
             (
                 _NO_WEIGHT,
                 _NO_WEIGHT.replace("column >=", "column >"),
-                "reads four numbers more and drops them; behind part_out lies part_lse",
+                "reads four numbers more and drops them; behind part_out lie part_sums",
             ),
             (
                 _PARTS,
@@ -151,7 +151,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
     | {
         ("gradients.cuh", before, after): reason
         for before, after, reason in (
-            (_ADD_SLOPES, _ADD_SLOPES.replace("p_.alibi_slopes", "true"), "slopes of 0 add 0"),
+            (_ADDS_TERMS, "if (true) {", "without terms nothing is added"),
+            (_ADDS_TERMS, _ADDS_TERMS.replace("p_.bias", "true"), "without terms nothing is added"),
             (_MASKED, _MASKED.replace("masked", "true"), MORE_MASKS),
             (_SOME_DROPPED, "if (true) {", KEEPS_ALL),
             (_SOME_DROPPED, "if (a_.dropout_threshold >= 0) {", KEEPS_ALL),

@@ -374,11 +374,12 @@ class Problem {
 
   void fill_bias() {
     int64_t shape[4] = {p_.batch, p_.heads, shape_.seqlen_q, shape_.seqlen_k};
-    for (int64_t& size : shape) {
-      if (size > 1 && random_.chance(0.3)) {
-        size = 1;
-        bias_broadcasts_ = true;
-      }
+    for (int64_t i = 0; i < 4; ++i) {
+      const bool has =
+          shape_.bias_shape.empty() ? random_.chance(0.7) : shape_.bias_shape[i] != '1';
+      if (shape[i] <= 1 || has) continue;
+      shape[i] = 1;
+      bias_broadcasts_ = true;
     }
     int64_t order[4] = {0, 1, 2, 3};
     if (random_.chance(0.2)) std::swap(order[2], order[3]);

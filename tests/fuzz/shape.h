@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "kernels/params.h"
@@ -48,7 +49,8 @@ struct Shape {
   bool sinks = false;
   double dropout_p = 0;
   BiasType bias_type = BiasType::none;
-  double amplitude = 1;  // of q and k: large ones make probabilities of 0 and 1
+  double amplitude = 1;    // of q and k: large ones make probabilities of 0 and 1
+  std::string bias_shape;  // "b11k": the dimensions that it has; drawn without
   double bias_size = 1;
   std::optional<double> bias_hides;  // how much of it is bias_hidden
   double bias_hidden = -std::numeric_limits<double>::infinity();

@@ -152,6 +152,31 @@ def test_a_call_given_with_its_tensors():
     assert wide.problems[0]["features"] == ["gqa"]
 
 
+@pytest.mark.parametrize("layout", ("dense", "packed"))
+@pytest.mark.parametrize(
+    "heads, shape, broadcasts",
+    (
+        (4, (2, 4, 8, 16), False),
+        (4, (2, 1, 8, 16), True),
+        (1, (2, 1, 8, 16), False),
+        (4, (4, 8, 16), True),
+        (4, (2, 4, 8, 1), True),
+        (4, (2, 4, 1, 16), True),
+    ),
+    ids=str,
+)
+def test_a_bias_whose_numbers_belong_to_many_scores(heads, shape, broadcasts, layout):
+    q, k = torch.randn(2, 8, heads, 32), torch.randn(2, 16, heads, 32)
+    options = {}
+    if layout == "packed":
+        q, k = q.flatten(0, 1), k.flatten(0, 1)
+        options = {"cu_seqlens_q": torch.tensor([0, 8, 16]), "max_seqlen_q": 8}
+        options |= {"cu_seqlens_k": torch.tensor([0, 16, 32]), "max_seqlen_k": 16}
+    bias = torch.randn(shape, requires_grad=True)
+    answer = anyflash.explain(q, k, k, bias=bias, deterministic=True, **options)
+    assert ("deterministic_bias_grad" in answer.problems[1]["features"]) == broadcasts
+
+
 @pytest.mark.parametrize(
     "arguments, facts, message",
     (
