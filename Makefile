@@ -73,9 +73,10 @@ build-address build-thread: build-%: $(VENV)/.packages
 	cmake --build build/$*
 
 test-python: setup   ## the tests of the operators, the drop-in and the packaging
-	$(BIN)/python -m pytest --durations=10
-	$(BIN)/python -m pytest --durations=10 -m providers --provider=python
+	$(PYTEST) --durations=10
+	$(PYTEST) --durations=10 -m providers --provider=python
 	$(BIN)/python -m pytest --durations=3 tests/consumers
+PYTEST := $(BIN)/python -m pytest -n $(shell nproc) --dist loadgroup --no-loadscope-reorder
 
 bench: setup    ## the figures of docs/benchmarks.md, each beside its reference; writes out/bench.json
 	$(BIN)/python -m benchmarks.run
@@ -94,7 +95,7 @@ wheels: setup   ## out/dist: sdist, wheels for x86-64 and Arm64 and the one call
 	$(MUST_BUILD) $(BIN)/python -m build --no-isolation --outdir out/dist .
 	ANYFLASH_BUILD=1 ANYFLASH_WERROR=1 ANYFLASH_MACHINE=$(OTHER_MACHINE) $(BIN)/python -m build --no-isolation --wheel --outdir out/dist .
 	$(BIN)/python -m build --no-isolation --wheel --outdir out/dist packaging/flash-attn
-	$(BIN)/python -m pytest --dist out/dist tests/python/test_wheels.py tests/python/test_packaging.py
+	$(BIN)/python -m pytest --release out/dist tests/python/test_wheels.py tests/python/test_packaging.py
 OTHER_MACHINE := $(if $(filter aarch64,$(shell uname -m)),x86_64,aarch64)
 
 docs: setup     ## out/docs: the API reference, from the docstrings, with the guides

@@ -27,7 +27,9 @@ from installations import (  # noqa: F401  (fixtures)
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda", "standin"))
-    parser.addoption("--dist", help="folder with a release, whose wheels are tested (make wheels)")
+    parser.addoption(
+        "--release", help="folder with a release, whose wheels are tested (make wheels)"
+    )
     parser.addoption("--provider", default=None, choices=("binary", "python"))
 
 
@@ -45,7 +47,16 @@ def pytest_configure(config):
         stand_in_device.load()
 
 
+def group_of(item: pytest.Item) -> str:
+    """Tests that one process of several runs (pytest-xdist), because they share what they build."""
+    return "wheels" if "source" in item.fixturenames else item.path.stem
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    items.sort(key=lambda item: group_of(item) != "wheels")  # first what takes longest
     if config.getoption("--device") == "cpu":
         return
     others = [item for item in items if "device" not in item.fixturenames]

@@ -1,6 +1,6 @@
 """Installations of anyflash in fresh virtual environments. conftest.py makes the fixtures known.
 
-One wheel is built per session, from an sdist, as a release is; with --dist they are the ones of a
+One wheel is built per session, from an sdist, as a release is; with --release they are those of a
 release. Nothing is downloaded: torch and the build tools are the ones of the environment that runs
 the tests.
 """
@@ -177,8 +177,8 @@ def build(folder: Path, out: Path, *options: str, **environment: str) -> Path:
 
 
 def released_wheel(config: pytest.Config, machine: str) -> Path | None:
-    """The wheel for a processor family in the folder of --dist; None without the option."""
-    folder = config.getoption("--dist")
+    """The wheel for a processor family in the folder of --release; None without the option."""
+    folder = config.getoption("--release")
     if folder is None:
         return None
     (found,) = Path(folder).resolve().glob(f"anyflash-*{machine}.whl")

@@ -70,7 +70,7 @@ def test_the_wheel_holds_what_it_should_and_no_more(wheel):
 @LINUX
 def test_the_wheel_is_small(wheel, pytestconfig):
     """A release has code for five GPU architectures, the wheel of other runs for one."""
-    assert wheel.stat().st_size <= (20e6 if pytestconfig.getoption("--dist") else 5e6)
+    assert wheel.stat().st_size <= (20e6 if pytestconfig.getoption("--release") else 5e6)
 
 
 @LINUX

@@ -1,7 +1,7 @@
 """The wheels of a release: on which systems they can be loaded, and what they hold.
 
 Two kinds: this machine's, and the other processor family's, which zig compiles. `make wheels` has
-this file look at those that it made (--dist).
+this file look at those that it made (--release).
 """
 
 from __future__ import annotations
