@@ -283,10 +283,6 @@ def _block() -> torch.nn.Module:
     )  # fmt: skip
 
 
-def _call_block(block: torch.nn.Module, x: Tensor, residual: Tensor) -> Any:
-    return block(x, residual)
-
-
 def _model() -> torch.nn.Module:
     from transformers import GPT2Config
 
@@ -385,7 +381,7 @@ CASES: dict[str, GraphCase] = {
     "MHA, packed": GraphCase(_call_packed, _packed_hidden, _heads()),
     "FusedMLP": GraphCase(_call, _hidden, lambda: FusedMLP(WIDTH, 2 * WIDTH, WIDTH)),
     "Block": GraphCase(
-        _call_block, lambda *size: Inputs((*_hidden(*size).leaves, *_hidden(*size).leaves)), _block
+        _call, lambda *size: Inputs((*_hidden(*size).leaves, *_hidden(*size).leaves)), _block
     ),
     "GPTLMHeadModel": GraphCase(_call_model, _ids, _model),
 }
