@@ -78,10 +78,14 @@ def _distinct(args: tuple[Any, ...]) -> list[Any]:
 _kernel = threading.local()
 
 
+def _is_inside_kernel() -> bool:
+    return getattr(_kernel, "active", False)
+
+
 @contextlib.contextmanager
 def inside_kernel() -> Iterator[None]:
     """Says that an autograd kernel is at work: functorch has prepared the call already."""
-    before = getattr(_kernel, "active", False)
+    before = _is_inside_kernel()
     _kernel.active = True
     try:
         yield
@@ -128,7 +132,7 @@ def applier(function: type[Function]) -> Callable[..., Any]:
     direct, transforms_active = direct_apply(function), in_functorch
 
     def apply(*args: Any) -> Any:
-        inside = getattr(_kernel, "active", False)
+        inside = _is_inside_kernel()
         if is_compiling() and not inside:
             return function.apply(*_distinct(args))
         if not transforms_active():
@@ -193,8 +197,9 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
 
 def below_autograd(operator: Callable[..., Any], *args: Any) -> Any:
     """Calls an operator whose call nobody records past its autograd kernel, which costs
-    microseconds; in a graph as it is."""
-    if is_compiling():
+    microseconds; as it is in a graph, and under torch.func, where somebody outside may record, but
+    for that kernel itself."""
+    if is_compiling() or (in_functorch() and not _is_inside_kernel()):
         return operator(*args)
     with BelowAutograd():
         return operator(*args)
@@ -236,8 +241,7 @@ def call_operator(
         return operator(*arguments)
     if needs_autograd(*asking):
         return recorded(*arguments)
-    with BelowAutograd():
-        return operator(*arguments)
+    return below_autograd(operator, *arguments)
 
 
 class ForwardOnlyFunction(Function):

@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 from . import _autocast, _core, _defs, _loader
 from ._autograd import NO_SECOND_DERIVATIVE, forward_only, inside_kernel, needs_autograd
 from ._guards import BelowAutograd, BelowWriteCounts, count_write, isolated
-from ._operators import attention, cross_entropy, kvcache, mlp, norm, rotary
+from ._operators import attention, cross_entropy, kvcache, mlp, norm, rotary, vmap
 from ._operators.attention import out_like
 
 _keep_alive: list[torch.library.Library] = []
@@ -203,6 +203,17 @@ def register_fake(
         library.impl(name.partition("::")[2], fake, "Meta")
 
 
+def _register_vmap(library: torch.library.Library) -> None:
+    """Gives the operators their rules for samples; torch before 2.5 goes through the samples.
+    Public ones are Python functions of operators that have one."""
+    if not hasattr(torch.library, "register_vmap"):
+        return
+    for name, rule in vmap.RULES.items():
+        torch.library.register_vmap(f"anyflash::{name}", rule, lib=library)
+    for name, function in DIFFERENTIABLE.items():
+        library.impl(name, function, "FuncTorchBatched")
+
+
 #: The families of _operators/.
 FAMILIES: tuple[Any, ...] = (attention, kvcache, mlp, rotary, norm, cross_entropy)
 
@@ -275,6 +286,7 @@ def register() -> None:
                 overload = _overload(operator.name)
                 refusal = forward_only(overload, NO_SECOND_DERIVATIVE)
                 library.impl(operator.name, autograd_kernel(overload, refusal), "Autograd")
+        _register_vmap(library)
         for operator in _defs.operators():
             if _draws_random_numbers(operator.name):
                 _tag(operator.name)

@@ -15,6 +15,7 @@ from .._autograd import (
     applier,
     below_autograd,
     call_operator,
+    in_functorch,
     is_compiling,
     needs_autograd,
 )
@@ -221,8 +222,8 @@ def rotary_(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> None:
     """The operator ``rotary_``, recorded as PyTorch's own in-place operations are."""
     if needs_autograd(cos, sin):
         rotate_(x, cos, sin, *rest)
-    elif needs_autograd(x):
-        x.copy_(_apply_rotary(x, cos, sin, *rest))
+    elif needs_autograd(x) or in_functorch():
+        x.copy_(rotary(x, cos, sin, *rest))
     else:
         below_autograd(_ops.rotary_.default, x, cos, sin, *rest)
 
