@@ -23,6 +23,7 @@ from anyflash._autograd import (
     below_autograd,
     first_derivative_only,
     forward_only,
+    in_functorch,
     is_watched,
 )
 from anyflash._guards import isolated
@@ -247,7 +248,8 @@ def _differentiable(operator: Any, function: Callable[..., Any]) -> Callable[...
             needed = ctx.needs_input_grad
             indices = [bound.get(name, len(needed)) for name in Gradients._fields]
             asked = [i < len(needed) and needed[i] for i in indices]
-            if is_watched() and dout is not None and dsoftmax_lse is None:
+            by_name = is_watched() and not in_functorch()
+            if by_name and dout is not None and dsoftmax_lse is None:
                 gradients = _backward_by_name(ctx, dout, asked)
             else:
                 gradients = differentiate(ctx, dout, dsoftmax_lse, asked)
@@ -340,6 +342,7 @@ def _define(name: str) -> tuple[Any, Any]:
     _ops.register_fake(library, packet.default, fake)
     if is_forward:
         recorded = _differentiable(packet.default, function)
+        library.impl(name, function, "FuncTorchBatched")  # by the rules of what it calls
     else:
         recorded = forward_only(packet.default, NO_SECOND_DERIVATIVE)
         kernel = _ops.version_counting_kernel(packet.default)
