@@ -50,6 +50,13 @@ def is_traced() -> bool:
     return torch._C._get_tracing_state() is not None or _mode("PROXY") is not None
 
 
+def wants_operations() -> bool:
+    """Whether operations that PyTorch differentiates itself have to stand in the place of an
+    autograd.Function: under torch.func, which asks more of one, and in what torch.export, make_fx
+    and torch.jit.trace write, from where its derivative is lost, or itself."""
+    return in_functorch() or is_exporting() or is_traced()
+
+
 def _mode(kind: str) -> Any:
     """The TorchDispatchMode of torch's own of a kind, if it is active."""
     if torch._C._len_torch_dispatch_stack() == 0 or not hasattr(torch._C, "_get_dispatch_mode"):

@@ -20,13 +20,7 @@ pytestmark = [
 ]
 
 SAMPLES = 3
-# Functions whose autograd.Function is upstream's, with a context as only eager mode has it.
-REFUSED = ("apply_rotary_emb_qkv_", "swiglu")
-NAMES = [
-    name
-    for name, case in CASES.items()
-    if case.module is None and case.why_not is None and name not in REFUSED
-]
+NAMES = [n for n, case in CASES.items() if case.module is None and case.why_not is None]
 # Sample by sample: with dropout, and with norms of their own.
 ONE_BY_ONE = {
     True: ("attention, dropout",),
@@ -205,14 +199,6 @@ def test_dropout_is_drawn_as_vmap_is_told(device):
     same, different = (vmap(one, randomness=how)(q) for how in ("same", "different"))
     assert torch.equal(same[0], same[1])
     assert not torch.equal(different[0], different[1])
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_functions_of_eager_mode_are_refused(device, name):
-    leaves, others = _samples(name, device)
-    dims = (*(0 for _ in leaves), *(None for _ in others))
-    with pytest.raises(RuntimeError, match="setup_context"):
-        vmap(CASES[name].function, dims)(*leaves, *others)
 
 
 def test_a_cache_is_refused(device):

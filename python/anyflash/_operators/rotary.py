@@ -15,9 +15,9 @@ from .._autograd import (
     applier,
     below_autograd,
     call_operator,
-    in_functorch,
     is_compiling,
     needs_autograd,
+    wants_operations,
 )
 from . import can_check, check, expect, record_of
 
@@ -222,7 +222,7 @@ def rotary_(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> None:
     """The operator ``rotary_``, recorded as PyTorch's own in-place operations are."""
     if needs_autograd(cos, sin):
         rotate_(x, cos, sin, *rest)
-    elif needs_autograd(x) or in_functorch():
+    elif needs_autograd(x) or wants_operations():
         x.copy_(rotary(x, cos, sin, *rest))
     else:
         below_autograd(_ops.rotary_.default, x, cos, sin, *rest)

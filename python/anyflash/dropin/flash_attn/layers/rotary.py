@@ -15,10 +15,17 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor
 
-from anyflash._autograd import is_compiling
+from anyflash import rotary
+from anyflash._autograd import is_compiling, wants_operations
 
 from ..ops.triton.rotary import apply_rotary
-from ._rotary_functions import ApplyRotaryEmb, ApplyRotaryEmbKV_, ApplyRotaryEmbQKV_
+from ._rotary_functions import (
+    ApplyRotaryEmb,
+    ApplyRotaryEmbKV_,
+    ApplyRotaryEmbQKV_,
+    apply_to_qkv,
+    turn_keys_,
+)
 
 __all__ = [
     "ApplyRotaryEmb",
@@ -97,6 +104,11 @@ def apply_rotary_emb(
     Returns:
         x's shape; with inplace x' memory.
     """
+    if inplace and wants_operations():
+        return rotary(
+            x, cos, sin, interleaved=interleaved, inplace=True, seqlen_offsets=seqlen_offsets,
+            cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
+        )  # fmt: skip
     if inplace:
         return ApplyRotaryEmb.apply(
             x, cos, sin, interleaved, True, seqlen_offsets, cu_seqlens, max_seqlen
@@ -130,6 +142,10 @@ def apply_rotary_emb_qkv_(
         seqlen_offsets: positions of the first rows, one for all or (batch,).
         num_heads_q: heads of q in a qkv of 4 dimensions.
     """
+    if wants_operations():
+        return apply_to_qkv(
+            qkv, cos, sin, cos_k, sin_k, interleaved, True, False, seqlen_offsets, num_heads_q
+        )
     return ApplyRotaryEmbQKV_.apply(
         qkv, cos, sin, cos_k, sin_k, interleaved, seqlen_offsets, num_heads_q
     )
@@ -151,6 +167,9 @@ def apply_rotary_emb_kv_(
         interleaved: as in apply_rotary_emb.
         seqlen_offsets: positions of the first rows, one for all or (batch,).
     """
+    if wants_operations():
+        turn_keys_(kv, cos, sin, interleaved, seqlen_offsets)
+        return kv
     return ApplyRotaryEmbKV_.apply(kv, cos, sin, interleaved, seqlen_offsets)
 
 
