@@ -192,6 +192,11 @@ def first_derivative_only(backward: Callable[..., tuple[Any, ...]]) -> Callable[
     return checked
 
 
+def may_record() -> bool:
+    """Whether a call on some tensors would be recorded, or refused."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
 def needs_autograd(*tensors: Tensor | None) -> bool:
     """True where a call is to be recorded, or, under forward-mode differentiation, refused by the
     Function."""

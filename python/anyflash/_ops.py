@@ -12,7 +12,13 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from . import _autocast, _core, _defs, _loader
-from ._autograd import NO_SECOND_DERIVATIVE, forward_only, inside_kernel, needs_autograd
+from ._autograd import (
+    NO_SECOND_DERIVATIVE,
+    forward_only,
+    inside_kernel,
+    may_record,
+    needs_autograd,
+)
 from ._guards import BelowAutograd, BelowWriteCounts, count_write, isolated
 from ._operators import attention, cross_entropy, kvcache, mlp, norm, rotary, vmap
 from ._operators.attention import out_like
@@ -153,7 +159,8 @@ def autograd_kernel(operator: OpOverload, differentiable: Callable[..., Any]) ->
     asked for."""
 
     def kernel(*args: Any) -> Any:
-        if needs_autograd(*(arg for arg in args if isinstance(arg, Tensor))):
+        # First what is known without the arguments: graphs that compute no gradient come here too.
+        if may_record() and needs_autograd(*(arg for arg in args if isinstance(arg, Tensor))):
             with inside_kernel():
                 return differentiable(*args)
         with BelowAutograd():
