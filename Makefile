@@ -12,7 +12,7 @@ MUST_BUILD := $(if $(shell command -v c++ g++ clang++),ANYFLASH_BUILD=1 ANYFLASH
 CPP_BUILD := cmake -G Ninja -DANYFLASH_TORCH=OFF -DANYFLASH_TESTS=ON -DANYFLASH_WERROR=ON -DANYFLASH_CUDA_ARCHS="75;80"
 SOURCES := $(shell find core csrc include kernels cmake tools -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: help setup demo test test-cpp test-python emulate mutate fuzz sanitize build-address build-thread bench bench-peers test-matrix test-consumers wheels lint types format clean
+.PHONY: help setup demo test test-cpp test-python emulate mutate fuzz sanitize build-address build-thread bench bench-peers test-matrix test-consumers wheels docs lint types format clean
 
 help:           ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -89,9 +89,16 @@ test-matrix: setup   ## old and new torch and Python versions; writes docs/test_
 test-consumers: setup   ## packages that use flash_attn, unmodified, in several versions; writes docs/clients.md
 	$(BIN)/python scripts/clients.py
 
-wheels: $(VENV)/.packages   ## out/dist: the wheel of anyflash, and the one that carries the name flash-attn
-	$(MUST_BUILD) $(BIN)/python -m build --no-isolation --wheel --outdir out/dist .
+wheels: setup   ## out/dist: sdist, wheels for x86-64 and Arm64 and the one called flash-attn, audited and tried in fresh environments
+	rm -rf out/dist
+	$(MUST_BUILD) $(BIN)/python -m build --no-isolation --outdir out/dist .
+	ANYFLASH_BUILD=1 ANYFLASH_WERROR=1 ANYFLASH_MACHINE=$(OTHER_MACHINE) $(BIN)/python -m build --no-isolation --wheel --outdir out/dist .
 	$(BIN)/python -m build --no-isolation --wheel --outdir out/dist packaging/flash-attn
+	$(BIN)/python -m pytest --dist out/dist tests/python/test_wheels.py tests/python/test_packaging.py
+OTHER_MACHINE := $(if $(filter aarch64,$(shell uname -m)),x86_64,aarch64)
+
+docs: setup     ## out/docs: the API reference, from the docstrings, with the guides
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . out/docs
 
 lint: $(VENV)/.packages types   ## ruff, clang-format, mypy
 	$(BIN)/ruff check .

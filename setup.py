@@ -22,9 +22,12 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from build_plan import (  # noqa: E402
     host_compiler,
+    is_crossed,
+    machine,
     no_binary_reason,
     no_cuda_reason,
     setting,
+    why_zig,
     zig,
 )
 from shared_lists import write_lists  # noqa: E402
@@ -51,7 +54,7 @@ def run(*command: str) -> None:
 
 def cmake(cuda: bool, prefix: pathlib.Path) -> None:
     """Configures, builds and installs the libraries into the folder of the package `anyflash`."""
-    build = ROOT / "build/install"
+    build = ROOT / "build" / (f"install-{machine()}" if is_crossed() else "install")
     options = {
         "Python_EXECUTABLE": sys.executable,
         "CMAKE_INSTALL_PREFIX": str(prefix),
@@ -61,6 +64,8 @@ def cmake(cuda: bool, prefix: pathlib.Path) -> None:
     if host_compiler() is None:
         options |= {"CMAKE_CXX_COMPILER": ";".join(zig() or ()), "ANYFLASH_TORCH": "OFF"}
         os.environ["ZIG_GLOBAL_CACHE_DIR"] = str(build / "zig")  # its C++ library, compiled
+        if is_crossed():
+            options |= {"CMAKE_SYSTEM_NAME": "Linux", "CMAKE_SYSTEM_PROCESSOR": machine()}
     if "ANYFLASH_CUDA_ARCHS" in os.environ:
         options["ANYFLASH_CUDA_ARCHS"] = os.environ["ANYFLASH_CUDA_ARCHS"]
     fresh = (
@@ -76,7 +81,7 @@ def cmake(cuda: bool, prefix: pathlib.Path) -> None:
         "--parallel",
         os.environ.get("MAX_JOBS", str(os.cpu_count() or 1)),
     )
-    run("cmake", "--install", str(build), "--strip")
+    run("cmake", "--install", str(build), *(["--strip"] if host_compiler() else []))  # zig did
 
 
 def build_binary(prefix: pathlib.Path) -> dict[str, Any]:
@@ -92,7 +97,7 @@ def build_binary(prefix: pathlib.Path) -> dict[str, Any]:
     no_cuda = no_cuda_reason()
     reasons = [f"cuda: {no_cuda}"] if no_cuda else []
     if host_compiler() is None:
-        reasons.append("operators: there was no g++ or clang++, and zig builds the kernels alone")
+        reasons.append(f"operators: zig builds the kernels only, and {why_zig()}")
     for cuda in (False,) if no_cuda else (True, False):
         try:
             cmake(cuda, prefix)

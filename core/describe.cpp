@@ -1,6 +1,7 @@
 // Attention as the decision sees it: its numbers normalised, its features.
 #include "core/describe.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "core/attention.h"
@@ -45,6 +46,12 @@ Features features_of(const AttentionCall& call) {
   add(call.heads_k() != call.heads(), Feature::gqa);
   add(call.head_dim_v() != call.head_dim(), Feature::unequal_head_dims);
   return features;
+}
+
+// Whether a number of the bias belongs to many scores.
+bool broadcasts(const TensorView& bias) {
+  if (bias.rank < 4) return true;
+  return std::any_of(bias.sizes, bias.sizes + 4, [](int64_t size) { return size == 1; });
 }
 
 Problem describe_attention(const AttentionCall& call, Direction direction, const Caller& caller) {
@@ -111,6 +118,9 @@ Problem describe_backward(const AttentionCall& call, const BackwardCall& grad,
   if (grad.dlse.given()) problem.features |= Feature::lse_grad;
   if (grad.bias_requires_grad) problem.features |= Feature::bias_grad;
   if (grad.deterministic) problem.features |= Feature::deterministic;
+  if (grad.deterministic && grad.bias_requires_grad && broadcasts(call.bias)) {
+    problem.features |= Feature::deterministic_bias_grad;
+  }
   return problem;
 }
 

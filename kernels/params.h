@@ -56,7 +56,17 @@ struct RowStatistics {
   int64_t head_stride;
 };
 
+// A log-sum-exp from which on its rounding is no longer small beside the logarithm of a sum of
+// weights; +inf is that of a row without keys.
+ANYFLASH_HOST_DEVICE bool is_far(float lse) {
+  return lse <= -16384.0f || (lse >= 16384.0f && lse <= 3.4028235e38f);
+}
+
 enum class BiasType : int32_t { none, fp16, bf16, fp32, boolean };  // boolean: 0 hides a key
+
+ANYFLASH_HOST_DEVICE constexpr int32_t bytes_of(BiasType type) {
+  return type == BiasType::fp32 ? 4 : type == BiasType::boolean ? 1 : 2;
+}
 
 // Attention as csrc/schemas.def defines it. Rows in q, k, v, out and their gradients have the
 // instance's dtype. Pointers without "may be null" must be set where there is anything to compute.

@@ -24,6 +24,7 @@ ARGUMENTS = {
     "decode": ("head_dim", "head_dim_v", "extras", "paged"),
     "combine": (),
     "prepare": ("head_dim", "head_dim_v"),
+    "far_rows": (),
     "sinks": (),
     "keys": ("head_dim", "head_dim_v", "extras", "shared_kb"),
     "queries": ("head_dim", "head_dim_v", "extras", "shared_kb"),
@@ -39,7 +40,8 @@ CLASSES = {
     "queries": f"QueryTile<{_TILE}, {{shared_kb}}>",
     "finish": "QuerySums<{head_dim}, {shared_kb}>",
 }
-SIZES = {"combine": (128, 0), "prepare": (256, 0), "sinks": (32, 0)}  # of the others
+# Threads and bytes of the others.
+SIZES = {"combine": (128, 0), "prepare": (256, 0), "far_rows": (256, 0), "sinks": (32, 0)}
 
 EXTRAS = ("plain", "score_mod", "dropout", "everything")  # by the numbers of Extras
 
@@ -78,7 +80,7 @@ class Kernel(NamedTuple):
 
     @classmethod
     def from_mangled(cls, name: str) -> Kernel:
-        kind, dtype, arguments = re.search(r"([a-z]+)_kernelINS_4(\w{4})E(\w*?)EEv", name).groups()
+        kind, dtype, arguments = re.search(r"([a-z_]+)_kernelINS_4(\w{4})E(\w*?)EEv", name).groups()
         found = re.findall(r"(?:Li|ExtrasE|Lb)(\d+)E", arguments + "E")
         numbers = dict(zip(ARGUMENTS[kind], map(int, found)))
         numbers.setdefault("head_dim_v", numbers.get("head_dim", 0))
@@ -231,7 +233,7 @@ def page(tables: list[str]) -> str:
             "Written by `python scripts/gpu_registers.py`, compiled as the build does for the",
             "first GPUs of each family. Names are kind, dtype, head_dim and extras",
             "(`kernels/common/scores.cuh`); blocks are what a multiprocessor holds at a time.",
-            "Of the backward are `prepare`, `sinks`, `keys`, `queries` and `finish`.",
+            "Of the backward are `prepare`, `far_rows`, `sinks`, `keys`, `queries` and `finish`.",
             "",
             *tables,
         )

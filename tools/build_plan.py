@@ -11,6 +11,8 @@ Environment:
                     binary if possible
     ANYFLASH_CUDA   0: no CUDA kernels; 1: with them, or an error; unset: where there is a GPU, if
                     possible
+    ANYFLASH_MACHINE the processor family that the binary is for, x86_64 or aarch64; unset: this
+                    machine's. zig compiles for another one
     ANYFLASH_WERROR 1: a compiler's warning is an error
 """
 
@@ -34,21 +36,38 @@ def setting(name: str) -> bool | None:
     return None if not value else value not in _NO
 
 
+def machine() -> str:
+    """The processor family that the binary is for."""
+    return os.environ.get("ANYFLASH_MACHINE", "").strip() or platform.machine()
+
+
+def is_crossed() -> bool:
+    """Whether the binary is for another processor family than this machine's."""
+    return machine() != platform.machine()
+
+
 def host_compiler() -> str | None:
-    """This machine's C++ compiler, which CMake will use, if there is one."""
+    """This machine's C++ compiler, which CMake will use, if there is one and it can be used."""
+    if is_crossed():
+        return None
     candidates = (
         [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     )
     return next(filter(None, map(shutil.which, candidates)), None)
 
 
+def _named_compiler() -> str | None:
+    """What CXX names, where it counts: it is a compiler for this machine."""
+    return None if is_crossed() else os.environ.get("CXX")
+
+
 def zig() -> list[str] | None:
     """The C++ compiler of the package ziglang as a command, if that is installed."""
     spec = importlib.util.find_spec("ziglang")
-    if spec is None or spec.origin is None or platform.machine() not in _ZIG_MACHINES:
+    if spec is None or spec.origin is None or machine() not in _ZIG_MACHINES:
         return None
     program = os.path.join(os.path.dirname(spec.origin), "zig")
-    return [program, "c++", "-target", f"{platform.machine()}-linux-gnu.2.17"]
+    return [program, "c++", "-target", f"{machine()}-linux-gnu.2.17"]
 
 
 def _forbidden_reason() -> str | None:
@@ -56,13 +75,21 @@ def _forbidden_reason() -> str | None:
         return "ANYFLASH_BUILD=0 asked for the pure-Python install"
     if not sys.platform.startswith("linux"):
         return f"the binary is built on Linux only, this is {platform.system()}"
+    if is_crossed() and machine() not in _ZIG_MACHINES:
+        return f"ANYFLASH_MACHINE: expected {' or '.join(_ZIG_MACHINES)}, got {machine()!r}"
     return None
+
+
+def why_zig() -> str:
+    """Why no other compiler is used."""
+    where = f" for {machine()} on {platform.machine()}" if is_crossed() else ""
+    return f"there was no g++ or clang++{where}"
 
 
 def needs_zig() -> bool:
     """Whether ziglang is to be fetched: something shall be compiled and nothing here can."""
-    unserved = host_compiler() is None and not os.environ.get("CXX") and zig() is None
-    return unserved and _forbidden_reason() is None and platform.machine() in _ZIG_MACHINES
+    unserved = host_compiler() is None and not _named_compiler() and zig() is None
+    return unserved and _forbidden_reason() is None and machine() in _ZIG_MACHINES
 
 
 def no_binary_reason() -> str | None:
@@ -71,8 +98,8 @@ def no_binary_reason() -> str | None:
         return reason
     if host_compiler():
         return None
-    if os.environ.get("CXX"):
-        return f"there is no C++ compiler {os.environ['CXX']}, which CXX names"
+    if named := _named_compiler():
+        return f"there is no C++ compiler {named}, which CXX names"
     if zig() is None:
         return "no C++ compiler (g++, clang++, or zig of the package ziglang) was found"
     return None
@@ -91,9 +118,9 @@ def no_cuda_reason() -> str | None:
     if asked:
         return None
     if host_compiler() is None:
-        return "they are built with g++ or clang++, and neither is here"
-    if platform.machine() not in ("x86_64", "aarch64"):
-        return f"no CUDA compiler exists for {platform.machine()}"
+        return f"they are built with g++ or clang++, and {why_zig()}"
+    if machine() not in ("x86_64", "aarch64"):
+        return f"no CUDA compiler exists for {machine()}"
     return None if _has_gpu() else "there is no GPU here; ANYFLASH_CUDA=1 builds them all the same"
 
 
@@ -105,7 +132,7 @@ def announcement() -> str:
     cores = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     # Measured: CPU minutes of a whole build.
     if host_compiler() is None:
-        what, minutes = "CPU kernels with zig (no g++ or clang++ is here)", 1.7
+        what, minutes = f"CPU kernels with zig ({why_zig()})", 1.7
     elif cuda:
         what, minutes = "operators and CPU and CUDA kernels", 11
     else:

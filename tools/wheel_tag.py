@@ -7,8 +7,9 @@ than they do.
 from __future__ import annotations
 
 import pathlib
-import platform
 import re
+
+from build_plan import machine
 
 # manylinux2014: the newest version of each that its systems have.
 MANYLINUX2014 = {
@@ -38,8 +39,8 @@ def platform_tag(package: pathlib.Path) -> str:
     library = package / KERNELS
     if not library.is_file():
         return "any"
-    machine = platform.machine()
+    family = machine()
     needed = needed_versions(library)
     if all(version <= MANYLINUX2014[name] for name, version in needed.items()):
-        return f"manylinux2014_{machine}.manylinux_2_17_{machine}"
-    return f"linux_{machine}"
+        return f"manylinux2014_{family}.manylinux_2_17_{family}"
+    return f"linux_{family}"

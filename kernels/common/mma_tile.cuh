@@ -15,16 +15,23 @@ constexpr int32_t kWarpThreads = 32;
 template <int32_t kMTiles, int32_t kColumns>
 using Accumulator = float[kMTiles][kColumns / 8][4];
 
-template <int32_t kMTiles, int32_t kNTiles>
-__device__ __forceinline__ void clear(float (&x)[kMTiles][kNTiles][4]) {
+// function(m, n, i) for each number.
+template <int32_t kMTiles, int32_t kNTiles, typename Function>
+__device__ __forceinline__ void for_each(const float (&)[kMTiles][kNTiles][4],
+                                         const Function& function) {
 #pragma unroll
   for (int32_t m = 0; m < kMTiles; ++m) {
 #pragma unroll
     for (int32_t n = 0; n < kNTiles; ++n) {
 #pragma unroll
-      for (int32_t i = 0; i < 4; ++i) x[m][n][i] = 0;
+      for (int32_t i = 0; i < 4; ++i) function(m, n, i);
     }
   }
+}
+
+template <int32_t kMTiles, int32_t kNTiles>
+__device__ __forceinline__ void clear(float (&x)[kMTiles][kNTiles][4]) {
+  for_each(x, [&](int32_t m, int32_t n, int32_t i) { x[m][n][i] = 0; });
 }
 
 // function(m, n, h) for each pair of neighbours in a row, x[m][n][2 h] and x[m][n][2 h + 1].

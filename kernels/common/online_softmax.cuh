@@ -60,8 +60,9 @@ struct OnlineSoftmax {
     }
   }
 
-  // Scores become their probabilities' numerators; sums and out shrink to the new maximum.
-  template <int32_t kNTiles, int32_t kOutTiles>
+  // Scores become their probabilities' numerators; sums and out shrink to the new maximum. kFar: of
+  // any size. Else c x is not rounded where c max is, which from some 2^27 on makes a difference.
+  template <bool kFar, int32_t kNTiles, int32_t kOutTiles>
   __device__ __forceinline__ void update(float (&scores)[kMTiles][kNTiles][4],
                                          float (&out)[kMTiles][kOutTiles][4], float scale) {
 #pragma unroll
@@ -75,7 +76,10 @@ struct OnlineSoftmax {
         }
         row_max = quad_max(row_max);
         const float subtrahend = row_max * scale;
-        const float shrink = ptx::ex2(max[m][h] * scale - subtrahend);
+        const auto weight = [&](float x) {
+          return ptx::ex2(kFar ? (x - row_max) * scale : x * scale - subtrahend);
+        };
+        const float shrink = weight(max[m][h]);
         max[m][h] = row_max;
 
         float row_sum = sum[m][h] * shrink;
@@ -83,7 +87,7 @@ struct OnlineSoftmax {
         for (int32_t n = 0; n < kNTiles; ++n) {
 #pragma unroll
           for (int32_t i = 2 * h; i < 2 * h + 2; ++i) {
-            scores[m][n][i] = ptx::ex2(scores[m][n][i] * scale - subtrahend);
+            scores[m][n][i] = weight(scores[m][n][i]);
             row_sum += scores[m][n][i];
           }
         }

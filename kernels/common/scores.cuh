@@ -1,15 +1,17 @@
-// What happens to a warp's scores between the two products: softcap, ALiBi, mask, dropout. Scores
-// are an Accumulator of mma_tile.cuh.
+// What happens to a warp's scores between the two products: softcap, ALiBi, bias, mask, dropout.
+// Scores are an Accumulator of mma_tile.cuh.
 #pragma once
 
+#include "kernels/common/mma_tile.cuh"
 #include "kernels/common/online_softmax.cuh"
 #include "kernels/masks.h"
+#include "kernels/params.h"
 #include "kernels/philox.h"
 
 namespace anyflash {
 
 // What a kernel does to scores, each compiled for itself: nothing; softcap and ALiBi; dropout; all
-// of it, for what the others leave out.
+// of it and a bias, for what the others leave out.
 enum class Extras : int32_t { none, score_mod, dropout, all };
 
 ANYFLASH_HOST_DEVICE constexpr bool modifies_scores(Extras extras) {
@@ -53,29 +55,16 @@ __device__ __forceinline__ float logit(const ScoreArguments& a, float max) {
 template <int32_t kMTiles, int32_t kNTiles, typename Keep>
 __device__ __forceinline__ void hide_keys(float (&scores)[kMTiles][kNTiles][4], int32_t first_key,
                                           const Keep& keep) {
-#pragma unroll
-  for (int32_t m = 0; m < kMTiles; ++m) {
-#pragma unroll
-    for (int32_t n = 0; n < kNTiles; ++n) {
-#pragma unroll
-      for (int32_t i = 0; i < 4; ++i) {
-        if (!keep(2 * m + i / 2, first_key + 8 * n + i % 2)) scores[m][n][i] = -infinity();
-      }
-    }
-  }
+  for_each(scores, [&](int32_t m, int32_t n, int32_t i) {
+    if (!keep(2 * m + i / 2, first_key + 8 * n + i % 2)) scores[m][n][i] = -infinity();
+  });
 }
 
 template <int32_t kMTiles, int32_t kNTiles, typename Function>
 __device__ __forceinline__ void map_scores(float (&scores)[kMTiles][kNTiles][4],
                                            const Function& function) {
-#pragma unroll
-  for (int32_t m = 0; m < kMTiles; ++m) {
-#pragma unroll
-    for (int32_t n = 0; n < kNTiles; ++n) {
-#pragma unroll
-      for (int32_t i = 0; i < 4; ++i) scores[m][n][i] = function(scores[m][n][i]);
-    }
-  }
+  for_each(scores,
+           [&](int32_t m, int32_t n, int32_t i) { scores[m][n][i] = function(scores[m][n][i]); });
 }
 
 // tanh(x) with a relative error of some 2^-21: below 1/4 its series, above by way of 2^x.
@@ -132,6 +121,60 @@ __device__ __forceinline__ void add_alibi(float (&scores)[kMTiles][kNTiles][4], 
   } else {
     add_alibi_by<false>(scores, first_key, slope, diagonal);
   }
+}
+
+// Query 0 and key 0 of a head's bias.
+__device__ __forceinline__ const char* bias_of(const AttentionParams& p, int32_t sequence,
+                                               int32_t head) {
+  const int64_t elements = sequence * p.bias_stride[0] + head * p.bias_stride[1];
+  return static_cast<const char*>(p.bias) + elements * bytes_of(p.bias_type);
+}
+
+__device__ __forceinline__ float bias_value(fp16 x) { return to_fp32(x); }
+__device__ __forceinline__ float bias_value(bf16 x) { return to_fp32(x); }
+__device__ __forceinline__ float bias_value(fp32 x) { return x; }
+__device__ __forceinline__ float bias_value(unsigned char x) { return x ? 0.0f : -infinity(); }
+
+template <typename Bias, int32_t kMTiles, int32_t kNTiles>
+__device__ __forceinline__ void add_bias_of(float (&scores)[kMTiles][kNTiles][4],
+                                            const AttentionParams& p, const ScoreArguments& a,
+                                            const char* bias, int32_t row, int32_t first_key,
+                                            int32_t seqlen_q, int32_t seqlen_k) {
+  const float lowest = a.floor * (1 - 0x1p-22f);
+#pragma unroll
+  for (int32_t r = 0; r < 2 * kMTiles; ++r) {
+    if (row + 8 * r >= seqlen_q) continue;
+    const auto* of_row = reinterpret_cast<const Bias*>(bias) + (row + 8 * r) * p.bias_stride[2];
+#pragma unroll
+    for (int32_t n = 0; n < kNTiles; ++n) {
+#pragma unroll
+      for (int32_t i = 0; i < 2; ++i) {
+        const int32_t key = first_key + 8 * n + i;
+        if (key >= seqlen_k) continue;
+        const float value = bias_value(of_row[key * p.bias_stride[3]]);
+        float& x = scores[r / 2][n][r % 2 * 2 + i];
+        x += value * a.inverse_unit;
+        if (x < lowest && value > -infinity()) x = lowest;
+      }
+    }
+  }
+}
+
+// The bias of a head (bias_of) for rows row, row + 8, ... of the queries and the thread's keys, as
+// far as they exist. Sums of finite numbers stay finite: a row of nothing but the least float, as
+// many write masks, has keys.
+template <int32_t kMTiles, int32_t kNTiles>
+__device__ __forceinline__ void add_bias(float (&scores)[kMTiles][kNTiles][4],
+                                         const AttentionParams& p, const ScoreArguments& a,
+                                         const char* bias, int32_t row, int32_t first_key,
+                                         int32_t seqlen_q, int32_t seqlen_k) {
+  const auto add = [&](auto element) {
+    add_bias_of<decltype(element)>(scores, p, a, bias, row, first_key, seqlen_q, seqlen_k);
+  };
+  if (p.bias_type == BiasType::fp16) add(fp16{});
+  if (p.bias_type == BiasType::bf16) add(bf16{});
+  if (p.bias_type == BiasType::fp32) add(fp32{});
+  if (p.bias_type == BiasType::boolean) add(static_cast<unsigned char>(0));
 }
 
 // What dropout takes of probabilities whose first row (of the thread) is `row`, in 16-row tiles

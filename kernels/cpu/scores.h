@@ -39,10 +39,6 @@ struct Lanes {
   int64_t head;              // of lane 0
 };
 
-ANYFLASH_INLINE int bias_bytes(BiasType type) {
-  return type == BiasType::boolean ? 1 : type == BiasType::fp32 ? 4 : 2;
-}
-
 // What one lane knows of its row.
 ANYFLASH_INLINE void describe_lane(const AttentionParams& p, const Sequence& sequence,
                                    int64_t query, int64_t head, int lane, Lanes& lanes) {
@@ -54,10 +50,9 @@ ANYFLASH_INLINE void describe_lane(const AttentionParams& p, const Sequence& seq
     lanes.slope[lane] = p.alibi_slopes[sequence.index * p.alibi_batch_stride + head];
   }
   if (p.bias) {
-    lanes.bias[lane] =
-        static_cast<const char*>(p.bias) +
-        bias_bytes(p.bias_type) * (sequence.index * p.bias_stride[0] + head * p.bias_stride[1] +
-                                   query * p.bias_stride[2]);
+    lanes.bias[lane] = static_cast<const char*>(p.bias) +
+                       bytes_of(p.bias_type) * (sequence.index * p.bias_stride[0] +
+                                                head * p.bias_stride[1] + query * p.bias_stride[2]);
   }
 }
 
@@ -148,7 +143,7 @@ struct Exponents {
 // kLanes keys of one row's bias; -inf where a boolean mask hides. Missing keys are 0.
 ANYFLASH_INLINE Float load_bias(const AttentionParams& p, const char* row, int64_t key, int count) {
   const int64_t stride = p.bias_stride[3];
-  const char* first = row + key * stride * bias_bytes(p.bias_type);
+  const char* first = row + key * stride * bytes_of(p.bias_type);
   if (stride == 1 && p.bias_type == BiasType::fp32) {
     return load_some(reinterpret_cast<const float*>(first), count);
   }
@@ -159,7 +154,7 @@ ANYFLASH_INLINE Float load_bias(const AttentionParams& p, const char* row, int64
     return load_some(reinterpret_cast<const Fp16*>(first), count);
   }
   Float x{};
-  for (int i = 0; i < count; ++i, first += stride * bias_bytes(p.bias_type)) {
+  for (int i = 0; i < count; ++i, first += stride * bytes_of(p.bias_type)) {
     switch (p.bias_type) {
       case BiasType::boolean:
         x[i] = *first ? 0.0f : -kInfinity;

@@ -103,12 +103,6 @@ float* wait_for_turn(GradientPanels& panels, int64_t panel, int64_t turn);
 // is nothing to do.
 void pass_on(GradientPanels& panels, int64_t panel, bool last);
 
-// A log-sum-exp from which on its rounding is no longer small beside the logarithm of a sum of
-// weights; +inf is that of a row without keys.
-ANYFLASH_HOST_DEVICE bool is_far(float lse) {
-  return lse <= -16384.0f || (lse >= 16384.0f && lse <= 3.4028235e38f);
-}
-
 struct BackwardPlan {
   const AttentionParams* params;
   RowSpace rows;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/sm80/attention_forward.cuh"
+#include "kernels/sm80/backward_far_rows.cuh"
 #include "kernels/sm80/backward_keys.cuh"
 #include "kernels/sm80/backward_plan.h"
 #include "kernels/sm80/backward_queries.cuh"
@@ -10,7 +11,7 @@ namespace anyflash::sm80 {
 
 inline bool is_valid_backward(const AttentionParams& p, int32_t max_head_dim) {
   return is_valid(p, max_head_dim) && !p.block_table && is_aligned(p.dout) && is_aligned(p.dq) &&
-         is_aligned(p.dk) && is_aligned(p.dv) && !p.dbias;
+         is_aligned(p.dk) && is_aligned(p.dv);
 }
 
 // As in the forward; but the slope of a softcap follows from the score only if ALiBi is not in it.
@@ -26,11 +27,15 @@ inline BackwardArguments backward_arguments(const AttentionParams& p, const Back
   a.splits = 1;
   a.padded_rows = plan.row_tiles * kRowTile;
   auto* memory = static_cast<char*>(p.workspace);
-  a.rows = reinterpret_cast<RowNumbers*>(memory);
-  if (plan.head_dim > 0) a.dq_sums = reinterpret_cast<float*>(memory + plan.rows_bytes());
-  if (plan.sinks) {
-    a.dsinks_parts = reinterpret_cast<float*>(memory + plan.rows_bytes() + plan.sums_bytes());
-  }
+  const auto take = [&](int64_t bytes, bool wanted) {
+    void* taken = wanted ? memory : nullptr;
+    memory += bytes;
+    return taken;
+  };
+  a.rows = static_cast<RowNumbers*>(take(plan.rows_bytes(), true));
+  a.references = static_cast<float*>(take(plan.references_bytes(), plan.bias));
+  a.dq_sums = static_cast<float*>(take(plan.sums_bytes(), plan.head_dim > 0));
+  a.dsinks_parts = static_cast<float*>(take(0, plan.sinks));
   return a;
 }
 
@@ -87,6 +92,14 @@ int32_t launch_gradients(const BackwardArguments& a, const BackwardPlan& plan, v
           launch_ordered(prepare_kernel<T, kHeadDim, kHeadDimV>, a, plan.row_tiles, plan.pairs, 0,
                          kBackwardThreads, 0, stream)) {
     return error;
+  }
+  if constexpr (kExtras == Extras::all) {
+    if (a.references) {
+      if (const int32_t error = launch_ordered(far_rows_kernel<T>, a, plan.row_tiles, plan.pairs,
+                                               p.seqlen_k, kBackwardThreads, 0, stream)) {
+        return error;
+      }
+    }
   }
   if (p.dsinks) {
     const Grid grid{uint32_t(p.heads), 1, kWarpThreads};

@@ -25,7 +25,7 @@ inline bool is_valid(const AttentionParams& p, int32_t max_head_dim) {
   return p.heads_k > 0 && p.heads % p.heads_k == 0 && p.head_dim > 0 && p.head_dim_v > 0 &&
          p.head_dim % 8 == 0 && p.head_dim_v % 8 == 0 && p.head_dim <= max_head_dim &&
          p.head_dim_v <= max_head_dim && is_aligned(p.q) && is_aligned(p.k) && is_aligned(p.v) &&
-         is_aligned(p.out) && p.bias_type == BiasType::none;
+         is_aligned(p.out);
 }
 
 // Up to here a softcap is computed as a sigmoid: that is off by less than 1e-4.
@@ -37,6 +37,7 @@ constexpr double kSmallestUnit = 0x1p-60;
 // The cheapest kernel that has what the call needs. The plain one takes its maxima before it
 // scales, so the scale must be positive.
 inline Extras extras_of(const AttentionParams& p) {
+  if (p.bias) return Extras::all;
   const bool plain = p.softcap == 0 && !p.alibi_slopes && p.softmax_scale > 0;
   if (p.dropout_p > 0) return plain ? Extras::dropout : Extras::all;
   if (p.softcap > kLargestSigmoidCap) return Extras::all;
@@ -61,7 +62,8 @@ inline ScoreArguments score_arguments(const AttentionParams& p) {
     a.capped = float(-2 * kLog2eExact * p.softmax_scale / p.softcap);
     unit = 2 * p.softcap;
     a.origin = float(-p.softcap);
-  } else if (p.softmax_scale >= kSmallestUnit || (p.softmax_scale > 0 && !p.alibi_slopes)) {
+  } else if (!p.bias &&
+             (p.softmax_scale >= kSmallestUnit || (p.softmax_scale > 0 && !p.alibi_slopes))) {
     unit = p.softmax_scale;
   } else {
     factor = p.softmax_scale;
@@ -70,7 +72,9 @@ inline ScoreArguments score_arguments(const AttentionParams& p) {
   a.unit = float(unit);
   a.inverse_unit = float(1 / unit);
   a.exponent = float(unit * kLog2eExact);
-  a.floor = -0.5f * 3.402823466e38f / larger(1.0f, a.exponent);
+  // With a bias differences to the maximum are multiplied, not scores.
+  constexpr float kLargest = 3.402823466e38f;
+  a.floor = p.bias ? -kLargest / larger(1.0f, a.unit) : -0.5f * kLargest / larger(1.0f, a.exponent);
   a.window_left = window(p.window_left);
   a.window_right = window(p.window_right);
   a.alibi_by_key = p.window_left < 0 && p.window_right == 0;

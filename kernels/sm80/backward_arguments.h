@@ -11,6 +11,7 @@ struct BackwardArguments : Arguments {
   int64_t dout_tile_bytes;
   int64_t padded_rows;  // of a pair: its row tiles times kRowTile
   RowNumbers* rows;     // (pairs, padded_rows)
+  float* references;    // the same, see backward_far_rows.cuh; with a bias
   float* dq_sums;       // (pairs, padded_rows, max_head_dim), in the order of QuerySums; or null
   float* dsinks_parts;  // (pairs, row tiles), or null
 };

@@ -257,7 +257,7 @@ class KeyTile {
 
   template <bool kLast>
   __device__ __forceinline__ void step(int32_t tile) {
-    Gradients<kExtras, kMTiles, kNTiles> gradients(a_.score, p_, numbers_);
+    Gradients<kExtras, kMTiles, kNTiles> gradients(a_, numbers_);
     const uint32_t q = kQ + q_buffer_;
     await_rows();
     if (kShape.q_buffers == 2 && !kLast) {
@@ -267,13 +267,12 @@ class KeyTile {
 
     Accumulator<kMTiles, kScoreKeys> scores, dp;
     multiply_keys<T>(scores, TileReader<kHeadDim>{scores_q_.address + q}, scores_k_.in(kK));
+    const auto corner = [&] {
+      return Corner{tile * kRows + score_row() + lane_ / 4,
+                    b_.key_begin + score_key() + lane_ % 4 * 2};
+    };
     gradients.probabilities(
-        scores, c_.head,
-        [&] {
-          return Corner{tile * kRows + score_row() + lane_ / 4,
-                        b_.key_begin + score_key() + lane_ % 4 * 2};
-        },
-        [&] { return mask(); }, tile < whole_.begin || tile >= whole_.end,
+        scores, c_.head, corner, [&] { return mask(); }, tile < whole_.begin || tile >= whole_.end,
         [&](int32_t m, int32_t n, int32_t h, float x, float y) { put(kP, m, n, h, x, y); });
     const TileReader<kHeadDimV> dout = scores_dout_.in(kDout);
     if constexpr (kShape.v_in_registers) {
@@ -288,7 +287,9 @@ class KeyTile {
     } else {
       multiply_keys<T>(dp, dout, scores_v_.in(kV));
     }
-    gradients.scores(dp, scores);
+    gradients.scores(dp, scores, [&](const float (&logits)[kMTiles][kNTiles][4]) {
+      if (p_.dbias) add_to_bias(logits, p_, s_, c_.head.dbias, corner());
+    });
     for_pairs(dp, [&](int32_t m, int32_t n, int32_t h) {
       put(kDs, m, n, h, dp[m][n][2 * h], dp[m][n][2 * h + 1]);
     });

@@ -20,13 +20,15 @@ struct BackwardPlan {
   int64_t row_tiles;  // of kRowTile query rows, of a pair
   int64_t pairs;      // of a sequence and head, or heads of a packed batch
   int64_t head_dim;   // of dq's sums, 0 without
+  bool bias;
   bool sinks;
 
   ANYFLASH_HOST_DEVICE int64_t rows() const { return pairs * row_tiles * kRowTile; }
   ANYFLASH_HOST_DEVICE int64_t rows_bytes() const { return rows() * int64_t{sizeof(RowNumbers)}; }
+  ANYFLASH_HOST_DEVICE int64_t references_bytes() const { return bias ? rows() * 4 : 0; }
   ANYFLASH_HOST_DEVICE int64_t sums_bytes() const { return rows() * head_dim * 4; }
   ANYFLASH_HOST_DEVICE int64_t workspace_bytes() const {
-    return rows_bytes() + sums_bytes() + (sinks ? pairs * row_tiles * 4 : 0);
+    return rows_bytes() + references_bytes() + sums_bytes() + (sinks ? pairs * row_tiles * 4 : 0);
   }
 };
 
@@ -34,7 +36,8 @@ struct BackwardPlan {
 ANYFLASH_HOST_DEVICE BackwardPlan backward_plan_of(const AttentionParams& p, int32_t least_sm,
                                                    int32_t max_head_dim) {
   return {row_tiles_of(p, 1, kRowTile), p.cu_seqlens_q ? p.heads : p.heads * p.batch,
-          p.deterministic || least_sm < 80 ? 0 : max_head_dim, p.dsinks != nullptr};
+          p.deterministic || least_sm < 80 ? 0 : max_head_dim, p.bias != nullptr,
+          p.dsinks != nullptr};
 }
 
 // Tiles of keys of a sequence, or of all packed ones and what follows them.

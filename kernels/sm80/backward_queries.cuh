@@ -73,8 +73,7 @@ class QueryTile {
     const auto values = key_reader<kHeadDimV>(address(kV), lane_);
     for (int32_t tile = some.end - 1; tile >= some.begin; --tile) {
       const uint32_t k = k_address(tile);
-      Gradients<kExtras, kMTiles, kNTiles> gradients(a_.score, p_,
-                                                     a_.rows + first + warp_row_ + lane_ / 4);
+      Gradients<kExtras, kMTiles, kNTiles> gradients(a_, a_.rows + first + warp_row_ + lane_ / 4);
       await_keys_and_values(k);
       if (ptx::kHasCpAsync && tile > some.begin) load_keys(tile - 1);
       Accumulator<kMTiles, kShape.keys> scores, dp;
@@ -91,7 +90,7 @@ class QueryTile {
         __syncthreads();
         if (tile > some.begin) load_values(tile - 1);
       }
-      gradients.scores(dp, scores);
+      gradients.scores(dp, scores, [](const auto&) {});
       if (!ptx::kHasCpAsync && tile > some.begin) fetch<true>();
       multiply_values<T>(dq_, dp, value_reader<kHeadDim>(k, lane_));
     }

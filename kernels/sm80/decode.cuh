@@ -162,7 +162,7 @@ class DecodeTile {
     const int32_t first_key = tile * kKeys + lane_ % 4 * 2;
     if constexpr (kExtras != Extras::none) modify(scores, first_key);
     if (tile < whole_.begin || tile >= whole_.end) hide(scores, first_key);
-    softmax_.update(scores, out_, a_.score.exponent);
+    softmax_.template update<false>(scores, out_, a_.score.exponent);
 
     ptx::cp_async_wait<1>();
     __syncwarp();

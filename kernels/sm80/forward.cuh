@@ -42,10 +42,15 @@ class ForwardTile {
     Block block;
     float slope;  // of ALiBi, in units of the scores
     Dropout dropout;
+    const char* bias;
     KeyPages<kPaged> pages;
 
     __device__ __forceinline__ Common(const Arguments& a, const Block& found)
-        : block(found), slope(0), dropout{0, 0, a.score.dropout_threshold}, pages(a, found) {
+        : block(found),
+          slope(0),
+          dropout{0, 0, a.score.dropout_threshold},
+          bias(nullptr),
+          pages(a, found) {
       const AttentionParams& p = a.attention;
       const int32_t sequence = found.sequence.index;
       if (modifies_scores(kExtras) && p.alibi_slopes && sequence < p.batch) {
@@ -56,6 +61,7 @@ class ForwardTile {
         dropout.seed = uint64_t(p.rng_state[0]);
         dropout.offset = uint32_t(p.rng_state[1]);
       }
+      if (kExtras == Extras::all) bias = bias_of(p, sequence, found.first_head);
     }
   };
 
@@ -217,7 +223,7 @@ class ForwardTile {
     const int32_t first_key = tile * kShape.keys + lane_ % 4 * 2;
     if constexpr (modifies_scores(kExtras)) modify(scores, first_key);
     if (tile < whole_.begin || tile >= whole_.end) hide(scores, tile, first_key);
-    softmax_.update(scores, out_, a_.score.exponent);
+    softmax_.template update<kExtras == Extras::all>(scores, out_, a_.score.exponent);
     if (drops(kExtras) && a_.score.dropout_threshold > 0) {
       drop(scores, c_.dropout, uint32_t(s_.index * int32_t(p_.heads) + b_.first_head), row(0, 0),
            first_key, [](float) { return 0.0f; });
@@ -251,7 +257,14 @@ class ForwardTile {
   __device__ __forceinline__ void modify(Accumulator<kMTiles, kShape.keys>& scores,
                                          int32_t first_key) {
     modify_scores<kExtras == Extras::all>(scores, a_.score);
-    if (!p_.alibi_slopes) return;
+    if (p_.alibi_slopes) add_slopes(scores, first_key);
+    if (kExtras == Extras::all && p_.bias) {
+      add_bias(scores, p_, a_.score, c_.bias, row(0, 0), first_key, s_.seqlen_q, s_.seqlen_k);
+    }
+  }
+
+  __device__ __forceinline__ void add_slopes(Accumulator<kMTiles, kShape.keys>& scores,
+                                             int32_t first_key) {
     float slope[2 * kMTiles];
     int32_t diagonal[2 * kMTiles];
 #pragma unroll

@@ -67,10 +67,10 @@ ANYFLASH_HOST_DEVICE Plan plan_of(const AttentionParams& p, int32_t multiprocess
   Plan plan{false, 1, 0, 0, 1, p.batch * p.heads * p.seqlen_q, p.head_dim_v};
   if (p.heads_k <= 0) return plan;
   const int64_t group = p.heads / p.heads_k;
-  plan.decodes = kernels.decode && p.dropout_p == 0 && p.seqlen_q * group <= kDecodeRows;
+  plan.decodes = kernels.decode && p.dropout_p == 0 && !p.bias && p.seqlen_q * group <= kDecodeRows;
   const int64_t rows = plan.decodes ? kDecodeRows : kernels.forward_rows;
-  // Dropout numbers and ALiBi slopes belong to a head, so their tiles have one.
-  const bool may_share = p.dropout_p == 0 && !p.alibi_slopes;
+  // Dropout numbers, ALiBi slopes and a bias belong to a head, so their tiles have one.
+  const bool may_share = p.dropout_p == 0 && !p.alibi_slopes && !p.bias;
   const int64_t apart = row_tiles_of(p, 1, rows) * group;
   if (plan.decodes || (may_share && row_tiles_of(p, group, rows) * 8 <= apart * 7)) {
     plan.group = group;
@@ -78,7 +78,7 @@ ANYFLASH_HOST_DEVICE Plan plan_of(const AttentionParams& p, int32_t multiprocess
   const int64_t heads = p.heads / plan.group;
   plan.row_tiles = row_tiles_of(p, plan.group, rows);
   plan.pairs = p.cu_seqlens_q ? heads : heads * p.batch;
-  if (plan.blocks() == 0) return plan;
+  if (plan.blocks() == 0 || plan.rows == 0) return plan;
   const int64_t wanted = kBlocksPerMultiprocessor * multiprocessors / plan.blocks();
   const int64_t useful = smaller(ceil_div(longest_span(p), kFewestSplitKeys), kMostSplits);
   plan.splits = larger<int64_t>(1, smaller(wanted, useful));

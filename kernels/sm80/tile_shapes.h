@@ -43,8 +43,9 @@ ANYFLASH_HOST_DEVICE constexpr TileShape tile_shape(int32_t max_head_dim, int32_
 // Whether a GPU that runs this code takes tiles for so much shared memory (the CUDA C++ Programming
 // Guide's table of compute capabilities). What none takes has no code.
 template <typename Shape>
-ANYFLASH_HOST_DEVICE constexpr bool runs_here(Shape (*shape)(int32_t, int32_t),
-                                              int32_t max_head_dim, int32_t shared_kb) {
+ANYFLASH_HOST_DEVICE constexpr bool runs_here([[maybe_unused]] Shape (*shape)(int32_t, int32_t),
+                                              [[maybe_unused]] int32_t max_head_dim,
+                                              [[maybe_unused]] int32_t shared_kb) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ > 800
   constexpr int32_t kKb = __CUDA_ARCH__ == 870                                ? 164
                           : __CUDA_ARCH__ / 100 == 8 || __CUDA_ARCH__ >= 1200 ? 100

@@ -89,9 +89,10 @@ def decide(problem: dict[str, Any]) -> dict[str, Any]:
             direction, dtype, head_dim, head_dim_v, features, torch_version, order, explicit.
 
     Returns:
-        ``{"route": str, "instance": str | None, "measured": dict | None, "reasons": [(route, text),
-        ...]}``: the route, ``"none"`` if nothing runs; for the route ``"kernel"`` its name and its
-        speed beside PyTorch's attention, where that has been measured.
+        A dictionary: ``route``, ``"none"`` if nothing runs; for the route ``"kernel"`` its name as
+        ``instance`` (else None) and ``measured``, its speed beside PyTorch's attention as a
+        dictionary, None where nobody has measured it; ``reasons``, pairs of a route before that one
+        and a text.
 
     Raises:
         ValueError: names that do not exist.

@@ -1,8 +1,7 @@
 """`python -m anyflash doctor`: what is installed, what will run, what to do about each problem.
 
 Written for someone who wants attention to run and has never heard of ABIs. It only reads. Every
-section is collected on its own, so that whatever is broken (a damaged library, no driver, an old
-torch) is reported and does not end the report.
+section is collected on its own: what is broken (a library, a driver) does not end the report.
 """
 
 from __future__ import annotations
@@ -52,6 +51,7 @@ ENVIRONMENT = {
     "ANYFLASH_CUDA": "when installing; 0: no CUDA kernels, 1: with them, without a GPU too",
     "ANYFLASH_CUDA_ARCHS": "when installing: GPU architectures to compile for",
     "ANYFLASH_NVRTC": "when installing: NVRTC libraries to compile with, joined by colons",
+    "ANYFLASH_MACHINE": "when building a wheel: for which processors, x86_64 or aarch64",
     "ANYFLASH_WERROR": "when installing; 1: a compiler's warning is an error",
     "ANYFLASH_TORCH_INCLUDE": "when installing: the folder with torch's headers",
     "ANYFLASH_COMPANION_VERSION": "when building the flash-attn wheel: its version",

@@ -44,6 +44,7 @@ FEATURE_WORDS = {
     "lse": ("lse", "return_lse", "softmax_lse"),
     "lse_grad": ("lse_grad",),
     "deterministic": ("deterministic",),
+    "deterministic_bias_grad": (),
 }
 
 _ACTIVATIONS = ("mlp", "bias_activation", "gelu", "gelu_tanh", "gelu_erf", "relu") + (

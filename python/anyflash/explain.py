@@ -32,7 +32,7 @@ ROUTE_TITLES = {
     "math": "plain PyTorch operations, a block of rows at a time",
 }
 
-BACKWARD_ONLY = ("bias_grad", "lse_grad", "deterministic")
+BACKWARD_ONLY = ("bias_grad", "lse_grad", "deterministic", "deterministic_bias_grad")
 
 _KEYWORDS = frozenset(
     ("op", "device", "sm", "driver", "isa", "dtype", "head_dim", "head_dim_v", "features")
@@ -194,6 +194,9 @@ def _facts_of_call(
         "deterministic": call.get("deterministic", False),
         **{name: name in call for name in ("seqused_k", "leftpad_k", "bias", "sinks")},
     }
+    if asked["deterministic"] and asked["bias_grad"]:
+        bias = call["bias"]
+        asked["deterministic_bias_grad"] = bias.dim() < 4 or 1 in bias.shape
     inputs = [q, k, v, call.get("bias"), call.get("sinks")]
     graded = any(t.requires_grad for t in inputs if t is not None)
     facts = {

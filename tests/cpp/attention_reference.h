@@ -30,6 +30,7 @@ struct Arithmetic {
   double operand_roundoff;   // of probabilities and their gradients as they enter a product
   double exp_error;          // relative
   double operand_least = 0;  // absolute error of those near 0
+  double cap_error = 0;      // of a softcap, in units of the cap
   double far_lse = 16384;    // from here on the backward makes a row's log-sum-exp again: far from
                              // 0 a float does not hold the sum of the weights
 };
@@ -182,7 +183,8 @@ struct Logit {
   double slope_error = 0;
 };
 
-inline Logit logit(const Sequence& s, int64_t head, int64_t i, int64_t j, const Dot& dot) {
+inline Logit logit(const Sequence& s, const Arithmetic& arithmetic, int64_t head, int64_t i,
+                   int64_t j, const Dot& dot) {
   const AttentionParams& p = s.p;
   Logit x;
   if (!s.visible(i, j)) return x;
@@ -209,7 +211,7 @@ inline Logit logit(const Sequence& s, int64_t head, int64_t i, int64_t j, const 
     x.slope = 1 - t * t;
     x.slope_error = 8 * kRoundoff + 2 * std::fabs(t) * x.error / p.softcap;
     x.value = p.softcap * t;
-    x.error += 8 * kRoundoff * std::fabs(x.value);
+    x.error += 8 * kRoundoff * std::fabs(x.value) + arithmetic.cap_error * p.softcap;
   }
   double alibi = 0;
   if (p.alibi_slopes) {
@@ -254,7 +256,7 @@ struct Row {
     const AttentionParams& p = s.p;
     double most = -kInfinity;
     for (int64_t j = 0; j < s.seqlen_k; ++j) {
-      logits.push_back(logit(s, head, i, j, Dot(q[i], k[j], p.head_dim)));
+      logits.push_back(logit(s, arithmetic, head, i, j, Dot(q[i], k[j], p.head_dim)));
       most = std::max(most, logits.back().value);
     }
     if (most == -kInfinity) return;
@@ -365,7 +367,7 @@ inline void backward(const AttentionParams& p, const Arithmetic& arithmetic, Val
           const double delta_error = sum_error(p.head_dim_v) * (dout_out.size + std::fabs(dlse));
           for (int64_t j = 0; j < s.seqlen_k && lse < kInfinity; ++j) {
             const Dot dot(q[i], k[j], p.head_dim);
-            const Logit x = logit(s, head, i, j, dot);
+            const Logit x = logit(s, arithmetic, head, i, j, dot);
             if (x.value == -kInfinity) continue;
             const double log_probability = x.value - largest - log_sum;
             const double probability = std::exp(log_probability);

@@ -154,18 +154,15 @@ TEST_CASE("dispatch: the attention kernel for a GPU that fits head_dim and head_
 TEST_CASE("dispatch: what the attention kernels for GPUs compute, and what not", "[dispatch]") {
   using namespace Feature;
   const Features computed = packed | paged | seqused_k | leftpad_k | causal | window | softcap |
-                            alibi | sinks | dropout | gqa | unequal_head_dims;
+                            alibi | bias | sinks | dropout | gqa | unequal_head_dims;
   for (const int32_t sm : {80, 90, 120}) {
     CAPTURE(sm);
     CHECK(kernel_for(on_gpu(sm, computed)) == "attention_forward_fp16_d64_sm80");
-    CHECK(kernel_for(on_gpu(sm, bias)) == "math");
-    CHECK(reasons_against_kernel(on_gpu(sm, bias | causal)) ==
-          "does not support an additive bias or boolean mask");
-    CHECK(kernel_for(on_gpu(sm, (computed & ~paged) | lse_grad | deterministic,
+    CHECK(kernel_for(on_gpu(sm, (computed & ~paged) | bias_grad | lse_grad | deterministic,
                             Direction::backward)) == "attention_backward_fp16_d64_sm80");
-    CHECK(reasons_against_kernel(on_gpu(sm, bias | bias_grad, Direction::backward)) ==
-          "does not support an additive bias or boolean mask; does not support a gradient for the "
-          "bias");
+    CHECK(reasons_against_kernel(
+              on_gpu(sm, bias | bias_grad | deterministic_bias_grad, Direction::backward)) ==
+          "does not support a deterministic gradient for a bias that broadcasts");
     Problem problem = on_gpu(sm, unequal_head_dims);
     problem.head_dim_v = 257;
     CHECK(reasons_against_kernel(problem) == "head_dim_v 257 is above 256");
@@ -230,12 +227,12 @@ TEST_CASE("dispatch: a driver that is too old for the kernels for GPUs", "[dispa
   CHECK(
       reasons_against_kernel(blackwell) ==
       "needs NVIDIA driver R570 (CUDA 12.8) or newer, this is R560 (CUDA 12.6): update the driver");
-  Problem problem = on_gpu(80, Feature::bias);  // beside what else is in the way
+  Problem problem = on_gpu(80);  // beside what else is in the way
+  problem.head_dim = 264;
   problem.driver = 11040;
-  CHECK(
-      reasons_against_kernel(problem) ==
-      "does not support an additive bias or boolean mask; needs NVIDIA driver R525 (CUDA 12.0) or "
-      "newer, this is R470 (CUDA 11.4): update the driver");
+  CHECK(reasons_against_kernel(problem) ==
+        "head_dim 264 is above 256; needs NVIDIA driver R525 (CUDA 12.0) or newer, this is R470 "
+        "(CUDA 11.4): update the driver");
 }
 
 TEST_CASE("dispatch: the kernels for GPUs that append to a cache", "[dispatch]") {

@@ -81,6 +81,16 @@ inline void add_features(std::vector<Case>& cases, int64_t d) {
   cases.push_back({"ALiBi by head, causal", Sketch(70, 130, d).alibi(Slopes::heads).causal()});
   cases.push_back({"ALiBi by sequence", Sketch(40, 70, d).alibi(Slopes::batch_heads).batch(3)});
   cases.push_back({"ALiBi, window", Sketch(130, 99, d).alibi(Slopes::heads).window(40, 9)});
+  cases.push_back({"bias", Sketch(90, 70, d).bias(BiasType::fp32).batch(2)});
+  cases.push_back({"bias, causal", Sketch(70, 133, d).bias(BiasType::bf16).causal().heads(4, 2)});
+  cases.push_back({"bias, window", Sketch(140, 99, d).bias(BiasType::fp16).window(40, 9)});
+  cases.push_back({"bias, boolean", Sketch(70, 140, d).bias(BiasType::boolean).batch(3)});
+  cases.push_back({"bias, softcap", Sketch(66, 90, d).bias(BiasType::fp32, 3).softcap(2)});
+  cases.push_back({"bias, far", Sketch(40, 70, d).bias(BiasType::fp32, 1e6).batch(2).heads(4, 2)});
+  cases.push_back({"bias, least floats",
+                   Sketch(70, 5, d).bias(BiasType::fp32).hidden(0.8, -3.4028234e38).batch(2)});
+  cases.push_back({"bias, least halfs", Sketch(40, 90, d).bias(BiasType::fp16).hidden(1, -65504)});
+  cases.push_back({"bias, one row", Sketch(1, 300, d).bias(BiasType::bf16).heads(4, 2).batch(2)});
   cases.push_back({"sinks", Sketch(66, 70, d).sinks()});
   cases.push_back({"sinks, rows without keys", Sketch(140, 66, d).sinks().causal()});
   cases.push_back({"dropout", Sketch(130, 140, d).dropout(0.17)});
@@ -93,6 +103,7 @@ inline void add_features(std::vector<Case>& cases, int64_t d) {
                                      .sinks()
                                      .heads(4, 2)
                                      .alibi(Slopes::batch_heads)
+                                     .bias(BiasType::bf16)
                                      .batch(2)
                                      .window(60, 0)});
   cases.push_back({"large logits", Sketch(80, 200, d).amplitude(5)});
@@ -121,6 +132,7 @@ inline void add_packed(std::vector<Case>& cases, int64_t d) {
   cases.push_back({"packed, gaps", Sketch(130, 133, d).packed(q, k).strides(Strides::random)});
   cases.push_back({"packed, sinks", Sketch(130, 133, d).packed(q, k).sinks().causal()});
   cases.push_back({"packed, dropout", Sketch(130, 133, d).packed(q, k).dropout(0.3)});
+  cases.push_back({"packed, bias", Sketch(130, 133, d).packed(q, k).bias(BiasType::fp16)});
   cases.push_back(
       {"packed, fewer keys used", Sketch(130, 133, d).packed(q, k).used({0, 5, 9, 70})});
 }
@@ -177,6 +189,8 @@ inline void add_caches(std::vector<Case>& cases, int64_t d) {
                    Sketch(90, 130, d).pages(16).used({130, 9}).alibi(Slopes::heads)});
   cases.push_back(
       {"pages, many rows, dropout", Sketch(90, 130, d).pages(64).used({130, 9}).dropout(0.4)});
+  cases.push_back({"pages, bias",
+                   Sketch(30, 130, d).pages(16).used({130, 9}).bias(BiasType::boolean).causal()});
   cases.push_back({"pages, everything", Sketch(20, 200, d)
                                             .heads(4, 2)
                                             .pages(64)

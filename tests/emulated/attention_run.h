@@ -11,11 +11,14 @@
 namespace anyflash::emulated {
 
 // What the GPU kernels compute with: probabilities enter the second product in the storage type,
-// exponentials are ex2.approx.
-inline reference::Arithmetic arithmetic_of(Dtype dtype) {
-  return dtype == Dtype::bf16
-             ? reference::Arithmetic{dtype, 1.0 / 256, 1e-6, 0, reference::kInfinity}
-             : reference::Arithmetic{dtype, 1.0 / 2048, 1e-6, 0x1p-25, reference::kInfinity};
+// exponentials are ex2.approx, and so are softcaps, by way of a sigmoid. Rows far from 0 are looked
+// at with a bias alone.
+inline reference::Arithmetic arithmetic_of(Dtype dtype, const AttentionParams& params) {
+  reference::Arithmetic arithmetic{dtype, 1.0 / 2048, 1e-6, 0x1p-25};
+  if (dtype == Dtype::bf16) arithmetic = {dtype, 1.0 / 256, 1e-6};
+  arithmetic.cap_error = 0x1p-22;
+  if (!params.bias) arithmetic.far_lse = reference::kInfinity;
+  return arithmetic;
 }
 
 // Copies of a problem's buffers and of its results in `Memory`, which has allocate, release,
@@ -45,6 +48,7 @@ class Transfer {
     move(params_.dq.data);
     move(params_.dk.data);
     move(params_.dv.data);
+    move(params_.dbias);
     move(params_.dsinks);
   }
   Transfer(const Transfer&) = delete;
@@ -70,7 +74,7 @@ class Transfer {
 
  private:
   static std::vector<const fuzz::Guarded*> all_of(const fuzz::Results& x) {
-    return {&x.out, &x.lse, &x.dq, &x.dk, &x.dv, &x.dsinks};
+    return {&x.out, &x.lse, &x.dq, &x.dk, &x.dv, &x.dbias, &x.dsinks};
   }
 
   struct Copy {

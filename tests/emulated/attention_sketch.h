@@ -64,6 +64,17 @@ class Sketch {
   }
   Sketch& softcap(double cap) { return set(shape_.softcap, cap); }
   Sketch& alibi(Slopes slopes) { return set(shape_.alibi, slopes); }
+  // Its gradient is wanted too, unless it is boolean.
+  Sketch& bias(BiasType type, double size = 1) {
+    shape_.bias_type = type;
+    shape_.bias_size = size;
+    return set(shape_.dbias, type != BiasType::boolean);
+  }
+  // Of the bias so much is `value`, for whole rows of it where that is all.
+  Sketch& hidden(double share, double value) {
+    shape_.bias_hides = share;
+    return set(shape_.bias_hidden, value);
+  }
   Sketch& sinks() { return set(shape_.sinks, true); }
   Sketch& dropout(double p) { return set(shape_.dropout_p, p); }
   Sketch& scale(double x) {

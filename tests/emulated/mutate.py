@@ -94,6 +94,7 @@ QUICK_BACKWARD = (
 )
 ALL_BACKWARD = (
     *QUICK_BACKWARD,
+    "far_rows_kernel<bf16>(const BackwardArguments)",
     "keys_kernel<T_D_D, Extras::score_mod, 100>(const BackwardArguments)",
     "keys_kernel<T_D_D, Extras::dropout, 100>(const BackwardArguments)",
     "keys_kernel<T_D_D, Extras::all, 100>(const BackwardArguments)",
@@ -137,6 +138,7 @@ FILES = {
     "kernels/sm80/backward_keys.cuh": BACKWARD + BACKWARD_SM75,
     "kernels/sm80/backward_queries.cuh": BACKWARD + BACKWARD_SM75,
     "kernels/sm80/backward_rows.cuh": BACKWARD,
+    "kernels/sm80/backward_far_rows.cuh": BACKWARD,
     "kernels/sm80/gradients.cuh": BACKWARD,
     "kernels/common/tile_copy.cuh": ATTENTION + SM75,
     "kernels/common/sequence.cuh": ATTENTION + BACKWARD,

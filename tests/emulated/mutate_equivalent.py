@@ -16,7 +16,7 @@ _DROPS = "if (drops(kExtras) && a_.score.dropout_threshold > 0) {"
 _BEHIND = "if (tile >= whole_.end) {"
 _BEFORE = "if (tile < whole_.begin) {"
 _QUERIES = "if (!ptx::kHasCpAsync) queries.finish(copy, query_tile());"
-_NO_SLOPES = "if (!p_.alibi_slopes) return;"
+_SLOPES = "if (p_.alibi_slopes) add_slopes(scores, first_key);"
 _HAS_ROWS = "if (!block.has_rows(a)) return;"
 
 _OWN_ROWS = (
@@ -70,7 +70,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
             (_BEHIND, "if (true) {", MORE_MASKS),
             (_BEFORE, "if (true) {", MORE_MASKS),
             (_BEFORE, _BEFORE.replace(" < ", " <= "), MORE_MASKS),
-            (_NO_SLOPES, "if (false) return;", "without slopes, 0 is added: time, no result"),
+            (
+                _SLOPES,
+                "if (true) add_slopes(scores, first_key);",
+                "without slopes, 0 is added: time, no result",
+            ),
             (_HAS_ROWS, "if (false) return;", NO_ROWS),
         )
     }

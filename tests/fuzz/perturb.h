@@ -63,7 +63,7 @@ inline double factor(const reference::Sequence& s, int64_t head, int64_t i, int6
   const int64_t j = row - s.first_k;
   if (j < 0 || j >= s.seqlen_k) return 0;
   const reference::Logit logit =
-      reference::logit(s, head, i, j, reference::Dot(nullptr, nullptr, 0));
+      reference::logit(s, {}, head, i, j, reference::Dot(nullptr, nullptr, 0));
   if (!(logit.value > -reference::kInfinity)) return 0;  // hidden, or the bias is not there
   return reference::dropout_factor(s, head, i, j);
 }

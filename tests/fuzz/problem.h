@@ -126,6 +126,9 @@ class Problem {
     return wrong;
   }
 
+  // Whether a number of dbias is a sum.
+  bool adds_to_dbias() const { return dbias_size_ > 0 && bias_broadcasts_; }
+
   std::string describe() const {
     char text[300];
     std::snprintf(text, sizeof(text),
@@ -372,7 +375,10 @@ class Problem {
   void fill_bias() {
     int64_t shape[4] = {p_.batch, p_.heads, shape_.seqlen_q, shape_.seqlen_k};
     for (int64_t& size : shape) {
-      if (size > 0 && random_.chance(0.3)) size = 1;
+      if (size > 1 && random_.chance(0.3)) {
+        size = 1;
+        bias_broadcasts_ = true;
+      }
     }
     int64_t order[4] = {0, 1, 2, 3};
     if (random_.chance(0.2)) std::swap(order[2], order[3]);
@@ -395,7 +401,9 @@ class Problem {
                         : p_.bias_type == BiasType::bf16 ? Dtype::bf16
                                                          : Dtype::fp16;
     void* data = add_input(allocate(size * (boolean ? 1 : bytes_of(dtype))));
-    const double hidden = random_.chance(0.3) ? 0.9 : random_.chance(0.5) ? 0.2 : 0;
+    const double hidden = shape_.bias_hides.value_or(random_.chance(0.3)   ? 0.9
+                                                     : random_.chance(0.5) ? 0.2
+                                                                           : 0);
     // NaN stays wherever no row of any sequence looks.
     for (int64_t b = 0; b < p_.batch; ++b) {
       const reference::Sequence s(p_, b);
@@ -410,7 +418,7 @@ class Problem {
               static_cast<uint8_t*>(data)[at] = !hide;
             } else {
               const double x = shape_.bias_size * random_.normal();
-              write(dtype, data, at, hide ? -reference::kInfinity : x);
+              write(dtype, data, at, hide ? shape_.bias_hidden : x);
             }
           }
         }
@@ -441,6 +449,7 @@ class Problem {
   int64_t pages_ = 0;
   Lengths first_, used_;  // stored keys of each sequence that are visible
   int64_t out_size_ = 0, lse_size_ = 0;
+  bool bias_broadcasts_ = false;
   int64_t dq_size_ = 0, dk_size_ = 0, dv_size_ = 0, dbias_size_ = 0;
 };
 

@@ -21,6 +21,7 @@ struct Scope {
   Kind kind = Kind::any;
   int64_t max_head_dim = 512;
   int64_t head_dim_multiple = 1;
+  bool far_scores = true;    // q and k may be large
   int64_t work = 4'000'000;  // the reference multiplies one number after the other
 
   bool allows(Features feature) const { return (features & feature) == feature; }
@@ -172,6 +173,7 @@ class ShapeDrawer {
       return std::pow(10.0, random_.uniform() * (half ? 3 : 35));
     };
     s.amplitude = std::sqrt(size(scope_.dtype == Dtype::fp16));
+    if (!scope_.far_scores) s.amplitude = 1;
     s.bias_size = size(s.bias_type == BiasType::fp16);
     s.sink_size = size(false);
     s.strides = Strides::random;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -49,6 +50,8 @@ struct Shape {
   BiasType bias_type = BiasType::none;
   double amplitude = 1;  // of q and k: large ones make probabilities of 0 and 1
   double bias_size = 1;
+  std::optional<double> bias_hides;  // how much of it is bias_hidden
+  double bias_hidden = -std::numeric_limits<double>::infinity();
   double sink_size = 1;
 
   Strides strides = Strides::contiguous;

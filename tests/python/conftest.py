@@ -14,9 +14,11 @@ import pytest
 from installations import (  # noqa: F401  (fixtures)
     broken_upstream,
     companion,
+    crossed_wheel,
     environment,
     libraries,
     pure_wheel,
+    sdist,
     source,
     user,
     wheel,
@@ -25,6 +27,7 @@ from installations import (  # noqa: F401  (fixtures)
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda", "standin"))
+    parser.addoption("--dist", help="folder with a release, whose wheels are tested (make wheels)")
     parser.addoption("--provider", default=None, choices=("binary", "python"))
 
 

@@ -1,13 +1,15 @@
 """Installations of anyflash in fresh virtual environments. conftest.py makes the fixtures known.
 
-One wheel is built per session, from an sdist, as a release is. Nothing is downloaded: torch and
-the build tools are the ones of the environment that runs the tests.
+One wheel is built per session, from an sdist, as a release is; with --dist they are the ones of a
+release. Nothing is downloaded: torch and the build tools are the ones of the environment that runs
+the tests.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,8 @@ import nvrtc  # noqa: E402
 SITE_PACKAGES = Path(sysconfig.get_paths()["purelib"])
 CUDA = "1" if nvrtc.find(75) else "0"
 NO_COMPILER = "/nowhere/c++"  # as CXX: also where ziglang is installed
+MACHINE = platform.machine()
+OTHER_MACHINE = "x86_64" if MACHINE == "aarch64" else "aarch64"  # for which zig compiles
 LINUX = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="the binary is built on Linux"
 )
@@ -172,12 +176,37 @@ def build(folder: Path, out: Path, *options: str, **environment: str) -> Path:
     return next(out.glob("*.whl"))
 
 
+def released_wheel(config: pytest.Config, machine: str) -> Path | None:
+    """The wheel for a processor family in the folder of --dist; None without the option."""
+    folder = config.getoption("--dist")
+    if folder is None:
+        return None
+    (found,) = Path(folder).resolve().glob(f"anyflash-*{machine}.whl")
+    return found
+
+
 @pytest.fixture(scope="session")
-def wheel(source, tmp_path_factory) -> Path:
+def wheel(source, tmp_path_factory, pytestconfig) -> Path:
     """The wheel with the binary, from the sdist beside it; with code for one GPU architecture."""
-    return build(
+    return released_wheel(pytestconfig, MACHINE) or build(
         source, tmp_path_factory.mktemp("wheel"), ANYFLASH_BUILD="1", ANYFLASH_CUDA=CUDA,
         ANYFLASH_CUDA_ARCHS="75",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def sdist(wheel) -> Path:
+    (found,) = wheel.parent.glob("anyflash-*.tar.gz")
+    return found
+
+
+@pytest.fixture(scope="session")
+def crossed_wheel(source, tmp_path_factory, pytestconfig) -> Path:
+    """The wheel for the other processor family; optimised a little only, which spares time."""
+    return released_wheel(pytestconfig, OTHER_MACHINE) or build(
+        source, tmp_path_factory.mktemp("crossed"), "--wheel", ANYFLASH_BUILD="1",
+        ANYFLASH_WERROR="1", ANYFLASH_MACHINE=OTHER_MACHINE, CMAKE_BUILD_TYPE="Quick",
+        CXXFLAGS="-O1",
     )  # fmt: skip
 
 

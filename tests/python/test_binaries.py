@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from elf import exports, needed, newest, output, runpath, undefined
 from installations import REPOSITORY
 
 import anyflash
@@ -36,33 +37,6 @@ out.sum().backward()
 assert q.grad.isfinite().all()
 print(json.dumps({"provider": _loader.provider, "reasons": _loader.reasons}))
 """
-
-
-def output(*command) -> str:
-    return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, check=True
-    ).stdout
-
-
-def exports(library: Path) -> set[str]:
-    lines = map(str.split, output("nm", "-D", "--defined-only", library).splitlines())
-    return {name for _, kind, name in lines if kind.isupper()}
-
-
-def undefined(library: Path) -> set[str]:
-    return {
-        line.split()[-1].split("@")[0]
-        for line in output("nm", "-D", "--undefined-only", library).splitlines()
-    }
-
-
-def needed(library: Path) -> set[str]:
-    return set(re.findall(r"\(NEEDED\).*\[(.+)\]", output("readelf", "-d", library)))
-
-
-def newest(library: Path, prefix: str) -> tuple[int, ...]:
-    versions = re.findall(rf"\b{prefix}_([\d.]+)", output("objdump", "-T", library))
-    return max((tuple(map(int, v.split("."))) for v in versions), default=())
 
 
 @pytest.mark.parametrize("library", FILES)
@@ -99,7 +73,7 @@ def test_nothing_with_a_version_of_its_own_is_needed(library):
         OPS: {"libanyflash_kernels.so", "libtorch_cpu.so", "libstdc++.so.6"},
     }[library]
     assert {n for n in needed(library) if not n.startswith("ld-linux")} - system == others
-    assert re.findall(r"\(RU?N?PATH\).*\[(.+)\]", output("readelf", "-d", library)) == ["$ORIGIN"]
+    assert runpath(library) == ["$ORIGIN"]
 
 
 def test_of_torch_only_the_stable_interface_is_used():

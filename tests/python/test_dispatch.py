@@ -14,6 +14,7 @@ from support import REPOSITORY, run_python, torch_version
 
 import anyflash
 from anyflash import _core, _defs, backends
+from anyflash.explain import BACKWARD_ONLY
 
 pytestmark = pytest.mark.providers
 
@@ -34,6 +35,7 @@ FEATURES = [
     "unequal_head_dims",
     "lse_grad",
     "deterministic",
+    "deterministic_bias_grad",
 ]
 NAMES = ["kernel", "sdpa", "math", "aten_cudnn", "aten_flash", "aten_efficient", "aten_cpu"]
 NAMES += ["aten_sdpa"]
@@ -137,7 +139,7 @@ NAMED_ON_A_GPU = [
     (dict(sm=70), "needs sm_75 or newer, this GPU is sm_70"),
     (dict(sm=90, dtype="fp32"), "needs fp16 or bf16, got fp32"),
     (dict(sm=90, head_dim=264, head_dim_v=64), "head_dim 264 is above 256"),
-    (dict(sm=90, features=["bias"]), "does not support an additive bias or boolean mask"),
+    (dict(sm=90, features=["bias"]), "attention_forward_fp16_d64_sm80"),
     (dict(sm=90, direction="backward"), "attention_backward_fp16_d64_sm80"),
     (
         dict(sm=100, direction="backward", features=["deterministic", "dropout", "lse_grad"]),
@@ -146,8 +148,12 @@ NAMED_ON_A_GPU = [
     (dict(sm=75, direction="backward"), "attention_backward_fp16_d64_sm75"),
     (dict(sm=75, direction="backward", head_dim=192), "head_dim 192 is above 128"),
     (
-        dict(sm=90, direction="backward", features=["bias"]),
-        "does not support an additive bias or boolean mask",
+        dict(sm=90, direction="backward", features=["bias", "bias_grad"]),
+        "attention_backward_fp16_d64_sm80",
+    ),
+    (
+        dict(sm=90, direction="backward", features=["bias_grad", "deterministic_bias_grad"]),
+        "does not support a deterministic gradient for a bias that broadcasts",
     ),
 ]
 
@@ -279,7 +285,10 @@ EXPECTED_ROUTES = [
     (dict(sm=90, order="aten_cudnn"), "aten_cudnn"),
     (dict(sm=80, order="aten_cudnn"), "none"),
     (dict(sm=70, order="kernel"), "none"),
-    (dict(sm=90, features=["bias"], direction="backward", order="kernel"), "none"),
+    (
+        dict(sm=90, features=["deterministic_bias_grad"], direction="backward", order="kernel"),
+        "none",
+    ),
     (dict(sm=90, order="math"), "math"),
     (dict(sm=90, order="math,sdpa"), "math"),
 ]
@@ -323,7 +332,7 @@ def test_default_order_never_ends_without_a_route():
     for _ in range(1000):
         problem = {**_random_problem(draw), "order": ["kernel", "sdpa", "math"], "explicit": False}
         backward = problem["direction"] == "backward"
-        forward_only, backward_only = {"paged"}, {"bias_grad", "lse_grad", "deterministic"}
+        forward_only, backward_only = {"paged"}, set(BACKWARD_ONLY)
         impossible = forward_only if backward else backward_only
         problem["features"] = [f for f in problem["features"] if f not in impossible]
         assert anyflash.decide(problem)["route"] != "none", problem

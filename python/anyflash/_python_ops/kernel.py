@@ -17,9 +17,13 @@ from .results import empty_results
 _PACK = 8  # CUDA kernels move 16 bytes at a time
 
 
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
 def _is_readable(x: Tensor) -> bool:
     """Whether a kernel on x's device takes its rows as they lie."""
-    if not x.is_cuda:
+    if not _on_gpu(x):
         return x.stride(-1) == 1 or x.shape[-1] <= 1
     whole = x.stride(-1) == 1 and x.shape[-1] % _PACK == 0 and x.data_ptr() % 16 == 0
     return whole and all(stride % _PACK == 0 for stride in x.stride()[:-1])
@@ -31,7 +35,7 @@ class _Converted:
     def __init__(self, args: AttentionArgs, call: _records.AttentionCall) -> None:
         self.call = call
         self._kept: list[Tensor] = []
-        if args.q.is_cuda:
+        if _on_gpu(args.q):
             for name, x in (("q", args.q), ("k", args.k), ("v", args.v)):
                 self.align(self.call, name, x)
         if args.bias is not None and args.bias.dtype == torch.float64:
@@ -56,7 +60,7 @@ class _Output:
     def __init__(self, promised: Tensor) -> None:
         self.promised = self.written = promised
         if not _is_readable(promised):
-            columns = promised.shape[-1] + (-promised.shape[-1] % _PACK if promised.is_cuda else 0)
+            columns = promised.shape[-1] + (-promised.shape[-1] % _PACK if _on_gpu(promised) else 0)
             self.written = promised.new_empty((*promised.shape[:-1], columns))
 
     def finish(self) -> Tensor:
@@ -99,11 +103,11 @@ def backward(
     _records.put(grad_call, "lse", lse)
     dlse = None if grad.dlse is None else _core.contiguous_rows(grad.dlse.float())
     _records.put(grad_call, "dlse", dlse)
-    if args.q.is_cuda:
+    if _on_gpu(args.q):
         converted.align(grad_call, "dout", grad.dout)
         converted.align(grad_call, "out", grad.out)
     outputs = [_Output(torch.empty_like(x)) for x in (args.q, args.k, args.v)]
-    if args.q.is_cuda and not (args.seqused_k is None and args.leftpad_k is None):
+    if _on_gpu(args.q) and not (args.seqused_k is None and args.leftpad_k is None):
         for output in outputs[1:]:  # kernels write the keys that are used
             output.written.zero_()
     results = _records.new(_records.AttentionResults)

@@ -146,7 +146,7 @@ def dropout_add_ln_bwd(
     """[dx0, dresidual, dgamma, dbeta, dgamma_part, dbeta_part], and with colscale [dcolscale,
     dcolscale_part]; a part is (parts, columns) fp32 (fp64 for fp64) and adds up to the whole.
 
-    dx_ is the gradient of the sum, None where the forward's caller did not use it. dx0 has dz's
+    ``dx_`` is the gradient of the sum, None where the forward's caller did not use it. dx0 has dz's
     dtype; with colscale x0 is needed.
     """
     _check_matrix("x", x)

@@ -170,7 +170,7 @@ class ApplyRotaryEmb(Function):
 
 
 class ApplyRotaryEmbQKV_(Function):  # noqa: N801 (upstream's name)
-    """apply_rotary_emb_qkv_ as autograd records it."""
+    """``apply_rotary_emb_qkv_`` as autograd records it."""
 
     @staticmethod
     def forward(
@@ -198,7 +198,7 @@ class ApplyRotaryEmbQKV_(Function):  # noqa: N801 (upstream's name)
 
 
 class ApplyRotaryEmbKV_(Function):  # noqa: N801 (upstream's name)
-    """apply_rotary_emb_kv_ as autograd records it."""
+    """``apply_rotary_emb_kv_`` as autograd records it."""
 
     @staticmethod
     def forward(

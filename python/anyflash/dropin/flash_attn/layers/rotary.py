@@ -301,7 +301,8 @@ class RotaryEmbedding(torch.nn.Module):
         """Turns q and k in place.
 
         Args:
-            qkv: packed as in apply_rotary_emb_qkv_; with kv, q (batch, seqlen, heads, head_dim).
+            qkv: packed as in ``apply_rotary_emb_qkv_``; with kv, q of (batch, seqlen, heads,
+                head_dim).
             kv: (batch, seqlen, 2, heads, head_dim) or None.
             seqlen_offset: positions of the first rows, one for all or (batch,).
             max_seqlen: positions that the tables must reach; give it with a tensor of offsets,
@@ -312,7 +313,7 @@ class RotaryEmbedding(torch.nn.Module):
             qkv, or (q, kv).
 
         Raises:
-            RuntimeError: as apply_rotary_emb_qkv_ and apply_rotary_emb_kv_.
+            RuntimeError: as ``apply_rotary_emb_qkv_`` and ``apply_rotary_emb_kv_``.
             TypeError: seqlen_offset is not an integer.
         """
         if isinstance(seqlen_offset, float):  # the tables would grow by it

@@ -82,7 +82,7 @@ def benchmark_forward(
     amp_dtype: torch.dtype = torch.float16,
     **kwinputs: Any,
 ) -> Timing:
-    """Times fn(*inputs, **kwinputs).
+    """Times ``fn(*inputs, **kwinputs)``.
 
     Args:
         fn: returns a tensor, or a tuple whose first is one.
@@ -226,7 +226,7 @@ def benchmark_memory(
     verbose: bool = True,
     **kwinputs: Any,
 ) -> float:
-    """The most memory that tensors take during fn(*inputs, **kwinputs), in units of 1000 MiB.
+    """The most memory that tensors take during ``fn(*inputs, **kwinputs)``, in units of 1000 MiB.
 
     Raises:
         RuntimeError: inputs on a device whose allocator PyTorch does not count: others than CUDA.

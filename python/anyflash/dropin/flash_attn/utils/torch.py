@@ -36,6 +36,7 @@ def custom_amp_decorator(dec: Callable[..., Any], cuda_amp_deprecated: bool) -> 
         return dec
 
     def decorator(function: Optional[Callable[..., Any]] = None, **options: Any) -> Any:
+        """torch's decorator of the name, for the device that a call's first tensor lies on."""
         if function is None:
             return functools.partial(decorator, **options)
         decorated: dict[str, Callable[..., Any]] = {}
