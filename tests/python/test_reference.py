@@ -22,7 +22,13 @@ sys.path.append(str(REPOSITORY / "docs"))
 from conf import dropin_modules  # noqa: E402
 
 OUR_PAGE = "reference"
-OURS = ("anyflash", "anyflash.backends", "anyflash.integrations.transformers", "anyflash.testing")
+OURS = (
+    "anyflash",
+    "anyflash.backends",
+    "anyflash.integrations.onnx",
+    "anyflash.integrations.transformers",
+    "anyflash.testing",
+)
 
 
 @pytest.fixture(scope="module")
