@@ -293,10 +293,10 @@ def register() -> None:
                 overload = _overload(operator.name)
                 refusal = forward_only(overload, NO_SECOND_DERIVATIVE)
                 library.impl(operator.name, autograd_kernel(overload, refusal), "Autograd")
-        _register_vmap(library)
         for operator in _defs.operators():
             if _draws_random_numbers(operator.name):
                 _tag(operator.name)
+        _register_vmap(library)
     except Exception as error:  # noqa: BLE001 - without them the operators still run
         _loader.reasons.append(
             f"the operators have no fake or autograd kernels: {type(error).__name__}: {error}"
