@@ -25,6 +25,7 @@ TOPICS = (
     "cross_entropy",
     "mlp",
     "overhead",
+    "distributed",
     "startup",
     "install",
 )

@@ -26,7 +26,7 @@ from . import _core, _loader  # noqa: E402  (after torch is known to be here)
 if _loader.load() == "none":
     raise ImportError(f"anyflash has no operators: {'; '.join(_loader.reasons)}")
 
-from . import _flops, _ops, backends  # noqa: E402  (after the operators exist)
+from . import _flops, _ops, _sharding, backends  # noqa: E402  (after the operators exist)
 from .attention import attention  # noqa: E402
 from .backends import backend  # noqa: E402
 from .cross_entropy import cross_entropy  # noqa: E402
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 _ops.register()
 _flops.register_operators()
+_sharding.register_operators()
 if backends.is_set("ANYFLASH_VERBOSE"):
     _loader.show_info()
 accelerate_from_environment()

@@ -227,6 +227,11 @@ def is_seen() -> bool:
     )
 
 
+def is_distributed(x: Tensor | None) -> bool:
+    """Whether x is a DTensor, without the import of its module."""
+    return hasattr(x, "device_mesh")
+
+
 def is_watched() -> bool:
     """Whether a TorchDispatchMode looks at operators that compute something, now."""
     if is_compiling() or torch._C._len_torch_dispatch_stack() == 0:

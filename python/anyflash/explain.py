@@ -154,6 +154,31 @@ def explain(words: str | torch.Tensor = "", *tensors: torch.Tensor, **facts: Any
     return Explanation(problems, [decide(dict(p)) for p in problems], assumed)
 
 
+def kernel_runs(
+    direction: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    features: tuple[str, ...],
+    order: int,
+) -> bool:
+    """Whether an order of back ends, as a number, gives attention that is trained to a kernel;
+    direction 0 is the forward."""
+    facts: dict[str, Any] = {"device": _device_name(device)}
+    if facts["device"] == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        facts["sm"] = 10 * major + minor
+    answer = explain(
+        dtype=dtype,
+        head_dim=head_dim,
+        features=features,
+        training=True,
+        backend=",".join(backends.order_names(order)),
+        **facts,
+    )
+    return bool(answer.decisions[direction]["route"] == "kernel")
+
+
 def _differentiates(problem: dict[str, Any]) -> bool:
     """Whether a backward of this library needs the forward's log-sum-exp; elsewhere PyTorch's own
     attention is left to autograd (_operators/attention.py)."""

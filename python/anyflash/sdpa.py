@@ -24,16 +24,18 @@ from ._autograd import is_seen
 from ._guards import isolated
 from ._operators.attention import AttentionCall, BackwardCall
 from ._sdpa_mask import key_ranges
-from .explain import explain
+from .explain import kernel_runs
 
 if TYPE_CHECKING:
     from ._sdpa_jagged import JaggedOverride
     from ._sdpa_pass import SdpaPass
+    from ._sdpa_ring import RingOverride
 
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 _BACKWARD = f"{_FORWARD}_backward"
 _INDUCTOR = "torch._inductor.compile_fx"
 _NESTED = "torch.nested._internal.ops"
+_RING = "torch.distributed.tensor.experimental._context_parallel._attention"
 _KERNEL_ALONE = backends.CODES["kernel"]  # as an order: what _runs_on_kernel answered for
 
 #: What both directions of a dense call say alike.
@@ -121,6 +123,9 @@ def accelerate_sdpa() -> SdpaAcceleration:
     with, so a function of torch.nested's is replaced, and graphs of torch.compile keep what they
     were compiled with.
 
+    Inside torch.distributed's context_parallel, which knows CUDA's routines alone, it runs in
+    PyTorch's ring, forward and backward (torch 2.13).
+
     It counts from the call on, for all threads of the process, until the result is closed; several
     may be open. ANYFLASH_SDPA=1 does it at `import anyflash`. nn.MultiheadAttention and
     nn.TransformerEncoderLayer skip scaled_dot_product_attention in inference, so that fast path of
@@ -155,17 +160,18 @@ class _Overrides:
     until remove()."""
 
     def __init__(self) -> None:
-        kept = {name: _builtin(name) for name in _KERNELS}
+        kept = {name: builtin_kernel(name, "CPU") for name in _KERNELS}
         self._library = torch.library.Library("aten", "IMPL")
         for name, kernel in _KERNELS.items():
             function = isolated(functools.partial(kernel, kept[name]))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch 2.9 tells what allow_override asks for
                 self._library.impl(name, function, "CPU", allow_override=True)
-        self._added: list[SdpaPass | JaggedOverride] = []
+        self._added: list[SdpaPass | JaggedOverride | RingOverride] = []
         self._waiting = [
             AfterImport(_INDUCTOR, self._add_pass),
             AfterImport(_NESTED, self._add_jagged),
+            AfterImport(_RING, self._add_ring),
         ]
         self._fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
@@ -182,6 +188,13 @@ class _Overrides:
 
         self._added.append(JaggedOverride(nested, _runs_packed))
 
+    def _add_ring(self, context_parallel: ModuleType) -> None:
+        from ._sdpa_ring import RingOverride
+
+        forward, backward = (getattr(torch.ops.aten, name).default for name in _KERNELS)
+        call = _FORWARD_CALL._replace(backend=0, window_size_right=-1)
+        self._added.append(RingOverride(context_parallel, (forward, backward), call))
+
     def remove(self) -> None:
         torch.backends.mha.set_fastpath_enabled(self._fast_path)
         for waiting in self._waiting:
@@ -191,10 +204,18 @@ class _Overrides:
         self._library._destroy()
 
 
-def _builtin(name: str) -> Callable[..., Any]:
-    """PyTorch's own CPU kernel of an operator of aten."""
-    kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+def builtin_kernel(name: str, key: str) -> Callable[..., Any]:
+    """PyTorch's own kernel of an operator of aten.
+
+    Args:
+        name: of the operator.
+        key: the dispatch key, "CPU" or "CUDA".
+
+    Raises:
+        RuntimeError: it has none.
+    """
+    kernel = torch.library.get_kernel(f"aten::{name}", key)
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     return functools.partial(kernel.call_boxed, keys)
 
 
@@ -209,16 +230,8 @@ def _runs_on_kernel(
 ) -> bool:
     """Whether an order of back ends gives a problem to a kernel; direction 0 is the forward, asked
     in the order of _FEATURES."""
-    features = itertools.chain.from_iterable(itertools.compress(_FEATURES, asked))
-    answer = explain(
-        device="cpu",
-        dtype=dtype,
-        head_dim=head_dim,
-        features=tuple(features),
-        training=True,
-        backend=",".join(backends.order_names(order)),
-    )
-    return bool(answer.decisions[direction]["route"] == "kernel")
+    features = tuple(itertools.chain.from_iterable(itertools.compress(_FEATURES, asked)))
+    return kernel_runs(direction, torch.device("cpu"), dtype, head_dim, features, order)
 
 
 class _Masking(NamedTuple):
@@ -306,7 +319,7 @@ def _forward(
         softmax_scale=_scale(query, scale),
     )
     out, lse, _ = torch.ops.anyflash._flash_attn_forward.default(*call)
-    return _in_layout_of(query, out.transpose(1, 2)), _as_aten_lse(lse, attn_mask is not None)
+    return in_layout_of(query, out.transpose(1, 2)), _as_aten_lse(lse, attn_mask is not None)
 
 
 def _backward(
@@ -342,7 +355,7 @@ def _backward(
     return tuple(gradient.contiguous().transpose(1, 2) for gradient in gradients)
 
 
-def _in_layout_of(q: Tensor, out: Tensor) -> Tensor:
+def in_layout_of(q: Tensor, out: Tensor) -> Tensor:
     """out with the strides that PyTorch's would have: those of empty_like(q)."""
     if out.stride() == q.stride():
         return out

@@ -54,7 +54,7 @@ MADE = {
     *("python/anyflash/_build.json", "python/anyflash/_lists.py", "python/anyflash/cmake"),
     *("python/anyflash/include", "benchmarks/results", "tests/cpp/fuzz_cpu_attention"),
     *("cmake/anyflashConfig.cmake.in", "built.def", "_lists.py", "_companion.py", "train.py"),
-    *("kernel.cpp", "attend.cpp"),  # examples of a command
+    *("kernel.cpp", "attend.cpp", "attend.py"),  # examples of a command
     "docs/index.html",
     "csrc/xentropy",  # upstream's
 }
@@ -135,7 +135,9 @@ def test_links_lead_somewhere(page):
 
 
 def python_of(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", read(page), re.DOTALL)
+    """The programs of a page that run in one process."""
+    programs = re.findall(r"```python\n(.*?)```", read(page), re.DOTALL)
+    return [code for code in programs if "WORLD_SIZE" not in code]
 
 
 @pytest.mark.parametrize("number", range(len(python_of("README.md"))))

@@ -23,11 +23,9 @@ from conf import dropin_modules  # noqa: E402
 
 OUR_PAGE = "reference"
 OURS = (
-    "anyflash",
-    "anyflash.backends",
-    "anyflash.integrations.onnx",
-    "anyflash.integrations.transformers",
-    "anyflash.testing",
+    *("anyflash", "anyflash.backends", "anyflash.testing"),
+    *("anyflash.integrations.onnx", "anyflash.integrations.transformers"),
+    "anyflash.integrations.torch_flash",
 )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function
 
@@ -19,6 +20,7 @@ from .._autograd import (
     direct_apply,
     first_derivative_only,
     in_functorch,
+    is_distributed,
     is_exporting,
     is_seen,
     needs_autograd,
@@ -29,6 +31,7 @@ from . import known_names, statistics_dtype
 
 _forward = torch.ops.anyflash._flash_attn_forward.default
 _backward = torch.ops.anyflash._flash_attn_backward.default
+_SDPA = torch._C._nn.scaled_dot_product_attention
 _PAGED = (
     "block_table: paged attention has no gradient, but a backward went through its result; "
     "expected a call under torch.no_grad(), or keys and values without pages"
@@ -366,9 +369,23 @@ def _records_call(call: AttentionCall) -> bool:
     return needs_autograd(call.q, call.k, call.v, call.bias, call.sinks, call.alibi_slopes)
 
 
+def is_sdpa_replaced() -> bool:
+    """Whether somebody has put a function of theirs in its place, as context_parallel does."""
+    return F.scaled_dot_product_attention is not _SDPA
+
+
 def attend(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     """(out, softmax_lse, rng_state) of a public function's call; the last two are empty where
     PyTorch's own attention is recorded."""
+    if is_sdpa_replaced():
+        from . import context_parallel
+
+        if (region := context_parallel.active_region()) is not None:
+            return context_parallel.attend(call, region)
+    if type(call.q) is not Tensor and is_distributed(call.q):
+        from . import context_parallel
+
+        context_parallel.refuse_shards_of_sequence(call.q)
     if is_seen():
         return _by_known_name(call) if _has_known_name(call) else _forward(*call)
     if _records_call(call):

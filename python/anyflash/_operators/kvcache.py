@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import call_operator, forward_only
-from .attention import lse_like, out_like
+from .attention import is_sdpa_replaced, lse_like, out_like
 
 _ops = torch.ops.anyflash
 _NO_GRADIENT = (
@@ -56,5 +56,9 @@ DIFFERENTIABLE = {"_flash_attn_kvcache_": _without_gradient}
 
 def attend_over_cache(call: KVCacheCall) -> tuple[Tensor, Tensor]:
     """(out, softmax_lse) of a public function's call."""
+    if is_sdpa_replaced():
+        from .context_parallel import refuse_in_region
+
+        refuse_in_region("attention_kvcache")
     tensors = (x for x in call if isinstance(x, Tensor))
     return call_operator(_ops._flash_attn_kvcache_.default, _without_gradient, call, *tensors)

@@ -8,7 +8,7 @@ operators. When another package registers the names again, the functions below g
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Callable, NamedTuple, Optional, TypeVar
 
 import flash_attn_2_cuda as flash_attn_gpu
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from anyflash import _flops, _ops, backends
+from anyflash import _flops, _ops, _sharding, backends
 from anyflash._autograd import (
     NO_SECOND_DERIVATIVE,
     applier,
@@ -24,6 +24,7 @@ from anyflash._autograd import (
     first_derivative_only,
     forward_only,
     in_functorch,
+    is_distributed,
     is_watched,
 )
 from anyflash._guards import isolated
@@ -248,8 +249,8 @@ def _differentiable(operator: Any, function: Callable[..., Any]) -> Callable[...
             needed = ctx.needs_input_grad
             indices = [bound.get(name, len(needed)) for name in Gradients._fields]
             asked = [i < len(needed) and needed[i] for i in indices]
-            by_name = is_watched() and not in_functorch()
-            if by_name and dout is not None and dsoftmax_lse is None:
+            is_plain = dsoftmax_lse is None and not is_distributed(dout) and not in_functorch()
+            if is_watched() and dout is not None and is_plain:
                 gradients = _backward_by_name(ctx, dout, asked)
             else:
                 gradients = differentiate(ctx, dout, dsoftmax_lse, asked)
@@ -343,6 +344,12 @@ def _define(name: str) -> tuple[Any, Any]:
     if is_forward:
         recorded = _differentiable(packet.default, function)
         library.impl(name, function, "FuncTorchBatched")  # by the rules of what it calls
+
+        def shardings(*arguments: Any, **named: Any) -> Iterator[_sharding.Sharding]:
+            return _sharding.of_attention(_given(function, arguments, named))
+
+        results = ("out", "softmax_lse", "s_dmask", "rng_state")
+        _sharding.register(packet.default, shardings, results)
     else:
         recorded = forward_only(packet.default, NO_SECOND_DERIVATIVE)
         kernel = _ops.version_counting_kernel(packet.default)
