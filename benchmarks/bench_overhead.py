@@ -7,11 +7,12 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from benchmarks.measure import Row, interleaved
 from flash_attn import flash_attn_func
+from torch.nn.functional import scaled_dot_product_attention
 
 NUMBER = 500
 TWIN = pathlib.Path(__file__).parent / "unboxed_twin.cpp"
@@ -23,6 +24,7 @@ def rows() -> Iterator[Row]:
     try:
         yield from _over_the_aten_op()
         yield from _over_an_unboxed_op()
+        yield from _compiled()
     finally:
         torch.set_num_threads(threads)
 
@@ -74,6 +76,36 @@ def _over_an_unboxed_op() -> Iterator[Row]:
         at_most=2,
         unit="us",
     )
+
+
+def _compiled() -> Iterator[Row]:
+    """A compiled call beside a compiled one of PyTorch's own attention, and beside eager mode."""
+    ours = torch.compile(flash_attn_func, fullgraph=True)
+    sdpa = torch.compile(scaled_dot_product_attention, fullgraph=True)
+    plain = [torch.randn(1, 1, 1, 8) for _ in range(3)]
+    graded = [t.clone().requires_grad_() for t in plain]
+    dout = torch.randn(1, 1, 1, 8)
+
+    def both(function: Callable[..., torch.Tensor], **options: bool) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(function(*graded, **options), graded, dout)
+
+    calls = {
+        "forward": (
+            lambda: ours(*plain, causal=True),
+            lambda: sdpa(*plain, is_causal=True),
+            lambda: flash_attn_func(*plain, causal=True),
+        ),
+        "forward+backward": (
+            both(ours, causal=True),
+            both(sdpa, is_causal=True),
+            both(flash_attn_func, causal=True),
+        ),
+    }
+    for what, functions in calls.items():
+        compiled, reference, eager = (1e6 * t for t in interleaved(*functions, number=NUMBER))
+        name = f"compiled flash_attn_func, tiny, {what} (us)"
+        yield Row.part(f"{name}, beside compiled SDPA", compiled, reference, at_most=1.0)
+        yield Row.part(f"{name}, beside eager", compiled, eager, at_most=2.0)
 
 
 def _build_twin() -> torch._ops.OpOverload:

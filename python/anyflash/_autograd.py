@@ -50,6 +50,13 @@ def is_traced() -> bool:
     return torch._C._get_tracing_state() is not None or _mode("PROXY") is not None
 
 
+def wants_operations() -> bool:
+    """Whether operations that PyTorch differentiates itself have to stand in the place of an
+    autograd.Function: under torch.func, which asks more of one, and in what torch.export, make_fx
+    and torch.jit.trace write, from where its derivative is lost, or itself."""
+    return in_functorch() or is_exporting() or is_traced()
+
+
 def _mode(kind: str) -> Any:
     """The TorchDispatchMode of torch's own of a kind, if it is active."""
     if torch._C._len_torch_dispatch_stack() == 0 or not hasattr(torch._C, "_get_dispatch_mode"):
@@ -78,10 +85,14 @@ def _distinct(args: tuple[Any, ...]) -> list[Any]:
 _kernel = threading.local()
 
 
+def _is_inside_kernel() -> bool:
+    return getattr(_kernel, "active", False)
+
+
 @contextlib.contextmanager
 def inside_kernel() -> Iterator[None]:
     """Says that an autograd kernel is at work: functorch has prepared the call already."""
-    before = getattr(_kernel, "active", False)
+    before = _is_inside_kernel()
     _kernel.active = True
     try:
         yield
@@ -128,7 +139,7 @@ def applier(function: type[Function]) -> Callable[..., Any]:
     direct, transforms_active = direct_apply(function), in_functorch
 
     def apply(*args: Any) -> Any:
-        inside = getattr(_kernel, "active", False)
+        inside = _is_inside_kernel()
         if is_compiling() and not inside:
             return function.apply(*_distinct(args))
         if not transforms_active():
@@ -181,6 +192,11 @@ def first_derivative_only(backward: Callable[..., tuple[Any, ...]]) -> Callable[
     return checked
 
 
+def may_record() -> bool:
+    """Whether a call on some tensors would be recorded, or refused."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
 def needs_autograd(*tensors: Tensor | None) -> bool:
     """True where a call is to be recorded, or, under forward-mode differentiation, refused by the
     Function."""
@@ -193,8 +209,9 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
 
 def below_autograd(operator: Callable[..., Any], *args: Any) -> Any:
     """Calls an operator whose call nobody records past its autograd kernel, which costs
-    microseconds; in a graph as it is."""
-    if is_compiling():
+    microseconds; as it is in a graph, and under torch.func, where somebody outside may record, but
+    for that kernel itself."""
+    if is_compiling() or (in_functorch() and not _is_inside_kernel()):
         return operator(*args)
     with BelowAutograd():
         return operator(*args)
@@ -241,8 +258,7 @@ def call_operator(
         return operator(*arguments)
     if needs_autograd(*asking):
         return recorded(*arguments)
-    with BelowAutograd():
-        return operator(*arguments)
+    return below_autograd(operator, *arguments)
 
 
 class ForwardOnlyFunction(Function):

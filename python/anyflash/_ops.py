@@ -12,9 +12,15 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from . import _autocast, _core, _defs, _loader
-from ._autograd import NO_SECOND_DERIVATIVE, forward_only, inside_kernel, needs_autograd
+from ._autograd import (
+    NO_SECOND_DERIVATIVE,
+    forward_only,
+    inside_kernel,
+    may_record,
+    needs_autograd,
+)
 from ._guards import BelowAutograd, BelowWriteCounts, count_write, isolated
-from ._operators import attention, cross_entropy, kvcache, mlp, norm, rotary
+from ._operators import attention, cross_entropy, kvcache, mlp, norm, rotary, vmap
 from ._operators.attention import out_like
 
 _keep_alive: list[torch.library.Library] = []
@@ -153,7 +159,8 @@ def autograd_kernel(operator: OpOverload, differentiable: Callable[..., Any]) ->
     asked for."""
 
     def kernel(*args: Any) -> Any:
-        if needs_autograd(*(arg for arg in args if isinstance(arg, Tensor))):
+        # First what is known without the arguments: graphs that compute no gradient come here too.
+        if may_record() and needs_autograd(*(arg for arg in args if isinstance(arg, Tensor))):
             with inside_kernel():
                 return differentiable(*args)
         with BelowAutograd():
@@ -201,6 +208,17 @@ def register_fake(
         torch.library.impl_abstract(name, fake, lib=library)
     else:
         library.impl(name.partition("::")[2], fake, "Meta")
+
+
+def _register_vmap(library: torch.library.Library) -> None:
+    """Gives the operators their rules for samples; torch before 2.5 goes through the samples.
+    Public ones are Python functions of operators that have one."""
+    if not hasattr(torch.library, "register_vmap"):
+        return
+    for name, rule in vmap.RULES.items():
+        torch.library.register_vmap(f"anyflash::{name}", rule, lib=library)
+    for name, function in DIFFERENTIABLE.items():
+        library.impl(name, function, "FuncTorchBatched")
 
 
 #: The families of _operators/.
@@ -278,6 +296,7 @@ def register() -> None:
         for operator in _defs.operators():
             if _draws_random_numbers(operator.name):
                 _tag(operator.name)
+        _register_vmap(library)
     except Exception as error:  # noqa: BLE001 - without them the operators still run
         _loader.reasons.append(
             f"the operators have no fake or autograd kernels: {type(error).__name__}: {error}"

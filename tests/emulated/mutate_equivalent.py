@@ -16,7 +16,6 @@ _DROPS = "if (drops(kExtras) && a_.score.dropout_threshold > 0) {"
 _BEHIND = "if (tile >= whole_.end) {"
 _BEFORE = "if (tile < whole_.begin) {"
 _QUERIES = "if (!ptx::kHasCpAsync) queries.finish(copy, query_tile());"
-_SLOPES = "if (p.alibi_slopes) {"
 _HAS_ROWS = "if (!block.has_rows(a)) return;"
 
 _OWN_ROWS = (
@@ -70,11 +69,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
             (_BEHIND, "if (true) {", MORE_MASKS),
             (_BEFORE, "if (true) {", MORE_MASKS),
             (_BEFORE, _BEFORE.replace(" < ", " <= "), MORE_MASKS),
-            (
-                _SLOPES,
-                "if (true) add_slopes(scores, first_key);",
-                "without slopes, 0 is added: time, no result",
-            ),
             (_HAS_ROWS, "if (false) return;", NO_ROWS),
         )
     }
@@ -152,7 +146,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
         ("gradients.cuh", before, after): reason
         for before, after, reason in (
             (_ADDS_TERMS, "if (true) {", "without terms nothing is added"),
-            (_ADDS_TERMS, _ADDS_TERMS.replace("p_.bias", "true"), "without terms nothing is added"),
+            (
+                _ADDS_TERMS,
+                _ADDS_TERMS.replace("&& p_.bias", "&& true"),
+                "without terms nothing is added",
+            ),
             (_MASKED, _MASKED.replace("masked", "true"), MORE_MASKS),
             (_SOME_DROPPED, "if (true) {", KEEPS_ALL),
             (_SOME_DROPPED, "if (a_.dropout_threshold >= 0) {", KEEPS_ALL),

@@ -4,6 +4,7 @@ the device is touched nor waited for. test_stand_in_device.py runs this, with ``
 
 from __future__ import annotations
 
+import graph_cases
 import pytest
 import torch
 from stand_in_device import NAME, host_reads, sdpa_calls
@@ -281,3 +282,20 @@ def test_decoding_does_not_wait_for_the_device():
     anyflash.attention_kvcache(q, *cache, k, v, cache_seqlens=lengths, causal=True)
     assert host_reads() == before
     assert torch.equal(cache[0][1, 19], k[1, 0])
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", graph_cases.CASES)
+def test_public_functions_do_not_wait_for_the_device(name, compiled, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    function, parameters = graph_cases.function_of(name, NAME)
+    if compiled:
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    leaves, others = graph_cases.make(name, 5, 22, NAME)
+    before = host_reads()
+    found = graph_cases.results(function(*leaves, *others))
+    if graph_cases.CASES[name].why_not is None:
+        graph_cases.gradients(found, (*leaves, *parameters))
+    reads_a_length = "max_seqlen tensor" in name
+    assert (host_reads() > before) == reads_a_length

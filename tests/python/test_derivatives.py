@@ -12,6 +12,8 @@ import flash_attn.flash_attn_interface  # noqa: F401  (registers its operators)
 import pytest
 import torch
 from flash_attn.bert_padding import index_first_axis, pad_input
+from flash_attn.layers.rotary import apply_rotary_emb_kv_, apply_rotary_emb_qkv_
+from flash_attn.ops.activations import swiglu
 from support import torch_version
 from torch.utils.checkpoint import checkpoint
 
@@ -127,6 +129,13 @@ CALLS = {
     ),
     "fused_mlp": Call(anyflash.fused_mlp, MLP),
     "rotary": Call(_rotary, ((2, 6, 2, 8),)),
+    "apply_rotary_emb_qkv_": Call(
+        lambda x: apply_rotary_emb_qkv_(x * 1, *_tables(x)), ((2, 6, 3, 2, 8),)
+    ),
+    "apply_rotary_emb_kv_": Call(
+        lambda x: apply_rotary_emb_kv_(x * 1, *_tables(x)), ((2, 6, 2, 2, 8),)
+    ),
+    "swiglu": Call(swiglu, ((3, 6), (3, 6))),
     "layer_norm": Call(anyflash.layer_norm, ((3, 8), (8,), (8,))),
     "rms_norm": Call(anyflash.rms_norm, ((3, 8), (8,))),
     "cross_entropy": Call(_cross_entropy, ((3, 7),)),

@@ -134,10 +134,36 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target), f"{page}: {link}#{anchor}"
 
 
-def test_the_code_of_the_readme_runs_as_pasted(capsys):
-    code, _ = re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL)
+def python_of(page: str) -> list[str]:
+    """The programs of a page that run in one process."""
+    programs = re.findall(r"```python\n(.*?)```", read(page), re.DOTALL)
+    return [code for code in programs if "WORLD_SIZE" not in code]
+
+
+@pytest.mark.parametrize("number", range(len(python_of("README.md"))))
+def test_the_code_of_the_readme_runs_as_pasted(number, capsys, tmp_path, monkeypatch):
+    """Where it may leave files, with caches of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    code = python_of("README.md")[number]
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
-    assert "forward" in capsys.readouterr().out
+    assert "print" not in code or "forward" in capsys.readouterr().out
+    assert ".save(" not in code or list(tmp_path.glob("*.pt2"))
+
+
+def test_the_code_about_onnx_runs_as_pasted(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    monkeypatch.chdir(tmp_path)
+    (code,) = python_of("docs/graphs.md")
+    exec(compile(code, "docs/graphs.md", "exec"), {"__name__": "page"})
+    assert (tmp_path / "attention.onnx").stat().st_size > 0
+
+
+def test_the_table_of_graphs_says_what_is_so():
+    """For a few functions; the whole takes minutes."""
+    command = [sys.executable, "scripts/graphs.py", "--quick"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_explain_examples_run():

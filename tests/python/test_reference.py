@@ -24,7 +24,8 @@ from conf import dropin_modules  # noqa: E402
 OUR_PAGE = "reference"
 OURS = (
     *("anyflash", "anyflash.backends", "anyflash.testing"),
-    *("anyflash.integrations.transformers", "anyflash.integrations.torch_flash"),
+    *("anyflash.integrations.onnx", "anyflash.integrations.transformers"),
+    "anyflash.integrations.torch_flash",
 )
 
 

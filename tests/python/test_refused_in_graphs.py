@@ -12,6 +12,7 @@ pytestmark = pytest.mark.providers
 
 X, W = torch.randn(2, 3, 8), torch.ones(8)
 HEADS, COS, SIN = torch.randn(1, 5, 2, 8), torch.ones(7, 4), torch.zeros(7, 4)
+CU = torch.tensor([0, 2, 5], dtype=torch.int32)
 LOGITS, LABELS = torch.randn(3, 9), torch.tensor([1, 2, 3])
 REFUSED = {
     "weight of one": lambda: anyflash.layer_norm(X, torch.ones(1)),
@@ -22,6 +23,9 @@ REFUSED = {
     "tables of one row": lambda: anyflash.rotary(HEADS, COS[:1], SIN[:1]),
     "sin of one column": lambda: anyflash.rotary(HEADS, COS, SIN[:, :1]),
     "an offset beyond": lambda: anyflash.rotary(HEADS, COS, SIN, seqlen_offsets=6),
+    "tables of one sequence": lambda: anyflash.rotary(
+        HEADS[0], COS[:2], SIN[:2], cu_seqlens=CU, max_seqlen=CU.max()
+    ),
     "one label": lambda: anyflash.cross_entropy(LOGITS, LABELS[:1]),
     "floating labels": lambda: anyflash.cross_entropy(LOGITS, LABELS.double()),
     "integer logits": lambda: anyflash.cross_entropy(LOGITS.long(), LABELS),

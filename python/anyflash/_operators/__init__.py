@@ -3,6 +3,8 @@
 - ``FAKES``: operator name -> shapes, dtypes and strides of the results alone
 - ``DIFFERENTIABLE``: operator name -> the operator as autograd records it
 
+and all of them have rules for torch.vmap (vmap.py).
+
 Rotary, norm and cross entropy have kernels for CPUs only (core/, kernels/cpu/). Everything else of
 them runs as PyTorch operations, written once, here, for both providers:
 

@@ -16,6 +16,7 @@ from torch.autograd.function import Function
 from .. import _core, _records, backends
 from .._autograd import (
     applier,
+    below_autograd,
     direct_apply,
     first_derivative_only,
     in_functorch,
@@ -393,5 +394,4 @@ def attend(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
             if out is not None:
                 return out, out.new_empty(0), out.new_empty(0)
         return apply_attention(*call) if in_functorch() else _record(*call)
-    with BelowAutograd():
-        return _forward(*call)
+    return below_autograd(_forward, *call)

@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from .. import _core, _records, _threads
-from .._autograd import applier, below_autograd, call_operator, needs_autograd
+from .._autograd import (
+    applier,
+    below_autograd,
+    call_operator,
+    is_compiling,
+    needs_autograd,
+    wants_operations,
+)
 from . import can_check, check, expect, record_of
 
 _ops = torch.ops.anyflash
@@ -72,7 +79,12 @@ def _check(
     else:
         expect(cu_seqlens.dim() == 1 and cu_seqlens.shape[0] > 0, "cu_seqlens", cu_seqlens)
         batch = cu_seqlens.shape[0] - 1
-    expect(seqlen_offset >= 0 and seqlen_offset + longest <= cos.shape[0], "cos and sin", cos, x)
+    expect(seqlen_offset >= 0, "seqlen_offset")
+    is_long_enough = seqlen_offset + longest <= cos.shape[0]
+    if cu_seqlens is not None and is_compiling():  # max_seqlen may be known when the graph runs
+        torch._check(is_long_enough)
+    else:
+        expect(is_long_enough, "cos and sin", cos, x)
     if seqlen_offsets is not None:
         expect(seqlen_offsets.shape == (batch,), "seqlen_offsets", seqlen_offsets, x)
 
@@ -210,8 +222,8 @@ def rotary_(x: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> None:
     """The operator ``rotary_``, recorded as PyTorch's own in-place operations are."""
     if needs_autograd(cos, sin):
         rotate_(x, cos, sin, *rest)
-    elif needs_autograd(x):
-        x.copy_(_apply_rotary(x, cos, sin, *rest))
+    elif needs_autograd(x) or wants_operations():
+        x.copy_(rotary(x, cos, sin, *rest))
     else:
         below_autograd(_ops.rotary_.default, x, cos, sin, *rest)
 

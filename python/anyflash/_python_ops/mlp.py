@@ -144,7 +144,12 @@ def _bias_activation_forward(
     call, choice = _prepare(x, bias, None, activation, backend)
     if choice is not None and choice.route == "kernel":
         return _run_forward(choice, call, x, bias)
-    return _fresh(_activated(_input(x, bias), activation).to(x.dtype), x)
+    return _fresh(activate(x, bias, activation), x)
+
+
+def activate(x: Tensor, bias: Tensor | None, activation: int) -> Tensor:
+    """act(x + bias) in PyTorch operations, in x's dtype."""
+    return _activated(_input(x, bias), activation).to(x.dtype)
 
 
 def _fresh(result: Tensor, x: Tensor) -> Tensor:

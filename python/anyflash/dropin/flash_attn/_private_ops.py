@@ -23,6 +23,7 @@ from anyflash._autograd import (
     below_autograd,
     first_derivative_only,
     forward_only,
+    in_functorch,
     is_distributed,
     is_watched,
 )
@@ -248,7 +249,7 @@ def _differentiable(operator: Any, function: Callable[..., Any]) -> Callable[...
             needed = ctx.needs_input_grad
             indices = [bound.get(name, len(needed)) for name in Gradients._fields]
             asked = [i < len(needed) and needed[i] for i in indices]
-            is_plain = dsoftmax_lse is None and not is_distributed(dout)
+            is_plain = dsoftmax_lse is None and not is_distributed(dout) and not in_functorch()
             if is_watched() and dout is not None and is_plain:
                 gradients = _backward_by_name(ctx, dout, asked)
             else:
@@ -342,6 +343,7 @@ def _define(name: str) -> tuple[Any, Any]:
     _ops.register_fake(library, packet.default, fake)
     if is_forward:
         recorded = _differentiable(packet.default, function)
+        library.impl(name, function, "FuncTorchBatched")  # by the rules of what it calls
 
         def shardings(*arguments: Any, **named: Any) -> Iterator[_sharding.Sharding]:
             return _sharding.of_attention(_given(function, arguments, named))

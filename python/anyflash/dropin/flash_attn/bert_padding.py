@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat  # noqa: F401  (clients import the names from here)
 from torch import Tensor
 
-from anyflash._autograd import has_readable_values
+from anyflash._autograd import has_readable_values, wants_operations
 
 
 def _check_indices(indices: Tensor, rows: int) -> None:
@@ -44,6 +44,11 @@ class IndexFirstAxis(torch.autograd.Function):
         return gradient.index_add(0, indices, grad_output), None
 
 
+def _put(values: Tensor, indices: Tensor, rows: int) -> Tensor:
+    output = values.new_zeros((rows, *values.shape[1:]))
+    return output.index_copy(0, indices.long(), values)  # clients pass int32 too
+
+
 class IndexPutFirstAxis(torch.autograd.Function):
     """Zeros of first_axis_dim rows with output[indices] = values; indices are distinct."""
 
@@ -52,8 +57,7 @@ class IndexPutFirstAxis(torch.autograd.Function):
     @staticmethod
     def forward(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
         _check_indices(indices, first_axis_dim)
-        output = values.new_zeros((first_axis_dim, *values.shape[1:]))
-        return output.index_copy(0, indices.long(), values)  # clients pass int32 too
+        return _put(values, indices, first_axis_dim)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -85,8 +89,28 @@ class IndexFirstAxisResidual(torch.autograd.Function):
         return grad_residual.index_add(0, indices, grad_output), None
 
 
-index_first_axis = IndexFirstAxis.apply
-index_put_first_axis = IndexPutFirstAxis.apply
+def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
+    """input[indices]; the gradient of a row that was taken twice is the sum.
+
+    Raises:
+        ValueError: on a CPU, an index that is no row.
+    """
+    if wants_operations():
+        return input.index_select(0, indices)
+    return IndexFirstAxis.apply(input, indices)
+
+
+def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
+    """Zeros of first_axis_dim rows with output[indices] = values; indices are distinct.
+
+    Raises:
+        ValueError: on a CPU, an index that is no row.
+    """
+    if wants_operations():
+        return _put(values, indices, first_axis_dim)
+    return IndexPutFirstAxis.apply(values, indices, first_axis_dim)
+
+
 index_first_axis_residual = IndexFirstAxisResidual.apply
 
 

@@ -96,6 +96,19 @@ def apply_to_qkv(
     return qkv
 
 
+def turn_keys_(
+    kv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, seqlen_offsets: Union[int, Tensor]
+) -> None:
+    """Turns k of a packed kv."""
+    if kv.dim() != 5 or kv.shape[2] != 2:
+        raise RuntimeError(
+            f"kv: expected (batch, seqlen, 2, nheads, headdim), got {tuple(kv.shape)}"
+        )
+    rotary(
+        kv[:, :, 0], cos, sin, interleaved=interleaved, inplace=True, seqlen_offsets=seqlen_offsets
+    )
+
+
 def _save(
     ctx: Any,
     tables: tuple[Optional[Tensor], ...],
@@ -196,15 +209,8 @@ class ApplyRotaryEmbKV_(Function):  # noqa: N801 (upstream's name)
         interleaved: bool = False,
         seqlen_offsets: Union[int, Tensor] = 0,
     ) -> Tensor:
-        if kv.dim() != 5 or kv.shape[2] != 2:
-            raise RuntimeError(
-                f"kv: expected (batch, seqlen, 2, nheads, headdim), got {tuple(kv.shape)}"
-            )
         _save(ctx, (cos, sin), seqlen_offsets, interleaved=interleaved)
-        rotary(
-            kv[:, :, 0], cos, sin, interleaved=interleaved, inplace=True,
-            seqlen_offsets=seqlen_offsets,
-        )  # fmt: skip
+        turn_keys_(kv, cos, sin, interleaved, seqlen_offsets)
         return _written(ctx, kv)
 
     @staticmethod

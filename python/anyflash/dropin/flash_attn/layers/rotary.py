@@ -9,15 +9,23 @@ upstream overwrites the incoming one, which may belong to somebody else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
 
-from anyflash._autograd import is_compiling
+from anyflash import rotary
+from anyflash._autograd import is_compiling, wants_operations
 
 from ..ops.triton.rotary import apply_rotary
-from ._rotary_functions import ApplyRotaryEmb, ApplyRotaryEmbKV_, ApplyRotaryEmbQKV_
+from ._rotary_functions import (
+    ApplyRotaryEmb,
+    ApplyRotaryEmbKV_,
+    ApplyRotaryEmbQKV_,
+    apply_to_qkv,
+    turn_keys_,
+)
 
 __all__ = [
     "ApplyRotaryEmb",
@@ -96,6 +104,11 @@ def apply_rotary_emb(
     Returns:
         x's shape; with inplace x' memory.
     """
+    if inplace and wants_operations():
+        return rotary(
+            x, cos, sin, interleaved=interleaved, inplace=True, seqlen_offsets=seqlen_offsets,
+            cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
+        )  # fmt: skip
     if inplace:
         return ApplyRotaryEmb.apply(
             x, cos, sin, interleaved, True, seqlen_offsets, cu_seqlens, max_seqlen
@@ -129,6 +142,10 @@ def apply_rotary_emb_qkv_(
         seqlen_offsets: positions of the first rows, one for all or (batch,).
         num_heads_q: heads of q in a qkv of 4 dimensions.
     """
+    if wants_operations():
+        return apply_to_qkv(
+            qkv, cos, sin, cos_k, sin_k, interleaved, True, False, seqlen_offsets, num_heads_q
+        )
     return ApplyRotaryEmbQKV_.apply(
         qkv, cos, sin, cos_k, sin_k, interleaved, seqlen_offsets, num_heads_q
     )
@@ -150,6 +167,9 @@ def apply_rotary_emb_kv_(
         interleaved: as in apply_rotary_emb.
         seqlen_offsets: positions of the first rows, one for all or (batch,).
     """
+    if wants_operations():
+        turn_keys_(kv, cos, sin, interleaved, seqlen_offsets)
+        return kv
     return ApplyRotaryEmbKV_.apply(kv, cos, sin, interleaved, seqlen_offsets)
 
 
@@ -230,6 +250,13 @@ class RotaryEmbedding(torch.nn.Module):
         if self._cache_serves(seqlen, device, dtype):
             return
         self._seq_len_cached = seqlen
+        tables = self._tables(seqlen, device, dtype)
+        self._cos_cached, self._sin_cached, self._cos_k_cached, self._sin_k_cached = tables
+
+    def _tables(
+        self, seqlen: int, device: Optional[torch.device], dtype: Optional[torch.dtype]
+    ) -> tuple[Tensor, Tensor, Optional[Tensor], Optional[Tensor]]:
+        """cos and sin of ``seqlen`` positions, and with xPos those of the keys."""
         inv_freq = self.inv_freq
         # A module cast to bf16 would have lost the angles of far positions.
         if self.pos_idx_in_fp32 and inv_freq.dtype != torch.float32:
@@ -237,15 +264,31 @@ class RotaryEmbedding(torch.nn.Module):
         positions = torch.arange(seqlen, device=device, dtype=inv_freq.dtype)
         angles = positions[:, None] * inv_freq.to(positions.device)
         cos, sin = torch.cos(angles), torch.sin(angles)
-        if self.scale is not None and self.scale_base is not None:
-            steps = torch.arange(seqlen, device=device, dtype=torch.float32) - seqlen // 2
-            scale = self.scale.to(steps) ** (steps[:, None] / self.scale_base)
-            self._cos_k_cached, self._sin_k_cached = (
-                (cos / scale).to(dtype),
-                (sin / scale).to(dtype),
+        if self.scale is None or self.scale_base is None:
+            return cos.to(dtype), sin.to(dtype), None, None
+        steps = torch.arange(seqlen, device=device, dtype=torch.float32) - seqlen // 2
+        scale = self.scale.to(steps) ** (steps[:, None] / self.scale_base)
+        q_tables, k_tables = (cos * scale, sin * scale), (cos / scale, sin / scale)
+        cos, sin, cos_k, sin_k = (table.to(dtype) for table in (*q_tables, *k_tables))
+        return cos, sin, cos_k, sin_k
+
+    def _tables_of_call(
+        self, qkv: Tensor, seqlen_offset: Union[int, Tensor], max_seqlen: Optional[int]
+    ) -> Sequence[Any]:
+        """The tables that a call needs, from the cache; in a graph, which would have to be compiled
+        again whenever the cache has grown, new ones, where their length is that of the call."""
+        if max_seqlen is not None:
+            self._update_cos_sin_cache(max_seqlen, device=qkv.device, dtype=qkv.dtype)
+        elif not isinstance(seqlen_offset, Tensor):
+            length = qkv.shape[1] + seqlen_offset
+            if is_compiling():
+                return self._tables(length, qkv.device, qkv.dtype)
+            self._update_cos_sin_cache(length, device=qkv.device, dtype=qkv.dtype)
+        elif self._cos_cached is None:
+            raise RuntimeError(
+                "max_seqlen: expected with the first seqlen_offset that is a tensor, got None"
             )
-            cos, sin = cos * scale, sin * scale
-        self._cos_cached, self._sin_cached = cos.to(dtype), sin.to(dtype)
+        return self._cos_cached, self._sin_cached, self._cos_k_cached, self._sin_k_cached
 
     def forward(
         self,
@@ -277,20 +320,7 @@ class RotaryEmbedding(torch.nn.Module):
             raise TypeError(
                 f"seqlen_offset: expected an integer or (batch,) integers, got {seqlen_offset}"
             )
-        if max_seqlen is not None:
-            self._update_cos_sin_cache(max_seqlen, device=qkv.device, dtype=qkv.dtype)
-        elif not isinstance(seqlen_offset, Tensor):
-            length = qkv.shape[1] + seqlen_offset
-            self._update_cos_sin_cache(length, device=qkv.device, dtype=qkv.dtype)
-        elif self._cos_cached is None:
-            raise RuntimeError(
-                "max_seqlen: expected with the first seqlen_offset that is a tensor, got None"
-            )
-        cos: Any = self._cos_cached  # tensors by now
-        sin: Any = self._sin_cached
-        cos_k, sin_k = (
-            (None, None) if self.scale is None else (self._cos_k_cached, self._sin_k_cached)
-        )
+        cos, sin, cos_k, sin_k = self._tables_of_call(qkv, seqlen_offset, max_seqlen)
         if kv is None:
             return apply_rotary_emb_qkv_(
                 qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anyflash._autograd import wants_operations
+
 
 def gelu_fwd(x: Tensor) -> Tensor:
     """gelu(x), of x's shape and dtype."""
@@ -138,4 +140,8 @@ class SwiGLUFunction(torch.autograd.Function):
 
 bias_gelu_impl = GeLUFunction.apply
 fast_gelu_impl = FastGeLUFunction.apply
-swiglu = SwiGLUFunction.apply
+
+
+def swiglu(x: Tensor, y: Tensor) -> Tensor:
+    """silu(x) * y; errors as swiglu_fwd."""
+    return swiglu_fwd(x, y) if wants_operations() else SwiGLUFunction.apply(x, y)
