@@ -35,9 +35,8 @@ class FarRow {
     const Columns query(strided_rows(p_.q, packed_q, s_.index, s_.first_q, head_)[row_], p_);
     const StridedRows keys = strided_rows(p_.k, packed_k, s_.index, s_.first_k,
                                           head_ / (int32_t(p_.heads) / int32_t(p_.heads_k)));
-    const int32_t end = smaller(mask_.kv_end(row_), s_.seqlen_k);
     float max = a_.score.floor, sum = 0;
-    for (int32_t key = larger(mask_.kv_begin(row_), 0); key < end; ++key) {
+    for (int32_t key = mask_.kv_begin(row_); key < mask_.kv_end(row_); ++key) {
       const float x = score(query * Columns(keys[key], p_), terms, key);
       if (x > max) {
         sum *= weight(max, x);

@@ -96,6 +96,13 @@ inline void add_features(std::vector<Case>& cases, int64_t d) {
   cases.push_back({"bias, softcap", Sketch(66, 90, d).bias(BiasType::fp32, "1hqk", 3).softcap(2)});
   cases.push_back(
       {"bias, far, sinks", Sketch(40, 70, d).bias(BiasType::fp32, "bhqk", 2e4).sinks().batch(2)});
+  cases.push_back(
+      {"bias, far, causal", Sketch(70, 90, d).bias(BiasType::fp32, "1hqk", 2e4).causal()});
+  cases.push_back({"bias, far, window, softcap, ALiBi", Sketch(60, 80, d)
+                                                            .bias(BiasType::fp32, "bhqk", 2e4)
+                                                            .softcap(1000)
+                                                            .alibi(Slopes::heads)
+                                                            .window(20, 9)});
   cases.push_back({"bias, least floats",
                    Sketch(70, 5, d).bias(BiasType::fp32).hidden(0.8, -3.4028234e38).batch(2)});
   cases.push_back({"bias, least halfs, few rows",

@@ -21,6 +21,10 @@ _HAS_ROWS = "if (!block.has_rows(a)) return;"
 _OWN_ROWS = (
     "const int32_t rows = s.index == p.batch ? 0 : s.seqlen_q;  // behind the last nothing is read"
 )
+_MERGED = "const bool merged = largest + lse * kLn2 < given - fabsf(given) * 0x1p-12f;"
+_OF_OTHERS = "only a log-sum-exp that has other keys in it gets there"
+_LEAST_DIFFERENCE = "a logarithm of 2^100 is 100"
+_OWN_ROWS_FAR = "const int32_t rows = s.index == p.batch ? 0 : s.seqlen_q;"
 _FINISH_END = "const int32_t end = smaller(block.row_begin + kRowTile, s.seqlen_q);"
 
 _ADDS_TERMS = "if (p_.alibi_slopes || (kAll && p_.bias)) {"
@@ -155,6 +159,29 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
             (_SOME_DROPPED, "if (true) {", KEEPS_ALL),
             (_SOME_DROPPED, "if (a_.dropout_threshold >= 0) {", KEEPS_ALL),
             (_KEPT, _KEPT.replace(">=", ">"), "of a probability of 0 the gradient is 0 either way"),
+        )
+    }
+    | {
+        ("backward_far_rows.cuh", before, after): reason
+        for before, after, reason in (
+            (
+                "if (sum == 0) return {0, infinity(), -infinity()};  // without keys",
+                "if (false) return {0, infinity(), -infinity()};  // without keys",
+                _OF_OTHERS,
+            ),
+            (_MERGED, _MERGED.replace(" < ", " <= "), _OF_OTHERS),
+            ("if (x > max) {", "if (x >= max) {", "factors of 1"),
+            (
+                "const float lse = sink > 100 ? sink : ptx::lg2(sum + ptx::ex2(sink));",
+                "const float lse = sink >= 100 ? sink : ptx::lg2(sum + ptx::ex2(sink));",
+                _LEAST_DIFFERENCE,
+            ),
+            (_HAS_ROWS, "if (false) return;", "such tiles have numbers of their own"),
+            (
+                _OWN_ROWS_FAR,
+                _OWN_ROWS_FAR.replace("s.index == p.batch", "false"),
+                "their lse is +inf",
+            ),
         )
     }
     | {

@@ -67,10 +67,11 @@ OVER_PEER = {("64", "dropout"): 0.25, ("192", "plain"): 0.01}
 SPILL_BUDGET = {
     "decode bf16 64 plain": 36,
     "forward bf16 64 dropout": 12,
-    "forward bf16 64 everything": 24,
-    "forward bf16 64 everything paged": 80,
+    "forward bf16 64 everything": 16,
+    "forward bf16 64 everything paged": 104,
     "forward bf16 128 plain paged": 12,
-    "forward bf16 128 dropout 164 KB": 12,
+    "forward bf16 128 dropout 164 KB": 28,
+    "forward bf16 128 everything paged": 12,
     # the backward, all outside of its mask-free loops
     "keys bf16 64 plain 164 KB": 16,
     "keys bf16 64 score_mod 164 KB": 16,
@@ -88,17 +89,18 @@ SPILL_BUDGET = {
     "keys bf16 256 dropout 164 KB": 88,
     "keys bf16 256 everything": 40,
     # sm_75
-    "forward fp16 128 everything paged": 84,
+    "forward fp16 128 everything": 108,
+    "forward fp16 128 everything paged": 20,
     "forward fp16 256 plain": 136,
-    "forward fp16 256 score_mod": 284,
+    "forward fp16 256 score_mod": 244,
     "forward fp16 256 dropout": 228,
-    "forward fp16 256 everything": 364,
-    "forward fp16 256 everything paged": 424,
+    "forward fp16 256 everything": 448,
+    "forward fp16 256 everything paged": 380,
     "keys fp16 64 everything": 32,
     "keys fp16 128 score_mod": 108,
     "keys fp16 128 dropout": 120,
-    "keys fp16 128 everything": 200,
-    "queries fp16 64 everything": 172,
+    "keys fp16 128 everything": 132,
+    "queries fp16 64 everything": 400,
 }
 
 # Local loads and stores in one pass of the mask-free loop, of some 900 instructions.
