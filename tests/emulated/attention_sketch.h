@@ -76,7 +76,10 @@ class Sketch {
     shape_.bias_hides = share;
     return set(shape_.bias_hidden, value);
   }
-  Sketch& sinks() { return set(shape_.sinks, true); }
+  Sketch& sinks(double size = 1) {
+    shape_.sink_size = size;
+    return set(shape_.sinks, true);
+  }
   Sketch& dropout(double p) { return set(shape_.dropout_p, p); }
   Sketch& scale(double x) {
     shape_.softmax_scale = x;
