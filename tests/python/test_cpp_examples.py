@@ -66,7 +66,7 @@ def test_as_the_readme_says(made, example):
 
 
 def test_every_example_is_here():
-    assert {path.name for path in (REPOSITORY / "examples").iterdir()} == set(EXAMPLES)
+    assert {path.name for path in (REPOSITORY / "examples").glob("cpp_*")} == set(EXAMPLES)
 
 
 def _run(folder, *command, **variables):

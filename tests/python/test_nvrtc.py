@@ -25,6 +25,7 @@ INSTANTIATED = {
         "kvcache_append::kernel<bf16, 8>",
         "kvcache_append::kernel<fp32, 1>",
     ],
+    "sm80/backward_far_rows.cuh": ["sm80::far_rows_kernel<fp16>"],
     "sm80/backward_keys.cuh": [
         "sm80::keys_kernel<fp16, 96, 96, Extras::all, 100>",
         "sm80::keys_kernel<bf16, 256, 256, Extras::dropout, 164>",
