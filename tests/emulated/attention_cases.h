@@ -94,8 +94,12 @@ inline void add_features(std::vector<Case>& cases, int64_t d) {
   cases.push_back(
       {"boolean mask by key", Sketch(70, 140, d).bias(BiasType::boolean, "b11k").batch(3)});
   cases.push_back({"bias, softcap", Sketch(66, 90, d).bias(BiasType::fp32, "1hqk", 3).softcap(2)});
-  cases.push_back({"bias, far, sinks",
-                   Sketch(40, 70, d).bias(BiasType::fp32, "bhqk", 2e4).sinks(1e5).batch(2)});
+  cases.push_back({"bias, far, sinks", Sketch(40, 70, d)
+                                           .bias(BiasType::fp32, "bhqk", 5e3)
+                                           .sinks(1e4)
+                                           .batch(2)
+                                           .heads(4, 2)
+                                           .lse_gradient()});
   cases.push_back(
       {"bias, far, causal", Sketch(70, 90, d).bias(BiasType::fp32, "1hqk", 2e4).causal()});
   cases.push_back({"bias, far, window, softcap, ALiBi", Sketch(60, 80, d)

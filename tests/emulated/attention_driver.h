@@ -120,7 +120,7 @@ class Driver {
     shape.clears_rest = true;  // as kernels on GPUs do
     if (instance->direction == Direction::backward && !shape.backward) {
       shape.backward = true;
-      shape.dlse = cases_ % 3 == 0;
+      shape.dlse = shape.dlse || cases_ % 3 == 0;
       shape.dsinks = shape.sinks;
     }
     const fuzz::Problem problem(shape, instance->dtype, seed);

@@ -80,6 +80,7 @@ class Sketch {
     shape_.sink_size = size;
     return set(shape_.sinks, true);
   }
+  Sketch& lse_gradient() { return set(shape_.dlse, true); }
   Sketch& dropout(double p) { return set(shape_.dropout_p, p); }
   Sketch& scale(double x) {
     shape_.softmax_scale = x;
