@@ -22,6 +22,7 @@ _OWN_ROWS = (
     "const int32_t rows = s.index == p.batch ? 0 : s.seqlen_q;  // behind the last nothing is read"
 )
 _MERGED = "const bool merged = largest + lse * kLn2 < given - fabsf(given) * 0x1p-12f;"
+_FAR_NUMBERS = "return {max, merged ? infinity() : lse, sink - lse};"
 _OF_OTHERS = "only a log-sum-exp that has other keys in it gets there"
 _LEAST_DIFFERENCE = "a logarithm of 2^100 is 100"
 _OWN_ROWS_FAR = "const int32_t rows = s.index == p.batch ? 0 : s.seqlen_q;"
@@ -170,6 +171,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
                 _OF_OTHERS,
             ),
             (_MERGED, _MERGED.replace(" < ", " <= "), _OF_OTHERS),
+            (_FAR_NUMBERS, _FAR_NUMBERS.replace("merged", "false"), _OF_OTHERS),
             ("if (x > max) {", "if (x >= max) {", "factors of 1"),
             (
                 "const float lse = sink > 100 ? sink : ptx::lg2(sum + ptx::ex2(sink));",
