@@ -14,14 +14,14 @@ import torch.multiprocessing
 
 
 def _member(
-    rank: int, worker: Callable[..., None], folder: str, count: int, arguments: tuple[Any, ...]
+    rank: int, worker: Callable[..., Any], folder: str, count: int, arguments: tuple[Any, ...]
 ) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count
     )
-    worker(rank, *arguments)
+    torch.save(worker(rank, *arguments), f"{folder}/returned{rank}")
     # Nobody leaves while another still listens. And nobody runs the destructors of gloo's threads,
     # which end one process in ten by an abort (seen with torch 2.13).
     Path(folder, f"done{rank}").touch()
@@ -31,8 +31,9 @@ def _member(
 
 
 def run_processes(
-    worker: Callable[..., None], folder: Path, *arguments: Any, count: int = 2
-) -> None:
-    """Runs ``worker(rank, *arguments)`` in processes of one gloo group, which meet in a folder that
-    only they use; raises what one of them raised."""
+    worker: Callable[..., Any], folder: Path, *arguments: Any, count: int = 2
+) -> list[Any]:
+    """What ``worker(rank, *arguments)`` returns in each process of one gloo group, which meet in a
+    folder that only they use; raises what one of them raised."""
     torch.multiprocessing.spawn(_member, (worker, str(folder), count, arguments), nprocs=count)
+    return [torch.load(folder / f"returned{rank}", weights_only=False) for rank in range(count)]

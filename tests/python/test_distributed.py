@@ -275,19 +275,17 @@ OTHERS = {
 }
 
 
-def _worker(rank, folder):
+def _worker(rank):
     group = dist.group.WORLD
     results = {name: _run_case(case, rank, group) for name, case in CASES.items()}
     results.update({name: function(rank, group) for name, function in OTHERS.items()})
-    torch.save(results, f"{folder}/{rank}.pt")
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of the two processes found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    run_processes(_worker, folder, str(folder), count=SIZE)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(SIZE)]
+    return run_processes(_worker, tmp_path_factory.mktemp("ranks"), count=SIZE)
 
 
 @pytest.mark.parametrize("name", CASES)

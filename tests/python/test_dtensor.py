@@ -273,7 +273,7 @@ def _compiled(mesh: Any) -> int:
     return _place(found[0].placements)
 
 
-def _worker(rank: int, folder: str) -> None:
+def _worker(rank: int) -> dict[str, Any]:
     mesh = dist.device_mesh.init_device_mesh("cpu", (SIZE,))
     found: dict[str, Any] = {}
     for name, case in CASES.items():
@@ -284,14 +284,12 @@ def _worker(rank: int, folder: str) -> None:
     found["refusals"] = _refusals(mesh)
     found["compiled"] = _compiled(mesh)
     found["two dimensions"] = _two_dimensions(rank)
-    torch.save(found, f"{folder}/{rank}.pt")
+    return found
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    run_processes(_worker, folder, str(folder), count=SIZE)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(SIZE)]
+    return run_processes(_worker, tmp_path_factory.mktemp("ranks"), count=SIZE)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,13 +1,11 @@
 """ParallelMHA and the parallel embeddings: two gloo processes against one module with all weights.
 
-The processes start once, run every case and write what they found; the tests read it.
+The processes start once, run every case and return what they found; the tests read it.
 """
 
 from __future__ import annotations
 
-import json
 import traceback
-from pathlib import Path
 
 import pytest
 import torch
@@ -206,22 +204,20 @@ CASES = {
 }
 
 
-def _worker(rank: int, folder: str) -> None:
+def _worker(rank: int) -> dict[str, str]:
     found = {}
     for name, (case, options) in CASES.items():
         try:
             case(rank, **options)
         except Exception:
             found[name] = traceback.format_exc()
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    return found
 
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory) -> list[dict[str, str]]:
     """Per process: case -> traceback."""
-    folder = tmp_path_factory.mktemp("processes")
-    run_processes(_worker, folder, str(folder), count=WORLD)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    return run_processes(_worker, tmp_path_factory.mktemp("processes"), count=WORLD)
 
 
 @pytest.mark.parametrize("name", CASES)
