@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -178,6 +179,13 @@ class Mutation(NamedTuple):
     text: str  # the whole file
 
 
+class Original(NamedTuple):
+    """A probe of the unchanged kernels."""
+
+    ptx: str
+    recent: deque[str]  # of killer()
+
+
 def closing(text: str, opening: int) -> int:
     """Where the bracket that opens there is closed."""
     depth = 0
@@ -281,18 +289,21 @@ def run(*command: str, environment: dict[str, str] | None = None) -> tuple[int, 
 
 
 def compile_ptx(probe: Probe, folder: Path) -> str | None:
-    """The probe's PTX in folder/kernels.ptx, returned without line numbers; None: an error."""
+    """The probe's PTX in folder/kernels.ptx, returned without what only says where it comes from;
+    None: an error."""
     options = (f"-I{folder}", "-lineinfo")
     try:
         ptx, _ = compile_cuda(probe.source, folder, "kernels", probe.arch, options)
     except NvrtcError:
         return None
     code = ptx.read_text().split("\n\t.section")[0]  # behind it, debug information
-    return re.sub(r"^\s*(\.loc|//).*$", "", code, flags=re.MULTILINE)
+    code = re.sub(r"_kernels_cu_[0-9a-f]{8}_", "_", code)  # in names, a digest of the source
+    return re.sub(r"^\s*(\.loc|\.file|//).*$", "", code, flags=re.MULTILINE)
 
 
-def killer(build: Path, probe: Probe, folder: Path) -> str | None:
-    """What killed the kernels in folder/kernels.ptx; None if they pass."""
+def killer(build: Path, probe: Probe, folder: Path, recent: deque[str]) -> str | None:
+    """What killed the kernels in folder/kernels.ptx; None if they pass. `recent`: the probe's cases
+    that killed last, which are tried first, since mutants of one place die of the same."""
     translated, library = folder / "kernels.cpp", folder / "libmutant.so"
     path = {"PYTHONPATH": str(ROOT / "emulator")}
     arguments = (str(folder / "kernels.ptx"), str(translated))
@@ -306,14 +317,21 @@ def killer(build: Path, probe: Probe, folder: Path) -> str | None:
         raise RuntimeError(output)
     program, *options = probe.command
     preload = {"LD_PRELOAD": str(library)}
-    status, output = run(str(build / "tests/emulated" / program), *options, environment=preload)
-    if status == 0:
+    for case in (*recent, None):
+        chosen = () if case is None else ("--case", case)
+        command = (str(build / "tests/emulated" / program), *options, *chosen)
+        status, output = run(*command, environment=preload)
+        if status != 0:
+            break
+    else:
         return None
+    if (failed := re.search(r"^\w+, (.+), run \d+ \(", output, re.MULTILINE)) and case is None:
+        recent.appendleft(failed[1])
     report = re.search(r"\[([a-zA-Z-]+)\] ", output)
     return "hangs" if status == -1 else report[1] if report else "crash" if status < 0 else "values"
 
 
-def judge(build: Path, mutation: Mutation, originals: dict[Probe, str]) -> str | None:
+def judge(build: Path, mutation: Mutation, originals: dict[Probe, Original]) -> str | None:
     """What kills a mutant; None if nothing does."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -325,24 +343,24 @@ def judge(build: Path, mutation: Mutation, originals: dict[Probe, str]) -> str |
             ptx = compile_ptx(probe, folder)
             if ptx is None:
                 return "compiler"
-            if ptx == originals[probe]:
+            if ptx == originals[probe].ptx:
                 continue
             same = False
-            if found := killer(build, probe, folder):
+            if found := killer(build, probe, folder, originals[probe].recent):
                 return found
     return "same PTX" if same else None
 
 
-def original_ptx(build: Path, files: set[str]) -> dict[Probe, str]:
-    """The PTX of these files' unchanged probes, which must pass."""
+def originals_of(build: Path, files: set[str]) -> dict[Probe, Original]:
+    """These files' unchanged probes, which must pass."""
     originals = {}
     for probe in dict.fromkeys(probe for file in FILES if file in files for probe in FILES[file]):
         with tempfile.TemporaryDirectory() as name:
             ptx = compile_ptx(probe, Path(name))
-            found = "compiler" if ptx is None else killer(build, probe, Path(name))
+            found = "compiler" if ptx is None else killer(build, probe, Path(name), deque())
             if found:
                 raise SystemExit(f"the unchanged kernels fail: {found}\n{probe.source}")
-            originals[probe] = ptx
+            originals[probe] = Original(ptx, deque(maxlen=6))
     return originals
 
 
@@ -356,7 +374,7 @@ def main() -> int:
     found = [m for file in FILES for m in mutations(file)]
     found = [m for m in found if options.only in f"{m.file}:{m.line} {m.before} -> {m.after}"]
     files = {mutation.file for mutation in found}
-    originals = {} if options.list else original_ptx(options.build.resolve(), files)
+    originals = {} if options.list else originals_of(options.build.resolve(), files)
 
     def result(mutation: Mutation) -> str:
         if options.list:

@@ -6,6 +6,9 @@ MORE_TILES = "only adds key tiles in which every key is hidden: time, no result"
 MORE_MASKS = "masks a tile in which no key is hidden: time, no result"
 NO_ROWS = "rows that do not exist are not written: time, no result"
 KEEPS_ALL = "a threshold of 0 keeps all"
+ADDS_ZERO = "a bias has an element there, to which zero is added"
+ONLY_SHORTER = "keeps writes in a bias where lengths are above those of the call, as in no case"
+SUM_IS_ZERO = "adds a sum to which nothing was added: time, no result"
 STAYS_EMPTY = "without it an empty range stays empty as well"
 
 _SPAN = "(tiles.end - tiles.begin)"
@@ -29,6 +32,8 @@ _OWN_ROWS_FAR = "const int32_t rows = s.index == p.batch ? 0 : s.seqlen_q;"
 _FINISH_END = "const int32_t end = smaller(block.row_begin + kRowTile, s.seqlen_q);"
 
 _ADDS_TERMS = "if (p_.alibi_slopes || (kAll && p_.bias)) {"
+_BIAS_ROWS = "const int32_t end_row = smaller(s.seqlen_q, int32_t(p.seqlen_q));"
+_BIAS_KEYS = "const int32_t end_key = smaller(s.seqlen_k, int32_t(p.seqlen_k));"
 _MASKED = "if (masked) hide(x, corner(), mask());"
 _SOME_DROPPED = "if (a_.dropout_threshold > 0) {"
 _KEPT = "const bool kept = __float_as_int(p) >= 0;"
@@ -156,6 +161,12 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
                 _ADDS_TERMS.replace("&& p_.bias", "&& true"),
                 "without terms nothing is added",
             ),
+            (_BIAS_ROWS, "const int32_t end_row = (int32_t(p.seqlen_q));", ADDS_ZERO),
+            (_BIAS_ROWS, "const int32_t end_row = (s.seqlen_q);", ONLY_SHORTER),
+            (_BIAS_KEYS, "const int32_t end_key = (int32_t(p.seqlen_k));", ADDS_ZERO),
+            (_BIAS_KEYS, "const int32_t end_key = (s.seqlen_k);", ONLY_SHORTER),
+            ("if (row_stride != 0) return;", "if (false) return;", SUM_IS_ZERO),
+            ("if (row_stride != 0) continue;", "if (false) continue;", SUM_IS_ZERO),
             (_MASKED, _MASKED.replace("masked", "true"), MORE_MASKS),
             (_SOME_DROPPED, "if (true) {", KEEPS_ALL),
             (_SOME_DROPPED, "if (a_.dropout_threshold >= 0) {", KEEPS_ALL),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from mutate import FILES, ROOT, edits, mutations
+from mutate import FILES, KVCACHE_APPEND, ROOT, compile_ptx, edits, mutations
 from mutate_equivalent import EQUIVALENT
 
 
@@ -51,3 +51,13 @@ def test_equivalent_mutants_exist():
         (file.rpartition("/")[2], m.before, m.after) for file in FILES for m in mutations(file)
     }
     assert set(EQUIVALENT) <= there
+
+
+def test_what_changes_no_code_is_the_same_ptx(tmp_path):
+    """Or every mutant of one kernel would run all others."""
+    (probe,) = KVCACHE_APPEND
+    header = tmp_path / "kernels/elementwise/kvcache_append.cuh"
+    header.parent.mkdir(parents=True)
+    header.write_text("// moves the lines\n" + (ROOT / header.relative_to(tmp_path)).read_text())
+    (tmp_path / "unchanged").mkdir()
+    assert compile_ptx(probe, tmp_path) == compile_ptx(probe, tmp_path / "unchanged")
