@@ -30,7 +30,7 @@
 
 namespace anyflash {
 
-// What the functions take beside their tensors.
+// What the functions take beside their tensors. An undefined tensor is none.
 struct FlashAttnOptions {
   double dropout_p = 0.0;                         // in [0, 1)
   std::optional<double> softmax_scale = {};       // head_dim ** -0.5
@@ -87,31 +87,34 @@ inline double scale_of(const std::optional<double>& softmax_scale, const Tensor&
 
 inline Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, Call call,
                      const FlashAttnOptions& options) {
-  call.seqused_k = options.seqused_k;
-  call.leftpad_k = options.leftpad_k;
-  call.block_table = options.block_table;
-  call.rng_state = options.rng_state;
+  const OptionalTensor alibi_slopes = given(options.alibi_slopes), bias = given(options.bias),
+                       sinks = given(options.sinks);
+  const bool records = needs_autograd(q) || needs_autograd(k) || needs_autograd(v) ||
+                       needs_autograd(alibi_slopes) || needs_autograd(bias) ||
+                       needs_autograd(sinks);
+  call.seqused_k = given(options.seqused_k);
+  call.leftpad_k = given(options.leftpad_k);
+  call.block_table = given(options.block_table);
+  call.rng_state = given(options.rng_state);
   call.dropout_p = options.dropout_p;
   call.softmax_scale = scale_of(options.softmax_scale, q);
   call.causal = options.causal;
   call.window_size = options.window_size;
   call.softcap = options.softcap;
   call.deterministic = options.deterministic;
+  // A backward needs it; over pages there is none.
+  call.return_lse = options.softmax_lse != nullptr || (records && !call.block_table);
   const Tensor rows_q = contiguous_rows(q), rows_k = contiguous_rows(k),
                rows_v = contiguous_rows(v);
-  const bool records = needs_autograd(q) || needs_autograd(k) || needs_autograd(v) ||
-                       needs_autograd(options.alibi_slopes) || needs_autograd(options.bias) ||
-                       needs_autograd(options.sinks);
   Tensor out, lse;
   if (records) {
-    const variable_list results = Attention::apply(rows_q, rows_k, rows_v, options.alibi_slopes,
-                                                   options.bias, options.sinks, call);
+    const variable_list results =
+        Attention::apply(rows_q, rows_k, rows_v, alibi_slopes, bias, sinks, call);
     out = results[0];
     lse = results[1];
   } else {
     std::tie(out, lse, std::ignore) =
-        forward(rows_q, rows_k, rows_v, options.alibi_slopes, options.bias, options.sinks, call,
-                /*return_lse=*/options.softmax_lse != nullptr);
+        forward(rows_q, rows_k, rows_v, alibi_slopes, bias, sinks, call);
   }
   if (options.softmax_lse != nullptr) *options.softmax_lse = lse;
   return out;
@@ -164,7 +167,7 @@ inline at::Tensor flash_attn_varlen_func(const at::Tensor& q, const at::Tensor& 
                                          const FlashAttnOptions& options = {}) {
   detail::Call call{};
   call.cu_seqlens_q = cu_seqlens_q;
-  if (cu_seqlens_k.defined()) call.cu_seqlens_k = cu_seqlens_k;
+  call.cu_seqlens_k = detail::given(cu_seqlens_k);
   call.max_seqlen_q = max_seqlen_q;
   call.max_seqlen_k = max_seqlen_k;
   return detail::attend(q, k, v, call, options);
@@ -197,6 +200,7 @@ inline at::Tensor flash_attn_varlen_qkvpacked_func(const at::Tensor& qkv,
 // head_dim); v_cache the same. There is no gradient: a backward through the result is refused.
 inline at::Tensor flash_attn_with_kvcache(const at::Tensor& q, at::Tensor k_cache,
                                           at::Tensor v_cache, const KVCacheOptions& options = {}) {
+  using detail::given;
   using detail::needs_autograd;
   static const auto attention =
       detail::find_operator<detail::KVCache>("anyflash::_flash_attn_kvcache_");
@@ -205,14 +209,15 @@ inline at::Tensor flash_attn_with_kvcache(const at::Tensor& q, at::Tensor k_cach
     const at::NoGradGuard no_grad;
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     std::tie(out, lse) = attention.call(
-        detail::contiguous_rows(q), k_cache, v_cache, options.k, options.v, options.rotary_cos,
-        options.rotary_sin, options.cache_seqlens, options.cache_batch_idx, options.cache_leftpad,
-        options.block_table, options.alibi_slopes, options.sinks,
+        detail::contiguous_rows(q), k_cache, v_cache, given(options.k), given(options.v),
+        given(options.rotary_cos), given(options.rotary_sin), given(options.cache_seqlens),
+        given(options.cache_batch_idx), given(options.cache_leftpad), given(options.block_table),
+        given(options.alibi_slopes), given(options.sinks),
         detail::scale_of(options.softmax_scale, q), options.causal, options.window_size[0],
         options.window_size[1], options.softcap, options.rotary_interleaved,
         /*return_lse=*/options.softmax_lse != nullptr, /*backend=*/0);
   }
-  if (options.k) {  // autograd notices where it saved what is overwritten
+  if (given(options.k)) {  // autograd notices where it saved what is overwritten
     for (const at::Tensor& cache : {k_cache, v_cache}) {
       if (!cache.is_inference()) cache.unsafeGetTensorImpl()->bump_version();
     }
@@ -220,7 +225,7 @@ inline at::Tensor flash_attn_with_kvcache(const at::Tensor& q, at::Tensor k_cach
   torch::autograd::variable_list causes{q, k_cache, v_cache};
   for (const auto* x : {&options.k, &options.v, &options.rotary_cos, &options.rotary_sin,
                         &options.alibi_slopes, &options.sinks}) {
-    if (*x) causes.push_back(**x);
+    if (given(*x)) causes.push_back(**x);
   }
   bool asked = false;
   for (const at::Tensor& x : causes) asked = asked || needs_autograd(x);

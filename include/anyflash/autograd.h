@@ -75,6 +75,11 @@ c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
   return found->typed<Signature>();
 }
 
+// An undefined tensor is none.
+inline OptionalTensor given(const OptionalTensor& x) {
+  return x && x->defined() ? x : std::nullopt;
+}
+
 // Whether autograd is to record a call.
 inline bool needs_autograd(const Tensor& x) {
   if (!x.defined()) return false;
@@ -117,20 +122,20 @@ struct Call {
   std::array<int64_t, 2> window_size;
   double softcap;
   bool deterministic;
+  bool return_lse;
 };
 
 inline std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                                   const OptionalTensor& alibi_slopes,
                                                   const OptionalTensor& bias,
-                                                  const OptionalTensor& sinks, const Call& call,
-                                                  bool return_lse) {
+                                                  const OptionalTensor& sinks, const Call& call) {
   static const auto attention = find_operator<Forward>("anyflash::_flash_attn_forward");
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return attention.call(q, k, v, call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q,
                         call.max_seqlen_k, call.seqused_k, call.leftpad_k, call.block_table,
                         alibi_slopes, bias, sinks, call.rng_state, call.dropout_p,
                         call.softmax_scale, call.causal, call.window_size[0], call.window_size[1],
-                        call.softcap, call.deterministic, return_lse, /*backend=*/0);
+                        call.softcap, call.deterministic, call.return_lse, /*backend=*/0);
 }
 
 // The order of Attention's arguments, of which the first kInputs may ask for a gradient, and of the
@@ -159,8 +164,7 @@ struct Attention : torch::autograd::Function<Attention> {
                                const OptionalTensor& bias, const OptionalTensor& sinks,
                                const Call& call) {
     const bool paged = call.block_table.has_value();
-    const auto [out, lse, rng_state] =
-        detail::forward(q, k, v, alibi_slopes, bias, sinks, call, /*return_lse=*/!paged);
+    const auto [out, lse, rng_state] = detail::forward(q, k, v, alibi_slopes, bias, sinks, call);
     const auto tensor = [](const OptionalTensor& x) { return x.value_or(Tensor()); };
     context->save_for_backward({q, k, v, tensor(alibi_slopes), tensor(bias), tensor(sinks), out,
                                 lse, rng_state.numel() > 0 ? rng_state : Tensor(),
@@ -221,9 +225,6 @@ struct Attention : torch::autograd::Function<Attention> {
     static const auto derivative = find_operator<Backward>("anyflash::_flash_attn_backward");
     const at::NoGradGuard no_grad;
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const auto given = [](const Tensor& x) {
-      return x.defined() ? OptionalTensor(x) : std::nullopt;
-    };
     const Tensor dout = gradients[0].defined() ? gradients[0] : at::zeros_like(saved[kOut]);
     auto [dq, dk, dv, dbias, dsinks] = derivative.call(
         dout, saved[kQ], saved[kK], saved[kV], saved[kOut], saved[kLse], given(gradients[1]),

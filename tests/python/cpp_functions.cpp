@@ -91,6 +91,29 @@ TORCH_LIBRARY(anyflash_header, library) {
                 return anyflash::flash_attn_varlen_kvpacked_func(q, kv, cu_seqlens, cu_seqlens,
                                                                  max_seqlen, max_seqlen, causal());
               });
+  library.def("undefined_options(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)",
+              [](const Tensor& q, const Tensor& k, const Tensor& v) {
+                const Tensor none;
+                const Tensor out = anyflash::flash_attn_func(q, k, v,
+                                                             {.alibi_slopes = none,
+                                                              .bias = none,
+                                                              .sinks = none,
+                                                              .seqused_k = none,
+                                                              .leftpad_k = none,
+                                                              .block_table = none,
+                                                              .rng_state = none});
+                Tensor k_cache = k.clone(), v_cache = v.clone();
+                const Tensor cached = anyflash::flash_attn_with_kvcache(q, k_cache, v_cache,
+                                                                        {.k = none,
+                                                                         .v = none,
+                                                                         .rotary_cos = none,
+                                                                         .rotary_sin = none,
+                                                                         .cache_seqlens = none,
+                                                                         .block_table = none,
+                                                                         .alibi_slopes = none,
+                                                                         .sinks = none});
+                return std::make_tuple(out, cached);
+              });
 }
 
 }  // namespace

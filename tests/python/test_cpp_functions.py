@@ -8,7 +8,7 @@ from pathlib import Path
 import cpp_builds
 import pytest
 import torch
-from support import expected_of, inputs_of, torch_version
+from support import expected_of, inputs_of, run_python, torch_version
 
 import anyflash
 from anyflash.testing import CORNER, CORRECTNESS, assert_close
@@ -23,9 +23,14 @@ CASES = [pytest.param(case, id=case.name) for case in CORRECTNESS + CORNER]
 
 
 @pytest.fixture(scope="module")
-def functions():
+def library():
     source = Path(__file__).with_name("cpp_functions.cpp")
-    torch.ops.load_library(str(cpp_builds.shared_library(source, "-Wall", "-Wextra", "-Werror")))
+    return cpp_builds.shared_library(source, "-Wall", "-Wextra", "-Werror")
+
+
+@pytest.fixture(scope="module")
+def functions(library):
+    torch.ops.load_library(str(library))
     return torch.ops.anyflash_header
 
 
@@ -82,6 +87,26 @@ def test_one_sequence_has_no_batch(functions):
         functions.attention(q, k, v), anyflash.attention(q, k, v, return_lse=True)
     ):
         torch.testing.assert_close(found, expected)
+
+
+def test_lse_of_pages_where_a_gradient_is_recorded(library):
+    """By a back end that computes it only where it is asked for."""
+    code = f"""
+import torch, anyflash
+torch.ops.load_library({str(library)!r})
+q, k, v = torch.randn(3, 2, 16, 4, 16)
+table = torch.tensor([[0], [1]], dtype=torch.int32)
+for x in (q, q.clone().requires_grad_()):
+    lse = torch.ops.anyflash_header.attention(x, k, v, block_table=table)[1]
+    print(lse.isfinite().all().item())
+"""
+    assert run_python(code, ANYFLASH_BACKEND="aten_sdpa,math").split() == ["True", "True"]
+
+
+def test_undefined_tensors_are_none(functions):
+    q, k, v = _qkv(2, 9, 4, 16)
+    for found in functions.undefined_options(q, k, v):
+        torch.testing.assert_close(found, anyflash.attention(q, k, v))
 
 
 def test_only_what_is_asked_for_is_computed(functions):
