@@ -110,6 +110,20 @@ def test_rows_that_see_no_key(options):
     assert (attend(*args)[:, 0] == 0).all()
 
 
+def test_a_window_that_no_sequence_reaches():
+    """It bounds nothing, not even where rows are more than keys; whatever the length."""
+    keys = Dim("keys", min=2)
+
+    def attend(q, k, v):
+        return anyflash.attention(q, k, v, window_size=(1, 4))
+
+    _check(attend, _qkv(rows=9, keys=4))
+    shapes = ((None, {1: keys}, {1: keys}),)
+    program = _check(attend, _qkv(rows=9, keys=7), dynamic_shapes=shapes)
+    for length in (3, 4, 5, 6):
+        _compare(program, attend, _qkv(9, length))
+
+
 def test_value_heads_of_another_width():
     _check(lambda q, k, v: anyflash.attention(q, k, v, causal=True), _qkv(dim_v=24))
 

@@ -62,7 +62,9 @@ def _mask(call: AttentionCall) -> tuple[Tensor | None, Tensor | None]:
     if left >= 0:
         hidden.append(keys < last - left)
     if right >= 0:
-        hidden.append(keys > last + right)
+        beyond = keys > last + right
+        # A bound that no sequence reaches is none, as upstream has it.
+        hidden.append(beyond if right == 0 else beyond & (keys[-1:] >= right))
     added = call.bias
     if added is not None and added.dtype == torch.bool:
         hidden, added = [*hidden, ~added], None
