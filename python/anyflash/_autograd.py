@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -100,24 +101,20 @@ def inside_kernel() -> Iterator[None]:
         _kernel.active = before
 
 
-def _in_one_step(function: type[Function], base: type) -> Any:
-    """The function with its context set up by forward, as functorch and the C base want it."""
-
-    def forward(ctx: Any, *args: Any) -> Any:
-        output = function.forward(*args)
-        function.setup_context(ctx, args, output)
-        return output
-
-    members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
-    return type(function.__name__, (base,), members)
-
-
 def _single_level(function: type[Function]) -> Callable[..., Any]:
     """``function.apply`` for inside an autograd kernel that a functorch transform called."""
     from torch._functorch.utils import enable_single_level_autograd_function
     from torch.autograd.function import _SingleLevelFunction
 
-    single = _in_one_step(function, _SingleLevelFunction)
+    def forward(ctx: Any, *args: Any) -> Any:
+        # A Function's forward is not recorded; but by the transforms around this one.
+        with BelowAutograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    single: Any = type(function.__name__, (_SingleLevelFunction,), members)
 
     def apply(*args: Any) -> Any:
         with enable_single_level_autograd_function():
@@ -151,6 +148,12 @@ def applier(function: type[Function]) -> Callable[..., Any]:
     return apply
 
 
+def _is_batched(x: Tensor | None) -> bool:
+    """Whether autograd.grad(is_grads_batched=True) made x, of which an autograd.Function's results
+    forget what was recorded. Its key, another one than torch.func's, has no name in Python."""
+    return x is not None and "Batched" in re.findall(r"\w+", str(torch._C._dispatch_keys(x)))
+
+
 class _RefuseFunction(Function):
     """Gradients unchanged, bound to what they were computed from, and an error for whoever
     differentiates them: (number of gradients, *gradients, *inputs)."""
@@ -178,12 +181,16 @@ def first_derivative_only(backward: Callable[..., tuple[Any, ...]]) -> Callable[
 
     @functools.wraps(backward)
     def checked(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        if not torch.is_grad_enabled():
+        # The operators of a graph refuse themselves.
+        if not torch.is_grad_enabled() or is_compiling():
             return backward(ctx, *gradients)
+        if any(map(_is_batched, gradients)):
+            raise RuntimeError(
+                "anyflash has no second derivative, but batched gradients (is_grads_batched, "
+                "vectorize) were asked for with create_graph=True"
+            )
         with torch.no_grad():
             results = backward(ctx, *gradients)
-        if is_compiling():
-            return results
         tensors = [gradient for gradient in results if gradient is not None]
         causes = [x for x in (*gradients, *ctx.saved_tensors) if x is not None]
         bound = iter(_RefuseFunction.apply(len(tensors), *tensors, *causes))

@@ -248,10 +248,8 @@ def differentiate(
         ]
     _, _, _, alibi_asked, bias_asked, sinks_asked = asked
     more = (dout, dsoftmax_lse, bias_asked, sinks_asked)
-    with BelowAutograd():
-        dq, dk, dv, dbias, dsinks = _backward(
-            *_arguments_of_backward((*saved, *ctx.numbers, *more))
-        )
+    arguments = _arguments_of_backward((*saved, *ctx.numbers, *more))
+    dq, dk, dv, dbias, dsinks = below_autograd(_backward, *arguments)
     dalibi = None
     if alibi_asked:
         dalibi = refuse_gradient(dout, saved.alibi_slopes, _ALIBI)  # type: ignore[arg-type]

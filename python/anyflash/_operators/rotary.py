@@ -196,7 +196,9 @@ class RotaryFunction(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         cos, sin, seqlen_offsets, cu_seqlens = ctx.saved_tensors
         offset, max_seqlen, interleaved, conjugate = ctx.options
-        dx = rotary(
+        # All who record see the operator: a batch of gradients hides them from the short way.
+        turn = _ops.rotary.default if torch.is_grad_enabled() else rotary
+        dx = turn(
             dy, cos, sin, seqlen_offsets, offset, cu_seqlens, max_seqlen, interleaved, not conjugate
         )
         return (dx, *(None,) * 8)
