@@ -6,6 +6,7 @@ The strategies wait for the module in an import hook, and need torch 2.5, which 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -275,9 +276,16 @@ def register(
 
 def _hand_over(_: ModuleType) -> None:
     try:
+        from torch.distributed.tensor import DTensor
         from torch.distributed.tensor.experimental import register_sharding
     except ImportError:
         return
+    infos = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
     while _waiting:
         operator, rule, results = _waiting.pop()
         register_sharding(operator)(_strategy(operator, rule, results))
+        # DTensor keeps what a rule said, for calls that are the same from an argument on: torch's
+        # choice is the first int, though rules see the flags before it too (torch 2.13; findings/).
+        kinds = [str(argument.type) for argument in operator._schema.arguments]
+        first = min((i for i, kind in enumerate(kinds) if kind in ("int", "bool")), default=100)
+        infos[operator] = dataclasses.replace(infos[operator], static_argnum=first)

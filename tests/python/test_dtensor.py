@@ -273,6 +273,33 @@ def _compiled(mesh: Any) -> int:
     return _place(found[0].placements)
 
 
+def _flags(mesh: Any) -> None:
+    """Calls of the same shapes that differ by flags, of which DTensor would remember the first."""
+
+    def gradients(place):
+        torch.manual_seed(1)
+        x, w, b = torch.randn(4, 6, 8), torch.randn(8), torch.randn(8)
+        weights = torch.randn(16, 8), torch.randn(16), torch.randn(8, 16)
+        norms = [n(place(x, 0), place(w)) for n in (anyflash.rms_norm, anyflash.layer_norm)]
+        found = []
+        for bias in (None, place(b)):
+            rows = place(x, 0).requires_grad_()
+            leaves = [rows] if bias is None else [rows, bias.requires_grad_()]
+            out = anyflash.fused_mlp(rows, *map(place, weights), bias)
+            found += torch.autograd.grad(out.square().sum(), leaves)
+        for norm in (anyflash.rms_norm, anyflash.layer_norm):
+            leaves = [place(x, 0).requires_grad_(), place(w).requires_grad_()]
+            found += torch.autograd.grad(norm(*leaves).square().sum(), leaves)
+        return norms + found
+
+    def distributed(x, dim=None):
+        to = dtensor.Replicate() if dim is None else dtensor.Shard(dim)
+        return dtensor.distribute_tensor(x, mesh, [to])
+
+    for part, whole in zip(gradients(distributed), gradients(lambda x, dim=None: x.clone())):
+        torch.testing.assert_close(part.full_tensor(), whole, rtol=2e-5, atol=2e-5)
+
+
 def _worker(rank: int) -> dict[str, Any]:
     mesh = dist.device_mesh.init_device_mesh("cpu", (SIZE,))
     found: dict[str, Any] = {}
@@ -281,6 +308,7 @@ def _worker(rank: int) -> dict[str, Any]:
             found[name] = _run(case, mesh)
         except Exception as error:
             raise RuntimeError(f"{name}: {error}") from error
+    _flags(mesh)
     found["refusals"] = _refusals(mesh)
     found["compiled"] = _compiled(mesh)
     found["two dimensions"] = _two_dimensions(rank)
