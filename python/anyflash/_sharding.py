@@ -196,6 +196,10 @@ def _fused_mlp_backward(
         yield {**columns, **({"hidden": x.ndim - 1} if has_hidden else {})}
 
 
+def _as_a_whole(*_: Any) -> Iterator[Sharding]:
+    return iter(())
+
+
 def _cross_entropy(*_: Any) -> Iterator[Sharding]:
     names = ("logits", "labels", "precomputed_lse", "losses", "z_losses", "lse", "dlosses", "out")
     yield dict.fromkeys(names, 0)
@@ -218,6 +222,7 @@ RULES: dict[str, Callable[..., Iterator[Sharding]]] = {
     "cross_entropy_forward": _cross_entropy,
     "cross_entropy_backward": _cross_entropy,
     "cross_entropy_backward_": _cross_entropy,
+    "refuse_gradient": _as_a_whole,
 }
 
 

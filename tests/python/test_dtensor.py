@@ -238,7 +238,13 @@ def _message(call: Callable[[], Any]) -> str:
 
 def _refusals(mesh: Any) -> dict[str, str]:
     q, k, v = (dtensor.distribute_tensor(x, mesh, [dtensor.Shard(2)]) for x in _qkv().values())
+    slopes = dtensor.distribute_tensor(torch.rand(HEADS), mesh, [dtensor.Replicate()])
     return {
+        "alibi_slopes: attention has no gradient": _message(
+            lambda: (
+                anyflash.attention(q, k, v, alibi_slopes=slopes.requires_grad_()).sum().backward()
+            )
+        ),
         "dropout_p: expected 0 for DTensor arguments, or an rng_state": _message(
             lambda: anyflash.attention(q, k, v, dropout_p=0.5)
         ),
