@@ -181,6 +181,8 @@ inline void add_caches(std::vector<Case>& cases, int64_t d) {
                    Sketch(3, 1100, d).heads(2, 1).packed({1, 3, 0, 2}, {700, 1100, 5, 900})});
   cases.push_back({"decode, window", Sketch(3, 900, d).heads(4, 1).window(100, 0)});
   cases.push_back({"decode, softcap, sinks", Sketch(2, 600, d).heads(4, 2).softcap(3).sinks()});
+  cases.push_back(
+      {"decode, softcap, large", Sketch(2, 600, d).heads(4, 2).softcap(1000).amplitude(4)});
   cases.push_back({"decode, sinks, one part", Sketch(2, 100, d).heads(4, 2).sinks()});
   cases.push_back({"decode, ALiBi", Sketch(2, 600, d).heads(4, 2).alibi(Slopes::heads).causal()});
   cases.push_back(

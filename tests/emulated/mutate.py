@@ -90,6 +90,7 @@ QUICK_BACKWARD = (
     "prepare_kernel<T_D_D>(const BackwardArguments)",
     "sinks_kernel<bf16>(const BackwardArguments)",
     "keys_kernel<T_D_D, Extras::none, 100>(const BackwardArguments)",
+    "keys_kernel<T_D_D, Extras::none, 164>(const BackwardArguments)",
     "queries_kernel<T_D_D, Extras::none, 100>(const BackwardArguments)",
     "finish_kernel<bf16, 64, 100>(const BackwardArguments)",
 )
@@ -97,7 +98,9 @@ ALL_BACKWARD = (
     *QUICK_BACKWARD,
     "far_rows_kernel<bf16>(const BackwardArguments)",
     "keys_kernel<T_D_D, Extras::score_mod, 100>(const BackwardArguments)",
+    "keys_kernel<T_D_D, Extras::score_mod, 164>(const BackwardArguments)",
     "keys_kernel<T_D_D, Extras::dropout, 100>(const BackwardArguments)",
+    "keys_kernel<T_D_D, Extras::dropout, 164>(const BackwardArguments)",
     "keys_kernel<T_D_D, Extras::all, 100>(const BackwardArguments)",
     "queries_kernel<T_D_D, Extras::all, 100>(const BackwardArguments)",
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 MORE_TILES = "only adds key tiles in which every key is hidden: time, no result"
 MORE_MASKS = "masks a tile in which no key is hidden: time, no result"
 NO_ROWS = "rows that do not exist are not written: time, no result"
+ASKS_IN_VAIN = "asks whether rows exist where they do: time, no result"
 KEEPS_ALL = "a threshold of 0 keeps all"
 ADDS_ZERO = "a bias has an element there, to which zero is added"
 ONLY_SHORTER = "keeps writes in a bias where lengths are above those of the call, as in no case"
@@ -21,6 +22,11 @@ _BEFORE = "if (tile < whole_.begin) {"
 _QUERIES = "if (!ptx::kHasCpAsync) queries.finish(copy, query_tile());"
 _HAS_ROWS = "if (!block.has_rows(a)) return;"
 
+_OWN_DRAWS = "if (drops(kExtras) && p.rng_state) {  // without: what else only Extras::all has"
+_SINK = "const float sink = p_.sinks && exists && !in_parts ? p_.sinks[query_head] : -infinity();"
+_FACTOR = "drops(kExtras) ? result.inverse_sum * a_.score.keep_scale : result.inverse_sum;"
+_LOAD_KEYS = "if (!kLast && ptx::kHasCpAsync) load_keys<true>(tile - 1);"
+_FETCH_KEYS = "if (!kLast && !ptx::kHasCpAsync) load_keys<true>(tile - 1);"
 _OWN_ROWS = (
     "const int32_t rows = s.index == p.batch ? 0 : s.seqlen_q;  // behind the last nothing is read"
 )
@@ -32,6 +38,12 @@ _OWN_ROWS_FAR = "const int32_t rows = s.index == p.batch ? 0 : s.seqlen_q;"
 _FINISH_END = "const int32_t end = smaller(block.row_begin + kRowTile, s.seqlen_q);"
 
 _ADDS_TERMS = "if (p_.alibi_slopes || (kAll && p_.bias)) {"
+_ROWS_OF_TILE = "const int32_t end_row = smaller(b_.row_begin + kShape.rows, s_.seqlen_q);"
+_QUERIES_MASK = "[&] { return mask_; }, tile < whole.begin || tile >= whole.end,"
+_HAS_KEYS = (
+    "__device__ __forceinline__ bool has_keys() const { return key_begin < sequence.seqlen_k; }"
+)
+_ROWS_LEFT = "return row_begin < sequence.seqlen_q * int32_t(a.group.value);"
 _BIAS_ROWS = "const int32_t end_row = smaller(s.seqlen_q, int32_t(p.seqlen_q));"
 _BIAS_KEYS = "const int32_t end_key = smaller(s.seqlen_k, int32_t(p.seqlen_k));"
 _MASKED = "if (masked) hide(x, corner(), mask());"
@@ -42,6 +54,11 @@ _NO_WHOLE_TILES = "whole_ = {0, 0};  // there are keys to hide"
 _KEYS_TO_HIDE = f"if (b_.key_begin + kKeys > s_.seqlen_k) {_NO_WHOLE_TILES}"
 
 _DECODE_END_TOKEN = "return smaller(token(row_begin_ + kRows - 1) + 1, s_.seqlen_q);"
+_UPDATE = "softmax_.template update<false>(scores, out_, a_.score.exponent);"
+_SLOPE = (
+    "slope[h] = token(row(h)) < s_.seqlen_q ? slopes[head(row(h))] * a_.score.inverse_unit : 0;"
+)
+_ANY_TOKEN = ("token(row(h)) < s_.seqlen_q", "true")
 _ROUNDS = "const int32_t rounds = larger((tiles.end - tiles.begin + kWarps - 1) / kWarps, 0);"
 _DECODE_SOME_HIDDEN = "if (tile < whole_.begin || tile >= whole_.end) hide(scores, first_key);"
 _NO_TILES = "if (part_.begin >= part_.end) return;"
@@ -80,6 +97,13 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
             (_BEFORE, "if (true) {", MORE_MASKS),
             (_BEFORE, _BEFORE.replace(" < ", " <= "), MORE_MASKS),
             (_HAS_ROWS, "if (false) return;", NO_ROWS),
+            ("if (modifies_scores(kExtras)) {", "if (true) {", "nobody asks for the terms"),
+            (_OWN_DRAWS, _OWN_DRAWS.replace("drops(kExtras)", "true"), "nobody asks for them"),
+            (_SINK, _SINK.replace("exists", "true"), "such a row has a head, and is not written"),
+            (_FACTOR, _FACTOR.replace("drops(kExtras)", "true"), "without dropout it is 1"),
+            (_LOAD_KEYS, _LOAD_KEYS.replace("ptx::kHasCpAsync", "true"), "fetches twice"),
+            (_LOAD_KEYS, _LOAD_KEYS.replace("<true>", "<false>"), ASKS_IN_VAIN),
+            (_FETCH_KEYS, _FETCH_KEYS.replace("<true>", "<false>"), ASKS_IN_VAIN),
         )
     }
     | {
@@ -97,6 +121,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
             (_NO_TILES, "if (false) return;", "the loop behind it has no pass either"),
             (_NO_TILES, _NO_TILES.replace(">=", ">"), "the loop behind it has no pass either"),
             (_HAS_ROWS, "if (false) return;", NO_ROWS),
+            (
+                "return {begin, smaller(begin + each, tiles.end)};",
+                "return {begin, (begin + each)};",
+                MORE_TILES,
+            ),
+            (_UPDATE, _UPDATE.replace("<false>", "<true>"), "also scores that there are not"),
+            *(
+                (_SLOPE, _SLOPE.replace(*change), NO_ROWS)
+                for change in (_ANY_TOKEN, (" < ", " <= "))
+            ),
         )
     }
     | {
@@ -125,9 +159,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
         ("lengths.h", _PADDED, "return {span.first + skipped, (span.length - skipped)};"): (
             "with a negative length no key is visible either"
         ),
-        ("tile_copy.cuh", _EXISTS, _EXISTS.replace("kWhole", "false")): (
-            "asks whether rows exist where they do: time, no result"
-        ),
+        ("tile_copy.cuh", _EXISTS, _EXISTS.replace("kWhole", "false")): (ASKS_IN_VAIN),
         ("tile_copy.cuh", _PIN, _PIN.replace("i == 0", "true")): (
             "the same address in another register"
         ),
@@ -156,10 +188,9 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
         ("gradients.cuh", before, after): reason
         for before, after, reason in (
             (_ADDS_TERMS, "if (true) {", "without terms nothing is added"),
-            (
-                _ADDS_TERMS,
-                _ADDS_TERMS.replace("&& p_.bias", "&& true"),
-                "without terms nothing is added",
+            *(
+                (_ADDS_TERMS, _ADDS_TERMS.replace(part, "true"), "without terms nothing is added")
+                for part in ("kAll", "p_.bias")
             ),
             (_BIAS_ROWS, "const int32_t end_row = (int32_t(p.seqlen_q));", ADDS_ZERO),
             (_BIAS_ROWS, "const int32_t end_row = (s.seqlen_q);", ONLY_SHORTER),
@@ -168,6 +199,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
             ("if (row_stride != 0) return;", "if (false) return;", SUM_IS_ZERO),
             ("if (row_stride != 0) continue;", "if (false) continue;", SUM_IS_ZERO),
             (_MASKED, _MASKED.replace("masked", "true"), MORE_MASKS),
+            ("if (mask.window_left < 0) return;", "if (false) return;", MORE_MASKS),
             (_SOME_DROPPED, "if (true) {", KEEPS_ALL),
             (_SOME_DROPPED, "if (a_.dropout_threshold >= 0) {", KEEPS_ALL),
             (_KEPT, _KEPT.replace(">=", ">"), "of a probability of 0 the gradient is 0 either way"),
@@ -196,6 +228,19 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
                 "their lse is +inf",
             ),
         )
+    }
+    | {
+        ("backward_queries.cuh", before, after): reason
+        for before, after, reason in (
+            (_ROWS_OF_TILE, "const int32_t end_row = (b_.row_begin + kShape.rows);", MORE_TILES),
+            (_ROWS_OF_TILE, "const int32_t end_row = (s_.seqlen_q);", MORE_TILES),
+            (_QUERIES_MASK, _QUERIES_MASK.replace("tile < whole", "tile <= whole"), MORE_MASKS),
+            (_HAS_ROWS, "if (false) return;", NO_ROWS),
+        )
+    }
+    | {
+        ("block.cuh", line, line.replace(" < ", " <= ")): NO_ROWS
+        for line in (_HAS_KEYS, _ROWS_LEFT)
     }
     | {
         ("backward_rows.cuh", before, after): reason
