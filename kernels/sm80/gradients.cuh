@@ -59,11 +59,8 @@ __device__ __forceinline__ void add_to_bias(const float (&x)[kMTiles][kNTiles][4
   const auto key = [&](int32_t c) { return at.key + c / 2 * 8 + c % 2; };
   const int32_t end_row = smaller(s.seqlen_q, int32_t(p.seqlen_q));
   const int32_t end_key = smaller(s.seqlen_k, int32_t(p.seqlen_k));
-  // Zero where there is no row or key: their numbers may be anything.
-  const auto value = [&](int32_t r, int32_t c) {
-    const bool exists = row(r) < end_row && key(c) < end_key;
-    return exists ? x[r / 2][c / 2][r % 2 * 2 + c % 2] : 0.0f;
-  };
+  // Zero where there is no row or key: there are no probabilities.
+  const auto value = [&](int32_t r, int32_t c) { return x[r / 2][c / 2][r % 2 * 2 + c % 2]; };
   const int64_t row_stride = p.dbias_stride[2], key_stride = p.dbias_stride[3];
   if (key_stride == 0) {
     float of_rows = 0;
