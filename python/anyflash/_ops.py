@@ -216,7 +216,8 @@ def _register_vmap(library: torch.library.Library) -> None:
     if not hasattr(torch.library, "register_vmap"):
         return
     for name, rule in vmap.RULES.items():
-        torch.library.register_vmap(f"anyflash::{name}", rule, lib=library)
+        counted = vmap.for_any_count(_overload(name), rule)
+        torch.library.register_vmap(f"anyflash::{name}", counted, lib=library)
     for name, function in DIFFERENTIABLE.items():
         library.impl(name, function, "FuncTorchBatched")
 

@@ -123,7 +123,9 @@ def attention(
         softmax_scale: None: head_dim ** -0.5. A tensor of one element may ask for a gradient; then,
             and in graphs, it is multiplied into q in q's dtype.
         causal: query i sees keys up to i + seqlen_k - seqlen_q.
-        window_size: keys to the left and right of that diagonal that are visible; -1: all.
+        window_size: keys to the left and right of that diagonal that are visible; -1: all, as is a
+            number from seqlen_k on (packed: max_seqlen_k, paged: the room in block_table; upstream
+            has it so, and it counts where there are more queries than keys).
         softcap: > 0: scores become softcap * tanh(score / softcap).
         deterministic: the backward adds in a fixed order.
         rng_state: (2,) int64 seed and offset of the dropout; None: drawn.

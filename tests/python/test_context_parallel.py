@@ -18,7 +18,7 @@ from packaging.version import Version
 import anyflash
 
 if Version(torch.__version__) < Version("2.13"):
-    pytest.skip("anyflash knows the ring of torch 2.13", allow_module_level=True)
+    pytest.skip("the tests know where torch 2.13 keeps its ring", allow_module_level=True)
 cp = importlib.import_module("torch.distributed.tensor.experimental._context_parallel._attention")
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"

@@ -201,6 +201,21 @@ def test_dropout_is_drawn_as_vmap_is_told(device):
     assert not torch.equal(different[0], different[1])
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: anyflash.attention(x, x, x),
+        lambda x: anyflash.layer_norm(x, x[0, 0, 0]),
+        lambda x: anyflash.rotary(x, x[0, :, 0, :4], x[0, :, 0, 4:]),
+    ],
+    ids=["attention", "norm", "rotary"],
+)
+def test_no_samples(device, function):
+    x = torch.randn(0, 2, 5, 4, 8, device=device)
+    assert vmap(function)(x).shape == x.shape
+    assert vmap(grad(lambda x: function(x).sum()))(x).shape == x.shape
+
+
 def test_a_cache_is_refused(device):
     cache = torch.zeros(SAMPLES, 2, 9, 2, 8, device=device)
     q = torch.randn(SAMPLES, 2, 1, 2, 8, device=device)

@@ -41,6 +41,25 @@ def _sample_by_sample(operator: Callable[..., Any], info: Any, dims: Any, *args:
     return results, (0,) * len(results)
 
 
+def for_any_count(operator: Callable[..., Any], rule: Rule) -> Rule:
+    """The rule; and for no samples, of which it could not make anything, results without elements,
+    of the shapes that a sample of zeros has."""
+
+    def counted(info: Any, dims: Any, *args: Any) -> tuple[Any, Any]:
+        if info.batch_size > 0:
+            return rule(info, dims, *args)
+        sample = (
+            x if dim is None else x.new_zeros(x.movedim(dim, 0).shape[1:])
+            for x, dim in zip(args, dims)
+        )
+        found = operator(*sample)
+        if isinstance(found, Tensor):
+            return found.new_empty((0, *found.shape)), 0
+        return tuple(x.new_empty((0, *x.shape)) for x in found), (0,) * len(found)
+
+    return counted
+
+
 # ---- Samples as heads.
 
 
