@@ -68,6 +68,10 @@ _PARTS = (
 )
 _NO_WEIGHT = "if (weight == 0 || column >= p.head_dim_v) continue;"
 _PADDED = "return {span.first + skipped, larger<Index>(span.length - skipped, 0)};"
+_FINITE_MAX = (
+    "__device__ __forceinline__ float finite_max(float max) { return max == -infinity() ? 0.0f : "
+    "max; }"
+)
 _EXISTS = "const bool exists = kWhole || row_ + i * kRowStep < num_rows;"
 _PIN = "if (i == 0) place.pin();"
 _CHUNK = "const char* chunk = i == 0 ? place.chunk(0) : ptx::opaque(place.chunk(i * kRowStep));"
@@ -158,6 +162,9 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
     | {
         ("lengths.h", _PADDED, "return {span.first + skipped, (span.length - skipped)};"): (
             "with a negative length no key is visible either"
+        ),
+        ("online_softmax.cuh", _FINITE_MAX, _FINITE_MAX.replace("max == -infinity()", "false")): (
+            "a row without keys takes nothing of what is computed with it"
         ),
         ("tile_copy.cuh", _EXISTS, _EXISTS.replace("kWhole", "false")): (ASKS_IN_VAIN),
         ("tile_copy.cuh", _PIN, _PIN.replace("i == 0", "true")): (
