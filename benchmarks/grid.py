@@ -1,7 +1,8 @@
 """The CPU kernels beside the aten route over a grid of shapes.
 
-python -m benchmarks.grid              # measures; out/grid.json and docs/kernels/cpu_grid.svg
+python -m benchmarks.grid              # measures; out/grid.json and docs/kernels/cpu_grid_ISA.svg
 python -m benchmarks.grid --table      # measures every instruction set; the MEASURED lines
+python -m benchmarks.grid --table amx  # those of one instruction set alone
 
 Both routes run the library's own operators on the same tensors, so that the ratio is what `auto`
 gains or loses by its choice.
@@ -22,7 +23,7 @@ from collections.abc import Iterator
 
 CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = CHECKOUT / "out/grid.json"
-PICTURE = CHECKOUT / "docs/kernels/cpu_grid.svg"
+PICTURES = CHECKOUT / "docs/kernels"
 MEASURED = CHECKOUT / "core/measured.def"
 
 DTYPES = ("fp32", "bf16", "fp16")
@@ -44,6 +45,7 @@ LOWER = {
         "ONEDNN_MAX_CPU_ISA": "AVX2",
     },
     "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+    "avx512bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
 }
 
 
@@ -137,6 +139,8 @@ def draw(results: list[dict[str, object]]) -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "anyflash", "svg.fonttype": "none"})
     import matplotlib.pyplot as plt
 
+    from anyflash import _loader
+
     columns = list(dict.fromkeys(map(label, results)))
     keys = [(r["dtype"], r["head_dim"], r["causal"]) for r in results]
     rows = list(dict.fromkeys(keys))
@@ -159,8 +163,7 @@ def draw(results: list[dict[str, object]]) -> None:
         names = [f"{d} d{n} {'causal' if c else 'full'}" for d, n, c in rows]
         axis.set_yticks(range(len(rows)), names, fontsize=8)
         axis.set_title(f"{direction}: speed of the kernel / PyTorch's CPU attention (aten_cpu)")
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PICTURE, metadata={"Date": None})
+    figure.savefig(PICTURES / f"cpu_grid_{_loader.cpu_isa()}.svg", metadata={"Date": None})
 
 
 def ratios(
@@ -169,13 +172,14 @@ def ratios(
     return [r[direction] for r in results if r["dtype"] == dtype and r["head_dim"] in head_dims]
 
 
-def measure_lower() -> dict[str, list[dict[str, object]]]:
+def measure_lower(wanted: list[str]) -> dict[str, list[dict[str, object]]]:
     """The smaller grid by instruction set below this machine's, each in a process of its own."""
-    from anyflash import _loader
+    from anyflash import _loader, backends
 
     results = {}
     for isa, limits in LOWER.items():
-        if isa == _loader.cpu_isa():
+        lower = backends.ISAS.index(isa) < backends.ISAS.index(_loader.cpu_isa())
+        if isa not in wanted or not lower:
             continue
         print(f"{isa} ...", file=sys.stderr, flush=True)
         done = subprocess.run(
@@ -205,6 +209,8 @@ def write_table(by_isa: dict[str, list[dict[str, object]]]) -> None:
             continue
         head_dims = range(above.get(tuple(key), 0) + 1, int(head_dim) + 1)
         above[tuple(key)] = int(head_dim)
+        if arch not in by_isa:
+            continue
         found = ratios(by_isa[arch], direction, dtype, head_dims)
         lines[index] = measured_line(arch, direction, dtype, int(head_dim), found) + "\n"
     MEASURED.write_text("".join(lines))
@@ -214,7 +220,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--table", action="store_true", help="write core/measured.def as well")
+    parser.add_argument(
+        "--table",
+        nargs="*",
+        metavar="ISA",
+        help="write core/measured.def as well: the lines of these instruction sets, or of all",
+    )
     parser.add_argument("--json", action="store_true", help="a smaller grid, as JSON, nothing else")
     parser.add_argument("--redraw", action="store_true", help="the picture from out/grid.json")
     options = parser.parse_args()
@@ -233,13 +244,15 @@ def main() -> None:
             found = ratios(results, direction, dtype, range(1, 513))
             worst, median = min(found), statistics.median(found)
             print(f"{direction} {dtype}: worst {worst:.2f}x, median {median:.2f}x of aten_cpu")
-    if options.table:
+    if options.table is not None:
         from anyflash import _loader
 
-        by_isa = {_loader.cpu_isa(): results, **measure_lower()}
-        if _loader.cpu_isa() == "avx512bf16":  # has kernels of its own for bf16 alone
+        wanted = options.table or [_loader.cpu_isa(), *LOWER]
+        by_isa = {_loader.cpu_isa(): results, **measure_lower(wanted)}
+        if _loader.cpu_isa() in ("avx512bf16", "amx") and "avx512" in by_isa:
+            # They have kernels of their own for bf16 alone.
             by_isa["avx512"] += [r for r in results if r["dtype"] != "bf16"]
-        write_table(by_isa)
+        write_table({isa: found for isa, found in by_isa.items() if isa in wanted})
 
 
 if __name__ == "__main__":

@@ -262,12 +262,6 @@ void visit_doubt(const Instance& instance, const Problem& problem, Obstacle obst
     });
   }
   if (instance.family != Family::attention || !has_rival(problem)) return;
-  for (const PassOverRow& row : kPassOver) {
-    if (on_cpu && contains(problem.sm, row.isa) && (row.dtypes & uint32_t(problem.dtype)) &&
-        !(problem.features & ~row.features)) {
-      return doubt([&] { return std::string(row.reason); });
-    }
-  }
   const std::optional<Measured> speed = measured(instance, problem);
   if (!speed) {
     doubt([] { return std::string("has not been measured beside PyTorch's attention"); });

@@ -76,25 +76,6 @@ constexpr CheckedRow kChecked[] = {
 #undef CHECKED
 };
 
-struct PassOverRow {
-  int32_t isa;
-  uint32_t dtypes;
-  Features features;
-  const char* reason;
-};
-
-constexpr PassOverRow kPassOver[] = {
-#define PASS_OVER(isa, dtypes, features, reason)                \
-  [] {                                                          \
-    using namespace column;                                     \
-    return PassOverRow{Isa::isa, (dtypes), (features), reason}; \
-  }(),
-#define MEASURED(...)
-#include "core/measured.def"
-#undef MEASURED
-#undef PASS_OVER
-};
-
 // Where a kernel was measured: the compute capability of the GPU, or the kernel's architecture.
 struct Level {
   constexpr Level(int32_t sm) : device(Device::cuda), value(sm) {}
@@ -112,7 +93,6 @@ struct MeasuredRow {
 };
 
 constexpr MeasuredRow kMeasured[] = {
-#define PASS_OVER(...)
 #define MEASURED(level, direction, dtype, max_head_dim, worst, median)                            \
   [] {                                                                                            \
     using namespace arch;                                                                         \
@@ -120,7 +100,6 @@ constexpr MeasuredRow kMeasured[] = {
   }(),
 #include "core/measured.def"
 #undef MEASURED
-#undef PASS_OVER
 };
 
 }  // namespace anyflash

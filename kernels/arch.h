@@ -28,19 +28,20 @@ constexpr int32_t none = 0;
 constexpr int32_t avx2 = 101;        // with FMA and F16C
 constexpr int32_t avx512 = 102;      // F, BW, VL, DQ
 constexpr int32_t avx512bf16 = 103;  // and BF16
-constexpr int32_t amx = 104;   // and AMX tiles of BF16: PyTorch uses them, no kernel here does
-constexpr int32_t neon = 201;  // aarch64
+constexpr int32_t amx = 104;         // and AMX-BF16, tiles that the system lets the process use
+constexpr int32_t neon = 201;        // aarch64
 }  // namespace Isa
 
 constexpr Arch kAvx2{"avx2", Device::cpu, Isa::avx2, 199};
 constexpr Arch kAvx512{"avx512", Device::cpu, Isa::avx512, 199};
 constexpr Arch kAvx512Bf16{"avx512bf16", Device::cpu, Isa::avx512bf16, 199};
+constexpr Arch kAmx{"amx", Device::cpu, Isa::amx, 199};
 constexpr Arch kNeon{"neon", Device::cpu, Isa::neon, 299};
 
 // By the names of instances.def.
 namespace arch {
 constexpr Arch sm75 = kSm75, sm80 = kSm80, avx2 = kAvx2, avx512 = kAvx512, avx512bf16 = kAvx512Bf16,
-               neon = kNeon;
+               amx = kAmx, neon = kNeon;
 }
 
 struct IsaName {

@@ -179,9 +179,8 @@ def kernels() -> str:
 def measured() -> str:
     """measured.def, row by row."""
     rows = []
-    for level, direction, dtype, top, worst, median in (
-        entry.fields for entry in _defs.entries("measured") if entry.macro == "MEASURED"
-    ):
+    for entry in _defs.entries("measured"):
+        level, direction, dtype, top, worst, median = entry.fields
         where = f"sm_{level}" if level.isdigit() else level
         ratios = [f"{float(ratio):.2f}x" for ratio in (median, worst)]
         rows.append([where, direction, dtype, f"1 to {top}", *ratios])

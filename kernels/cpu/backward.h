@@ -61,7 +61,7 @@ ANYFLASH_INLINE void add_block(const AttentionParams& p, const GradientPanel& pa
                 keys, row_steps});
   multiply<Product, kStart, false>(
       panel.lanes.vectors,
-      {chunk.k_zipped + offset / kPerWord * head_dim, 1, head_dim,
+      {chunk.k_over + offset / kPerWord * chunk.over.step, chunk.over.row, chunk.over.step,
        reinterpret_cast<const Word*>(ds_pairs), kPanel, dq, kPanel, head_dim, key_steps});
 }
 
@@ -76,7 +76,7 @@ ANYFLASH_INLINE float* add_panel(const BackwardPlan& plan, const BackwardItem& i
   const int64_t begin = larger(item.key_begin, seen.begin);
   const int64_t end = smaller(item.key_end, seen.end);
   const int64_t turn = turn_of(item, panel.lanes);
-  const int block_keys = balanced_block(item.key_end - item.key_begin);
+  const int block_keys = balanced_block<Product>(item.key_end - item.key_begin);
   float* dq = nullptr;
   for (int64_t first = item.key_begin; first < end; first += block_keys) {
     // Keys outside of what the panel sees are left out; zipped rows begin at even keys.
@@ -100,9 +100,9 @@ ANYFLASH_INLINE float* add_panel(const BackwardPlan& plan, const BackwardItem& i
   return dq;
 }
 
-template <class T>
-static void backward_item(const BackwardPlan& plan, const BackwardItem& item, char* memory) {
-  using Product = typename ProductOf<T>::Type;
+template <class Product, class T>
+static __attribute__((noinline)) void backward_item_with(const BackwardPlan& plan,
+                                                         const BackwardItem& item, char* memory) {
   const AttentionParams& p = *plan.params;
   const Sequence sequence(p, item.sequence);
   const int64_t kv_head = item.space * plan.rows.heads / (p.heads / p.heads_k);
@@ -110,11 +110,16 @@ static void backward_item(const BackwardPlan& plan, const BackwardItem& item, ch
   const int64_t columns = round_up(head_dim, kLanes), columns_v = round_up(head_dim_v, kLanes);
   const int keys = static_cast<int>(item.key_end - item.key_begin);
 
+  [[maybe_unused]] const typename Product::Setup setup;
+
   Scratch scratch{memory};
   KeyChunk chunk;
   chunk.k = scratch.take<Word>(keys * words_per_row<Product>(head_dim));
   chunk.v = scratch.take<Word>(keys * words_per_row<Product>(head_dim_v));
-  chunk.k_zipped = Product::kPerWord == 1 ? chunk.k : scratch.take<Word>((keys + 1) / 2 * head_dim);
+  chunk.over = over_keys<Product>(head_dim, round_up(keys, 2 * kLanes));
+  chunk.k_over = Product::kPerWord == 1
+                     ? chunk.k
+                     : scratch.take<Word>(round_up(keys, 2 * kLanes) / 2 * head_dim);
   chunk.dk = scratch.take<float>(keys * columns);
   chunk.dv = scratch.take<float>(keys * columns_v);
   Word* staging = scratch.take<Word>(kPanel * larger(columns, columns_v));
@@ -123,7 +128,6 @@ static void backward_item(const BackwardPlan& plan, const BackwardItem& item, ch
 
   const int64_t num_rows = sequence.mask.seqlen_q * plan.rows.heads;
   const int64_t num_panels = (num_rows + kPanel - 1) / kPanel;
-  // The scores of far rows are to be those that far_rows() saw, to the last bit.
   const bool few_rows = num_rows <= kFewRows && plan.reference.data == nullptr;
   const T *k_rows[kMaxChunk], *v_rows[kMaxChunk];
   find_key_rows<T>(p, p.k, sequence, kv_head, item.key_begin, keys, k_rows);
@@ -131,7 +135,7 @@ static void backward_item(const BackwardPlan& plan, const BackwardItem& item, ch
   if (!few_rows) {
     words_along_rows<Product>(k_rows, keys, head_dim, chunk.k);
     if (Product::kPerWord > 1) {
-      zipped_rows<Product>(k_rows, keys, head_dim, head_dim, chunk.k_zipped);
+      keys_as_a<Product>(k_rows, keys, head_dim, chunk.over, chunk.k_over);
     }
     words_along_rows<Product>(v_rows, keys, head_dim_v, chunk.v);
   }
@@ -171,6 +175,17 @@ static void backward_item(const BackwardPlan& plan, const BackwardItem& item, ch
                   row_of<T>(p.dk, packed, sequence.index, row, kv_head));
     narrow_scaled(chunk.dv + key * columns_v, head_dim_v, 1.0f,
                   row_of<T>(p.dv, packed, sequence.index, row, kv_head));
+  }
+}
+
+// The scores of far rows are to be those that far_rows() saw, to the last bit.
+template <class T>
+static void backward_item(const BackwardPlan& plan, const BackwardItem& item, char* memory) {
+  using Product = typename ProductOf<T>::Type;
+  if (plan.reference.data == nullptr) {
+    backward_item_with<Product, T>(plan, item, memory);
+  } else {
+    backward_item_with<typename Product::InRegisters, T>(plan, item, memory);
   }
 }
 

@@ -61,7 +61,7 @@ static __attribute__((noinline)) void sink_gradient(const BackwardPlan& plan, in
 // more, which a broadcast bias costs anyway, and no sum depends on who computes what when.
 template <class T>
 static void bias_item(const BackwardPlan& plan, const BiasItem& item, char* memory) {
-  using Product = typename ProductOf<T>::Type;
+  using Product = typename ProductOf<T>::Type::InRegisters;
   const AttentionParams& p = *plan.params;
   const int head_dim = static_cast<int>(p.head_dim), head_dim_v = static_cast<int>(p.head_dim_v);
   const int words = words_per_row<Product>(head_dim), words_v = words_per_row<Product>(head_dim_v);
@@ -130,7 +130,7 @@ static void bias_item(const BackwardPlan& plan, const BiasItem& item, char* memo
 
 template <class T>
 static int64_t bias_scratch_bytes(const BackwardPlan& plan) {
-  using Product = typename ProductOf<T>::Type;
+  using Product = typename ProductOf<T>::Type::InRegisters;
   const AttentionParams& p = *plan.params;
   const int64_t columns = round_up(p.head_dim, kLanes), columns_v = round_up(p.head_dim_v, kLanes);
   return 4 * (kBlock * (columns + columns_v + kPanel) + kPanel * larger(columns, columns_v)) +

@@ -17,7 +17,7 @@ ANYFLASH_INLINE Float sink_exponent(const AttentionParams& p, Float sink, Float 
 // References and remainders of rows [row_begin, row_end) of a row space, a panel at most.
 template <class T>
 static void far_rows(const BackwardPlan& plan, const Item& item, char* memory) {
-  using Product = typename ProductOf<T>::Type;
+  using Product = typename ProductOf<T>::Type::InRegisters;
   const AttentionParams& p = *plan.params;
   const Sequence sequence(p, item.sequence);
   const int64_t kv_head = item.space * plan.rows.heads / (p.heads / p.heads_k);
@@ -85,7 +85,7 @@ static void far_rows(const BackwardPlan& plan, const Item& item, char* memory) {
 
 template <class T>
 static int64_t far_rows_scratch_bytes(const BackwardPlan& plan) {
-  using Product = typename ProductOf<T>::Type;
+  using Product = typename ProductOf<T>::Type::InRegisters;
   const AttentionParams& p = *plan.params;
   const int64_t words = words_per_row<Product>(p.head_dim);
   return 4 * (kBlock * (words + kPanel) + kPanel * (words + round_up(p.head_dim, kLanes))) + 64 * 4;

@@ -7,18 +7,20 @@
 
 namespace anyflash::cpu::ANYFLASH_ISA {
 
-// Keys of an item at most: they and their gradients stay in the second-level cache.
-constexpr int kMaxChunk = 4 * kBlock;
+// Keys of an item at most: they and their gradients stay in the second-level cache, but for head
+// dims above 128 in AMX's tiles, which larger blocks make up for.
+constexpr int kMaxChunk = 384;
 
 ANYFLASH_INLINE int64_t max_chunk_keys(const AttentionParams& p) {
-  return larger(p.head_dim, p.head_dim_v) <= 64 ? kMaxChunk : kMaxChunk / 2;
+  return larger(p.head_dim, p.head_dim_v) <= 64 ? kMaxChunk : 2 * kBlock;
 }
 
-// The keys of an item: both forms, and their gradients.
+// The keys of an item: along rows and, k, as the A of a product over keys; and their gradients.
 struct KeyChunk {
   Word* k;
   Word* v;
-  Word* k_zipped;
+  Word* k_over;
+  OverKeys over;
   float* dk;  // [key][column], columns rounded up to whole vectors
   float* dv;
 };

@@ -136,8 +136,9 @@ static __attribute__((noinline)) void decode_softmax(const AttentionParams& p, c
   alignas(64) float maxima[kPanel], scale[kPanel];
   find_maxima(tile, keys, panel.lanes.vectors, maxima);
   finish_scores(p, panel.lanes, first_key, keys, tile, maxima);
-  softmax<Product, false>(panel, {nullptr, nullptr, tile, nullptr}, keys, maxima, exponent_scale(p),
-                          scale);
+  BlockScratch block{};
+  block.scores = tile;
+  softmax<Product, false>(panel, block, keys, maxima, exponent_scale(p), scale);
   // Keys that a group of values lacks weigh nothing.
   const int weights = (keys + Product::kPerWord - 1) / Product::kPerWord;
   for (int key = weights; key < round_up(weights, kMaxKeysTogether); ++key) {

@@ -12,7 +12,8 @@ constexpr int kItemRows = kLanes == 16 ? 256 : 128;  // a block's conversion ser
 constexpr int kPanels = kItemRows / kPanel;
 // Keys per vector of rows, where one panel reads all keys: whole tiles. A block for one vector
 // alone would be over before the next block's rows are there, so it takes those for two.
-constexpr int kSmallBlock = 24;
+template <class Product>
+constexpr int kSmallBlock = Product::kTiles ? 32 : 24;
 
 // The online softmax of a panel, and its output so far.
 struct Panel {
@@ -26,7 +27,8 @@ struct Panel {
 // What a thread needs for one block of keys.
 struct BlockScratch {
   Word* keys;     // words along rows
-  Word* values;   // zipped
+  Word* values;   // as the A of a product over keys
+  OverKeys over;  // where their columns and keys lie
   float* scores;  // [key][lane]; probabilities overwrite them
   Word* kept;     // [key][lane], dropout alone
 };
@@ -126,8 +128,8 @@ ANYFLASH_INLINE void attend(const AttentionParams& p, const Sequence& sequence, 
   const int steps = (keys + Product::kPerWord - 1) / Product::kPerWord;
   multiply<Product, Start::scaled, false>(
       panel.lanes.vectors,
-      {block.values, 1, columns, reinterpret_cast<Word*>(block.scores), kPanel, panel.out, kPanel,
-       columns, steps, ahead[1]},
+      {block.values, block.over.row, block.over.step, reinterpret_cast<Word*>(block.scores), kPanel,
+       panel.out, kPanel, columns, steps, ahead[1]},
       scale);
 }
 
@@ -231,11 +233,13 @@ static void forward_item(const ForwardPlan& plan, const Item& item, char* memory
   const int64_t kv_head = item.space * plan.rows.heads / (p.heads / p.heads_k);
   const int head_dim = static_cast<int>(p.head_dim), columns = static_cast<int>(p.head_dim_v);
   const int words = words_per_row<Product>(head_dim);
+  [[maybe_unused]] const typename Product::Setup setup;
 
   Scratch scratch{memory};
   BlockScratch block{};
   block.keys = scratch.take<Word>(kBlock * words);
   block.values = scratch.take<Word>(kBlock / Product::kPerWord * columns);
+  block.over = over_keys<Product>(columns, kBlock);
   block.scores = scratch.take<float>(kBlock * kPanel);
   block.kept = scratch.take<Word>(p.dropout_p > 0 ? kBlock * kPanel : 0);
   Word* staging = scratch.take<Word>(kPanel * round_up(larger(head_dim, columns), kLanes));
@@ -264,15 +268,15 @@ static void forward_item(const ForwardPlan& plan, const Item& item, char* memory
   seen.end = smaller(seen.end, item.key_end);
 
   // With few rows, reading the keys is the work: in small blocks, the next is on its way earlier.
-  const int block_keys = num_panels == 1 ? kSmallBlock * larger(2, panels[0].lanes.vectors)
-                                         : balanced_block(seen.end - seen.begin);
+  const int block_keys = num_panels == 1 ? kSmallBlock<Product> * larger(2, panels[0].lanes.vectors)
+                                         : balanced_block<Product>(seen.end - seen.begin);
   for (int64_t first = seen.begin; first < seen.end; first += block_keys) {
     const int count = static_cast<int>(smaller<int64_t>(block_keys, seen.end - first));
     const T* rows[kBlock];
     find_key_rows<T>(p, p.k, sequence, kv_head, first, count, rows);
     words_along_rows<Product>(rows, count, head_dim, block.keys);
     find_key_rows<T>(p, p.v, sequence, kv_head, first, count, rows);
-    zipped_rows<Product>(rows, count, columns, columns, block.values);
+    keys_as_a<Product>(rows, count, columns, block.over, block.values);
     // The next block's rows, some during each panel.
     const void* next_rows[2][kBlock];
     const int64_t next = first + count;
@@ -290,7 +294,7 @@ static void forward_item(const ForwardPlan& plan, const Item& item, char* memory
       if (skipped >= end) continue;
       BlockScratch visible = block;
       visible.keys += skipped * words;
-      visible.values += skipped / Product::kPerWord * columns;
+      visible.values += skipped / Product::kPerWord * block.over.step;
       attend<Product>(p, sequence, panels[i], visible, first + skipped,
                       static_cast<int>(end - skipped),
                       {ahead[0].part(i, num_panels), ahead[1].part(i, num_panels)});

@@ -6,6 +6,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -37,6 +41,17 @@ struct Cpu {
     return true;
   }
 
+  // Linux keeps tiles for a process that asks first: they take 8 KiB of every thread, and of the
+  // stack of a signal. (Linux, Documentation/arch/x86/xstate.rst)
+  static bool may_use_tiles() {
+#if defined(__linux__)
+    constexpr long kRequest = 0x1023, kTiles = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequest, kTiles) == 0;
+#else
+    return false;
+#endif
+  }
+
   bool avx2() const {
     return has(saved, {1, 2})               // XMM, YMM
            && has(leaf1_ecx, {12, 28, 29})  // FMA, AVX, F16C
@@ -47,7 +62,11 @@ struct Cpu {
            && has(leaf7_ebx, {16, 17, 30, 31});  // F, DQ, BW, VL
   }
   bool avx512bf16() const { return avx512() && has(leaf7_1_eax, {5}); }
-  bool amx() const { return avx512bf16() && has(leaf7_edx, {22}); }  // AMX-BF16
+  bool amx() const {
+    return avx512bf16() && has(saved, {17, 18})  // tiles' shapes, tiles
+           && has(leaf7_edx, {22, 24})           // AMX-BF16, AMX-TILE
+           && may_use_tiles();
+  }
 };
 
 }  // namespace

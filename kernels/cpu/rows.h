@@ -2,7 +2,7 @@
 //
 // "Words along the row" (the A side, or B after a transposition): a float per element, or for bf16
 // products two neighbouring elements per Word. "Zipped": two neighbouring rows per Word, element by
-// element (the B side, and V as A). For fp32 products both are plain floats.
+// element (the B side, and keys and values as A). For fp32 products both are plain floats.
 #pragma once
 
 #include "kernels/cpu/product.h"
@@ -14,7 +14,12 @@ template <class T>
 struct ProductOf {
   using Type = Fp32Product;
 };
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+template <>
+struct ProductOf<Bf16> {
+  using Type = TileProduct;
+};
+#elif defined(__AVX512BF16__)
 template <>
 struct ProductOf<Bf16> {
   using Type = Bf16Product;
@@ -116,8 +121,14 @@ ANYFLASH_INLINE void words_along_rows(const T* const* rows, int count, int head_
     if constexpr (Product::kPerWord == 1) {
       widen_row(rows[i], head_dim, reinterpret_cast<float*>(out));
     } else {
+      // Not all in one call of memcpy, which would cost as much as the copy.
+      const int whole = head_dim / (2 * kLanes) * (2 * kLanes);
+      for (int column = 0; column < whole; column += 2 * kLanes) {
+        store_words(out + column / 2, load_words(rows[i] + column));
+      }
+      if (whole == head_dim) continue;
       out[words - 1] = 0;
-      memcpy(out, rows[i], static_cast<size_t>(head_dim) * sizeof(T));
+      memcpy(out + whole / 2, rows[i] + whole, static_cast<size_t>(head_dim - whole) * sizeof(T));
     }
   }
 }
@@ -178,6 +189,62 @@ ANYFLASH_INLINE void transpose(const Word* in, int64_t in_row, int rows, int col
                                int64_t out_row) {
   const auto row_at = [&](int row) __attribute__((always_inline)) { return in + row * in_row; };
   transpose_rows(row_at, rows, columns, out, out_row);
+}
+
+// Keys or values as the A of a product over keys: where its rows, the columns, and its steps, keys
+// or pairs of them, lie. Zipped they come as they are. Tiles want the steps side by side.
+struct OverKeys {
+  int64_t row;
+  int64_t step;
+};
+
+// Of `keys` at most, a multiple of 2 * kLanes.
+template <class Product>
+ANYFLASH_INLINE OverKeys over_keys(int columns, int64_t keys) {
+  return Product::kTiles ? OverKeys{keys / Product::kPerWord, 1} : OverKeys{1, columns};
+}
+
+#if defined(__AMX_BF16__)
+// `width` of 2 * kLanes columns of two neighbouring rows, zipped; without a row, zeros.
+ANYFLASH_INLINE WordsPair zipped_or_zeros(const Bf16* a, const Bf16* b, int width) {
+  if (a == nullptr) return WordsPair{};
+  if (b != nullptr && width == 2 * kLanes) return zipped_twice(a, b);
+  alignas(64) Bf16 some[2][2 * kLanes] = {};
+  memcpy(some[0], a, static_cast<size_t>(width) * sizeof(Bf16));
+  if (b != nullptr) memcpy(some[1], b, static_cast<size_t>(width) * sizeof(Bf16));
+  return zipped_twice(some[0], some[1]);
+}
+#endif
+
+template <class Product, class T>
+ANYFLASH_INLINE void keys_as_a(const T* const* rows, int count, int columns, const OverKeys& at,
+                               Word* out) {
+#if defined(__AMX_BF16__)
+  if constexpr (Product::kTiles) {
+    constexpr int kWide = 2 * kLanes;
+    for (int key = 0; key < count; key += kWide) {
+      for (int column = 0; column < columns; column += kWide) {
+        const int width = columns - column < kWide ? columns - column : kWide;
+        const auto row = [&](int i) __attribute__((always_inline)) {
+          return key + i < count ? rows[key + i] + column : nullptr;
+        };
+        Words halves[2][kLanes];  // of the columns
+        for (int i = 0; i < kLanes; ++i) {
+          const WordsPair both = zipped_or_zeros(row(2 * i), row(2 * i + 1), width);
+          halves[0][i] = both.first;
+          halves[1][i] = both.second;
+        }
+        transpose_in_registers(halves[0]);
+        transpose_in_registers(halves[1]);
+        for (int i = 0; i < width; ++i) {
+          store_words(out + (column + i) * at.row + key / 2, halves[i / kLanes][i % kLanes]);
+        }
+      }
+    }
+    return;
+  }
+#endif
+  zipped_rows<Product>(rows, count, columns, static_cast<int>(at.step), out);
 }
 
 }  // namespace anyflash::cpu::ANYFLASH_ISA

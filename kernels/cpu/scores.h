@@ -9,14 +9,22 @@
 namespace anyflash::cpu::ANYFLASH_ISA {
 
 constexpr int kPanel = kMaxVectors * kLanes;  // rows side by side: a panel
-constexpr int kBlock = 96;                    // keys of a tile at most
+// Keys of a tile of scores at most. Where products go through AMX's tiles, what is done once per
+// block takes as long as they do.
+#if defined(__AMX_BF16__)
+constexpr int kBlock = 192;
+#else
+constexpr int kBlock = 96;
+#endif
 
 // Keys per block, so that `keys` are cut into blocks of about the same size: a small rest would
-// cost as much beside its products as a full block. A multiple of 12: whole register tiles, whole
-// pairs.
+// cost as much beside its products as a full block. A multiple of 12, or 32 where there are tiles:
+// whole tiles, whole pairs.
+template <class Product>
 ANYFLASH_INLINE int balanced_block(int64_t keys) {
+  constexpr int kWhole = Product::kTiles ? 32 : 12;
   const int64_t blocks = larger<int64_t>(1, (keys + kBlock - 1) / kBlock);
-  return static_cast<int>(smaller<int64_t>(kBlock, round_up((keys + blocks - 1) / blocks, 12)));
+  return static_cast<int>(smaller<int64_t>(kBlock, round_up((keys + blocks - 1) / blocks, kWhole)));
 }
 
 constexpr float kLog2e = 1.44269504f;

@@ -43,7 +43,7 @@ ENVIRONMENT = {
     "ANYFLASH_STRICT": "1: an error instead of a fallback",
     "ANYFLASH_CHECK": "1: check also what makes the GPU wait",
     "ANYFLASH_VERBOSE": "1: say what runs also where all is well",
-    "ANYFLASH_CPU_ISA": "instruction set of the CPU kernels: none, avx2, avx512, avx512bf16, neon",
+    "ANYFLASH_CPU_ISA": "instruction set of CPU kernels: none, avx2, avx512, avx512bf16, amx, neon",
     "ANYFLASH_PROVIDER": "binary, python or auto: which operators to load",
     "ANYFLASH_SDPA": "1: anyflash.accelerate_sdpa() at import anyflash",
     "ANYFLASH_DROPIN": "0: flash_attn is not ours; append: only where there is no other",

@@ -316,8 +316,9 @@ TEST_CASE("dispatch: kernels of a CPU", "[dispatch]") {
       cpu_instance(kAvx512, Direction::forward, Dtype::fp32, "zen4"),
       cpu_instance(kAvx512Bf16, Direction::forward, Dtype::bf16, "zen4"),
       cpu_instance(kNeon, Direction::forward, Dtype::fp32, "none"),
+      cpu_instance(kAmx, Direction::forward, Dtype::bf16, "emeraldrapids"),
   };
-  const InstanceTable table{instances, 5};
+  const InstanceTable table{instances, 6};
   const auto on = [](int32_t isa, Dtype dtype = Dtype::fp32, Features features = 0) {
     Problem problem = on_cpu(features);
     problem.sm = isa;
@@ -328,6 +329,8 @@ TEST_CASE("dispatch: kernels of a CPU", "[dispatch]") {
   CHECK(choose(on(Isa::avx512), table).instance == &instances[2]);
   CHECK(choose(on(Isa::avx512bf16), table).instance == &instances[2]);
   CHECK(choose(on(Isa::avx512bf16, Dtype::bf16), table).instance == &instances[3]);
+  CHECK(choose(on(Isa::amx), table).instance == &instances[2]);
+  CHECK(choose(on(Isa::amx, Dtype::bf16), table).instance == &instances[5]);
   CHECK(choose(on(Isa::avx512, Dtype::bf16, Feature::every_forward), table).instance ==
         &instances[1]);
   CHECK(reasons(on(Isa::none), Route::kernel, table) == "needs avx2, this CPU has none");
@@ -345,21 +348,6 @@ TEST_CASE("dispatch: kernels of a CPU", "[dispatch]") {
         "end selects it all the same");
   neon.explicit_order = true;
   CHECK(choose(neon, table).instance == &instances[4]);
-}
-
-TEST_CASE("dispatch: a CPU with AMX computes plain 16-bit attention with PyTorch", "[dispatch]") {
-  const Instance instances[] = {cpu_instance(kAvx512Bf16, Direction::forward, Dtype::bf16, "zen4")};
-  const InstanceTable table{instances, 1};
-  Problem problem = on_cpu(Feature::gqa);
-  problem.sm = Isa::amx;
-  problem.dtype = Dtype::bf16;
-  CHECK(route_of(problem, table) == "aten_cpu");
-  CHECK_THAT(reasons(problem, Route::kernel, table), ContainsSubstring("AMX"));
-  problem.features |= Feature::causal;
-  CHECK(route_of(problem, table) == "kernel");
-  problem.features = 0;
-  problem.explicit_order = true;
-  CHECK(route_of(problem, table) == "kernel");
 }
 
 TEST_CASE("dispatch: bias_activation", "[dispatch]") {

@@ -85,7 +85,7 @@ TEST_CASE("instances: names are unique and found", "[instances]") {
     CHECK(std::regex_match(instance.name,
                            std::regex("(attention|bias_activation|kvcache_append|rotary|norm|"
                                       "cross_entropy)_(forward|backward)_(fp16|bf16|fp32)(_d\\d+)?_"
-                                      "(sm\\d+a?|avx2|avx512|avx512bf16|neon)")));
+                                      "(sm\\d+a?|avx2|avx512|avx512bf16|amx|neon)")));
   }
   CHECK(anyflash_find_instance("no such kernel") == nullptr);
 }

@@ -16,7 +16,8 @@ struct Kernels {
   const Instance* backward;  // may be null
 
   reference::Arithmetic arithmetic() const {
-    const bool pairs = std::string(forward->arch) == "avx512bf16";  // bf16 into products
+    const std::string arch = forward->arch;
+    const bool pairs = arch == "avx512bf16" || arch == "amx";  // bf16 into products
     return {forward->dtype, pairs ? 1.0 / 256 : 0, pairs ? 3e-6 : 2e-7};
   }
 

@@ -17,7 +17,7 @@ from anyflash.testing import CORNER, CORRECTNESS, assert_close
 
 CASES = [case for case in CORRECTNESS + CORNER if case.dtype != "fp64"]
 OBJECTS = REPOSITORY / "build/install/kernels/cpu"
-ISAS = ("avx2", "avx512", "avx512bf16", "neon")
+ISAS = ("avx2", "avx512", "avx512bf16", "amx", "neon")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -123,4 +123,4 @@ def test_size_of_the_object_code():
     for path in _objects():
         sizes = subprocess.run(["size", "-A", path], capture_output=True, text=True, check=True)
         total += sum(map(int, re.findall(r"^\.(?:text|rodata)\S*\s+(\d+)", sizes.stdout, re.M)))
-    assert 0 < total <= 2 << 20, f"{total / 2**20:.2f} MiB"
+    assert 0 < total <= 2.4 * 2**20, f"{total / 2**20:.2f} MiB"

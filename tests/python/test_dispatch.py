@@ -178,17 +178,14 @@ def _has_gpu_kernels() -> bool:
     return any(instance["device"] == "cuda" for instance in _core.instances())
 
 
-def test_plain_16_bit_attention_on_a_cpu_with_amx():
+def test_cpus_with_amx():
     if not _has_x86_kernels():
         pytest.skip("no kernels for x86")
-    plain = dict(device="cpu", isa="amx", dtype="bf16")
-    route, reasons = _decide(**plain, features=["gqa"])
-    assert route == "aten_cpu"
-    assert "AMX" in reasons[0]
-    assert reasons[0].endswith("; naming `kernel` as the first back end selects it all the same")
-    assert _decide(**plain, order="kernel")[0] == "kernel"
-    assert "AMX" not in "".join(_decide(**plain, features=["causal"])[1])
-    assert "AMX" not in "".join(_decide(**{**plain, "dtype": "fp32"})[1])
+    for dtype, arch in (("bf16", "amx"), ("fp16", "avx512"), ("fp32", "avx512")):
+        for direction in ("forward", "backward"):
+            problem = dict(device="cpu", isa="amx", dtype=dtype, direction=direction)
+            found = _decision(**problem, order="kernel")["instance"]
+            assert found == f"attention_{direction}_{dtype}_d512_{arch}"
 
 
 def _has_x86_kernels() -> bool:
@@ -202,7 +199,7 @@ def test_unknown_values_in_a_problem(key):
         anyflash.decide({**problem, key: "banana"})
 
 
-def _decide(device="cuda", sm=80, features=(), order=None, **changes):
+def _decision(device="cuda", sm=80, features=(), order=None, **changes):
     problem = {
         "op": "attention",
         "device": device,
@@ -217,7 +214,11 @@ def _decide(device="cuda", sm=80, features=(), order=None, **changes):
         "explicit": order is not None,
         **changes,
     }
-    decision = anyflash.decide(problem)
+    return anyflash.decide(problem)
+
+
+def _decide(**changes):
+    decision = _decision(**changes)
     return decision["route"], [f"{route}: {text}" for route, text in decision["reasons"]]
 
 
