@@ -1,6 +1,6 @@
 """The CPU kernels beside the aten route over a grid of shapes.
 
-python -m benchmarks.grid              # measures; out/grid.json and docs/kernels/cpu_grid_ISA.svg
+python -m benchmarks.grid              # measures; out/grid_ISA.json and docs/kernels/cpu_grid_ISA.svg
 python -m benchmarks.grid --table      # measures every instruction set; the MEASURED lines
 python -m benchmarks.grid --table amx  # those of one instruction set alone
 
@@ -22,7 +22,6 @@ import sys
 from collections.abc import Iterator
 
 CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
-RESULTS = CHECKOUT / "out/grid.json"
 PICTURES = CHECKOUT / "docs/kernels"
 MEASURED = CHECKOUT / "core/measured.def"
 
@@ -131,15 +130,13 @@ def measure_all(small: bool, seconds: float) -> list[dict[str, object]]:
     return results
 
 
-def draw(results: list[dict[str, object]]) -> None:
+def draw(results: list[dict[str, object]], picture: pathlib.Path) -> None:
     """One row per dtype, head dim and mask, one column per shape, the ratio in the cell."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams.update({"svg.hashsalt": "anyflash", "svg.fonttype": "none"})
     import matplotlib.pyplot as plt
-
-    from anyflash import _loader
 
     columns = list(dict.fromkeys(map(label, results)))
     keys = [(r["dtype"], r["head_dim"], r["causal"]) for r in results]
@@ -163,7 +160,7 @@ def draw(results: list[dict[str, object]]) -> None:
         names = [f"{d} d{n} {'causal' if c else 'full'}" for d, n, c in rows]
         axis.set_yticks(range(len(rows)), names, fontsize=8)
         axis.set_title(f"{direction}: speed of the kernel / PyTorch's CPU attention (aten_cpu)")
-    figure.savefig(PICTURES / f"cpu_grid_{_loader.cpu_isa()}.svg", metadata={"Date": None})
+    figure.savefig(picture, metadata={"Date": None})
 
 
 def ratios(
@@ -172,13 +169,13 @@ def ratios(
     return [r[direction] for r in results if r["dtype"] == dtype and r["head_dim"] in head_dims]
 
 
-def measure_lower(wanted: list[str]) -> dict[str, list[dict[str, object]]]:
-    """The smaller grid by instruction set below this machine's, each in a process of its own."""
-    from anyflash import _loader, backends
+def measure_lower(wanted: list[str], own: str) -> dict[str, list[dict[str, object]]]:
+    """The smaller grid by instruction set below the machine's own, each in a process of its own."""
+    from anyflash import backends
 
     results = {}
     for isa, limits in LOWER.items():
-        lower = backends.ISAS.index(isa) < backends.ISAS.index(_loader.cpu_isa())
+        lower = backends.ISAS.index(isa) < backends.ISAS.index(own)
         if isa not in wanted or not lower:
             continue
         print(f"{isa} ...", file=sys.stderr, flush=True)
@@ -223,33 +220,35 @@ def main() -> None:
     parser.add_argument(
         "--table",
         nargs="*",
-        metavar="ISA",
+        choices=("amx", "avx512bf16", "avx512", "avx2"),
         help="write core/measured.def as well: the lines of these instruction sets, or of all",
     )
     parser.add_argument("--json", action="store_true", help="a smaller grid, as JSON, nothing else")
-    parser.add_argument("--redraw", action="store_true", help="the picture from out/grid.json")
+    parser.add_argument("--redraw", action="store_true", help="the picture from out/grid_ISA.json")
     options = parser.parse_args()
     if options.json:
         json.dump(measure_all(small=True, seconds=0.05), sys.stdout)
         return
+    from anyflash import _loader
+
+    isa = _loader.cpu_isa()
+    kept = CHECKOUT / f"out/grid_{isa}.json"
     if options.redraw:
-        results = json.loads(RESULTS.read_text())
+        results = json.loads(kept.read_text())
     else:
         results = measure_all(small=False, seconds=0.15)
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(results) + "\n")
-    draw(results)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(results) + "\n")
+    draw(results, PICTURES / f"cpu_grid_{isa}.svg")
     for direction in ("forward", "backward"):
         for dtype in DTYPES:
             found = ratios(results, direction, dtype, range(1, 513))
             worst, median = min(found), statistics.median(found)
             print(f"{direction} {dtype}: worst {worst:.2f}x, median {median:.2f}x of aten_cpu")
     if options.table is not None:
-        from anyflash import _loader
-
-        wanted = options.table or [_loader.cpu_isa(), *LOWER]
-        by_isa = {_loader.cpu_isa(): results, **measure_lower(wanted)}
-        if _loader.cpu_isa() in ("avx512bf16", "amx") and "avx512" in by_isa:
+        wanted = options.table or [isa, *LOWER]
+        by_isa = {isa: results, **measure_lower(wanted, isa)}
+        if isa in ("avx512bf16", "amx") and "avx512" in by_isa:
             # They have kernels of their own for bf16 alone.
             by_isa["avx512"] += [r for r in results if r["dtype"] != "bf16"]
         write_table({isa: found for isa, found in by_isa.items() if isa in wanted})

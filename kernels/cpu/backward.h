@@ -128,6 +128,7 @@ static __attribute__((noinline)) void backward_item_with(const BackwardPlan& pla
 
   const int64_t num_rows = sequence.mask.seqlen_q * plan.rows.heads;
   const int64_t num_panels = (num_rows + kPanel - 1) / kPanel;
+  // Theirs are sums of another order, which far rows may not see.
   const bool few_rows = num_rows <= kFewRows && plan.reference.data == nullptr;
   const T *k_rows[kMaxChunk], *v_rows[kMaxChunk];
   find_key_rows<T>(p, p.k, sequence, kv_head, item.key_begin, keys, k_rows);

@@ -10,6 +10,7 @@ namespace anyflash::cpu::ANYFLASH_ISA {
 // Keys of an item at most: they and their gradients stay in the second-level cache, but for head
 // dims above 128 in AMX's tiles, which larger blocks make up for.
 constexpr int kMaxChunk = 384;
+static_assert(2 * kBlock <= kMaxChunk);
 
 ANYFLASH_INLINE int64_t max_chunk_keys(const AttentionParams& p) {
   return larger(p.head_dim, p.head_dim_v) <= 64 ? kMaxChunk : 2 * kBlock;

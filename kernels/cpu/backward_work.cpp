@@ -112,7 +112,8 @@ constexpr int64_t kDeltaRows = 64;
 // of its speed.
 constexpr int64_t kPanelLoad = 32;
 
-constexpr int64_t kKeyStep = 12;  // keys of a chunk are a multiple, rows of the product's tile
+constexpr int64_t kKeyStep =
+    12;  // keys of a chunk are a multiple, rows of the product in registers
 
 template <class T>
 int64_t size(const std::vector<T>& list) {

@@ -41,8 +41,9 @@ struct Cpu {
     return true;
   }
 
-  // Linux keeps tiles for a process that asks first: they take 8 KiB of every thread, and of the
-  // stack of a signal. (Linux, Documentation/arch/x86/xstate.rst)
+  // Linux keeps tiles for a process that asks first: they take 8 KiB of every thread that uses
+  // them, and of an alternate signal stack; where one is too small for that, it refuses. (Linux,
+  // Documentation/arch/x86/xstate.rst)
   static bool may_use_tiles() {
 #if defined(__linux__)
     constexpr long kRequest = 0x1023, kTiles = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

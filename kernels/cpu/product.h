@@ -10,7 +10,7 @@ namespace anyflash::cpu::ANYFLASH_ISA {
 template <class Product, Start kStart, bool kMaximum>
 ANYFLASH_INLINE void multiply(int vectors, const Operands& m, const float* scale = nullptr,
                               float* maxima = nullptr) {
-#if defined(__AMX_BF16__)
+#if defined(ANYFLASH_TILES)
   if constexpr (Product::kTiles) {
     return multiply_in_tiles<Product, kStart, kMaximum>(vectors, m, scale, maxima);
   }

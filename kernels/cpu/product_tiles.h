@@ -2,13 +2,13 @@
 // Words, one of B 16 rows of 16 lanes, and one instruction multiplies them, pairs of bf16 into
 // floats (TDPBF16PS, Intel's Software Developer's Manual, volume 2).
 //
-// What is left beside whole tiles, rows or steps, goes through registers, so neither matrix is
-// padded. A's steps have to lie side by side.
+// What is left beside whole tiles goes through registers, so neither matrix is padded. A's steps
+// have to lie side by side.
 #pragma once
 
 #include "kernels/cpu/product_registers.h"
 
-#if defined(__AMX_BF16__)
+#if defined(ANYFLASH_TILES)
 
 namespace anyflash::cpu::ANYFLASH_ISA {
 
@@ -17,7 +17,7 @@ constexpr int kTile = 16;  // rows, Words, lanes
 // The tiles of this thread, all of them whole, for as long as this lives.
 class TileSetup {
  public:
-  TileSetup() {
+  __attribute__((always_inline)) TileSetup() {
     struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
@@ -27,9 +27,10 @@ class TileSetup {
       shapes.row_bytes[tile] = kTile * sizeof(Word);
       shapes.rows[tile] = kTile;
     }
-    _tile_loadconfig(&shapes);
+    // GCC 12's _tile_loadconfig reads 8 bytes of it, as far as GCC knows.
+    __asm__ volatile("ldtilecfg %0" : : "m"(shapes));
   }
-  ~TileSetup() { _tile_release(); }
+  __attribute__((always_inline)) ~TileSetup() { _tile_release(); }
   TileSetup(const TileSetup&) = delete;
   TileSetup& operator=(const TileSetup&) = delete;
 };
@@ -126,11 +127,13 @@ ANYFLASH_INLINE void largest_of_rows(const float* c, int64_t c_row, int rows, in
 template <class Product, Start kStart, bool kMaximum>
 static __attribute__((noinline)) void multiply_in_tiles(int vectors, const Operands& m,
                                                         const float* scale, float* maxima) {
-  const int rows = m.rows / kTile * kTile, steps = m.steps / kTile * kTile;
-  if (rows == 0 || steps == 0) {
-    return multiply_in_registers<Product, kStart, kMaximum>(vectors, m, scale, maxima);
-  }
+  using InRegisters = typename Product::InRegisters;
   constexpr Start kTileStart = kStart == Start::zero ? Start::zero : Start::add;
+  const int steps = m.steps / kTile * kTile;
+  int rows = m.rows / kTile * kTile;
+  if (rows == 0 || steps == 0) {
+    return multiply_in_registers<InRegisters, kStart, kMaximum>(vectors, m, scale, maxima);
+  }
   PrefetchWalk ahead(m.ahead);
   const int loads = (rows / kTile + 1) / 2 * ((vectors + 1) / 2) * (steps / kTile);
   const int lines = (ahead.left() + loads - 1) / loads;
@@ -145,6 +148,10 @@ static __attribute__((noinline)) void multiply_in_tiles(int vectors, const Opera
       tile_rows<kTileStart, 1>(m, row, vectors, steps, ahead, lines);
     }
   }
+  if (kStart == Start::zero && rows < m.rows) {  // nothing is lost if some are computed twice
+    tile_rows<kTileStart, 1>(m, m.rows - kTile, vectors, steps, ahead, 0);
+    rows = m.rows;
+  }
   Operands rest = m;
   rest.ahead = {};
   if (steps < m.steps) {
@@ -152,7 +159,7 @@ static __attribute__((noinline)) void multiply_in_tiles(int vectors, const Opera
     rest.steps = m.steps - steps;
     rest.a = m.a + steps * m.a_step;
     rest.b = m.b + steps * m.b_step;
-    multiply_in_registers<Product, Start::add, false>(vectors, rest);
+    multiply_in_registers<InRegisters, Start::add, false>(vectors, rest);
   }
   if (rows < m.rows) {
     rest = m;
@@ -160,9 +167,11 @@ static __attribute__((noinline)) void multiply_in_tiles(int vectors, const Opera
     rest.rows = m.rows - rows;
     rest.a = m.a + rows * m.a_row;
     rest.c = m.c + rows * m.c_row;
-    multiply_in_registers<Product, kStart, false>(vectors, rest, scale);
+    multiply_in_registers<InRegisters, kStart, false>(vectors, rest, scale);
   }
-  if constexpr (kMaximum) largest_of_rows<kMaxVectors>(m.c, m.c_row, m.rows, vectors, maxima);
+  if constexpr (kMaximum) {
+    largest_of_rows<kMaxVectors>(m.c, m.c_row, m.rows, vectors, maxima);
+  }
 }
 
 }  // namespace anyflash::cpu::ANYFLASH_ISA

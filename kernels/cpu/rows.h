@@ -14,7 +14,7 @@ template <class T>
 struct ProductOf {
   using Type = Fp32Product;
 };
-#if defined(__AMX_BF16__)
+#if defined(ANYFLASH_TILES)
 template <>
 struct ProductOf<Bf16> {
   using Type = TileProduct;
@@ -204,7 +204,7 @@ ANYFLASH_INLINE OverKeys over_keys(int columns, int64_t keys) {
   return Product::kTiles ? OverKeys{keys / Product::kPerWord, 1} : OverKeys{1, columns};
 }
 
-#if defined(__AMX_BF16__)
+#if defined(ANYFLASH_TILES)
 // `width` of 2 * kLanes columns of two neighbouring rows, zipped; without a row, zeros.
 ANYFLASH_INLINE WordsPair zipped_or_zeros(const Bf16* a, const Bf16* b, int width) {
   if (a == nullptr) return WordsPair{};
@@ -219,7 +219,7 @@ ANYFLASH_INLINE WordsPair zipped_or_zeros(const Bf16* a, const Bf16* b, int widt
 template <class Product, class T>
 ANYFLASH_INLINE void keys_as_a(const T* const* rows, int count, int columns, const OverKeys& at,
                                Word* out) {
-#if defined(__AMX_BF16__)
+#if defined(ANYFLASH_TILES)
   if constexpr (Product::kTiles) {
     constexpr int kWide = 2 * kLanes;
     for (int key = 0; key < count; key += kWide) {

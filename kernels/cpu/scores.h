@@ -11,7 +11,7 @@ namespace anyflash::cpu::ANYFLASH_ISA {
 constexpr int kPanel = kMaxVectors * kLanes;  // rows side by side: a panel
 // Keys of a tile of scores at most. Where products go through AMX's tiles, what is done once per
 // block takes as long as they do.
-#if defined(__AMX_BF16__)
+#if defined(ANYFLASH_TILES)
 constexpr int kBlock = 192;
 #else
 constexpr int kBlock = 96;
