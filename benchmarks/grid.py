@@ -1,6 +1,6 @@
 """The CPU kernels beside the aten route over a grid of shapes.
 
-python -m benchmarks.grid              # measures; out/grid_ISA.json and docs/kernels/cpu_grid_ISA.svg
+python -m benchmarks.grid              # measures; out/ and docs/kernels/ get a grid_ISA each
 python -m benchmarks.grid --table      # measures every instruction set; the MEASURED lines
 python -m benchmarks.grid --table amx  # those of one instruction set alone
 
