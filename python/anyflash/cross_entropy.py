@@ -97,5 +97,6 @@ def cross_entropy(
         return apply_cross_entropy(
             logits, labels, precomputed_lse, *options, inplace, group, on_kernel
         )[:2]
-    forward = implementation("cross_entropy_forward", on_kernel)
+    recorded = needs_autograd(logits, precomputed_lse)
+    forward = implementation("cross_entropy_forward", on_kernel, recorded)
     return forward(logits, labels, precomputed_lse, *options)[:2]
