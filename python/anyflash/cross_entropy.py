@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import in_plain_eager, is_seen, is_traced, needs_autograd
+from ._autograd import in_plain_eager, is_exporting, is_seen, is_traced, needs_autograd
 from ._groups import place_in
 from ._operators import runs_on_kernel
 from ._operators.cross_entropy import (
@@ -87,16 +87,17 @@ def cross_entropy(
         rank * vocab,
         world_size * vocab,
     )
-    if logit_scale != 1.0 or label_smoothing != 0.0:
-        precomputed_lse = None
     on_kernel = runs_on_kernel("cross_entropy", logits)
-    in_graph = is_traced() or (on_kernel and is_seen())
+    # In the operations that a graph shows instead of the operator it would be a constant.
+    shows_operations = not on_kernel and (is_traced() or is_exporting())
+    if logit_scale != 1.0 or label_smoothing != 0.0 or shows_operations:
+        precomputed_lse = None
+    in_graph = shows_operations or (on_kernel and is_seen())
     if world_size > 1 or (needs_autograd(logits) and not in_graph):
         inplace = inplace_backward and in_plain_eager() and has_own_rows(logits)
         group = process_group if world_size > 1 else None
         return apply_cross_entropy(
             logits, labels, precomputed_lse, *options, inplace, group, on_kernel
         )[:2]
-    recorded = needs_autograd(logits, precomputed_lse)
-    forward = implementation("cross_entropy_forward", on_kernel, recorded)
+    forward = implementation("cross_entropy_forward", on_kernel)
     return forward(logits, labels, precomputed_lse, *options)[:2]

@@ -12,6 +12,7 @@ from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 from gloo import run_processes
 from support import run_python
 from test_cross_entropy import problem
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import anyflash
 
@@ -272,6 +273,55 @@ def test_functorch(device, inplace):
         dual = torch.autograd.forward_ad.make_dual(before, torch.ones_like(before))
         with pytest.raises(NotImplementedError, match="jvp"):
             loss(dual, labels)
+
+
+@pytest.mark.parametrize("asks", ["nothing", "logits", "precomputed_lse"])
+def test_math_under_every_transform(device, asks):
+    """Without a kernel everything runs as PyTorch operations, also where gradients are enabled and
+    none is asked for, in a traced graph, and for a batch of gradients."""
+    logits, labels = problem(device, 4, 7, torch.float64)
+    lse = logits.logsumexp(1).requires_grad_(asks == "precomputed_lse")
+    logits.requires_grad_(asks == "logits")
+
+    def losses(x):
+        return anyflash.cross_entropy(x, labels, lse)[0]
+
+    def of_rows(losses):
+        if asks != "logits":
+            return losses(logits)
+        rows = torch.eye(4, device=device, dtype=torch.float64)
+        return torch.autograd.grad(losses(logits), logits, rows, is_grads_batched=True)[0]
+
+    plain = logits.detach()
+    for run in (
+        of_rows,
+        lambda f: make_fx(f)(logits)(logits),
+        lambda f: make_fx(torch.func.jacrev(f))(plain)(plain),
+        lambda f: torch.func.jacrev(make_fx(f)(plain))(plain),
+        lambda f: torch.func.jacrev(f)(plain),
+        lambda f: torch.func.vmap(f)(torch.stack([plain, plain])),
+        # A transform that the loss has no part in.
+        lambda f: torch.func.grad(lambda x: (x.sum(1) * f(plain)).sum())(plain),
+    ):
+        expected = run(lambda x: F.cross_entropy(x, labels, reduction="none"))
+        torch.testing.assert_close(run(losses), expected)
+
+
+class _Loss(torch.nn.Module):
+    def forward(self, logits, labels, lse):
+        return anyflash.cross_entropy(logits, labels, lse)[0]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_exported_loss_trains(device, dtype, strict):
+    """Also with an lse from outside, whose part of the gradient the operations have to bring."""
+    logits, labels = problem(device, 4, 7, dtype)
+    arguments = (logits.requires_grad_(), labels, logits.detach().logsumexp(1))
+    exported = torch.export.export(_Loss(), arguments, strict=strict).module()
+    (found,) = torch.autograd.grad(exported(*arguments).sum(), logits)
+    (expected,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), logits)
+    torch.testing.assert_close(found, expected)
 
 
 def test_operator_has_the_derivative(device):

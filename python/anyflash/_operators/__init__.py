@@ -88,7 +88,8 @@ def record_of(kind: type[Any], tensors: Mapping[str, Tensor | None], **options: 
     for name, x in tensors.items():
         if x is None:
             continue
-        if has_memory and type(x) in _PLAIN:
+        # A tensor of autograd.grad(is_grads_batched=True) has none, and looks like any other.
+        if has_memory and type(x) in _PLAIN and torch._C._has_storage(x):
             _records.put(record, name, x)
         else:
             _records.put_shape(record, name, x)

@@ -266,11 +266,10 @@ KERNELS: dict[str, Callable[..., Any]] = {
 }
 
 
-def implementation(name: str, on_kernel: bool, recorded: bool | None = None) -> Callable[..., Any]:
+def implementation(name: str, on_kernel: bool) -> Callable[..., Any]:
     """The operator, past its autograd kernel, or the same in PyTorch operations, as
-    _operators.runs_on_kernel says; the operator too where somebody records (None: wherever
-    gradients are enabled), whom it refuses."""
-    if not on_kernel and not (torch.is_grad_enabled() if recorded is None else recorded):
+    _operators.runs_on_kernel says."""
+    if not on_kernel:
         return MATH[name]
     return functools.partial(below_autograd, getattr(_ops, name).default)
 
