@@ -75,6 +75,7 @@ inline void add_features(std::vector<Case>& cases, int64_t d) {
   cases.push_back({"softcap", Sketch(80, 130, d).softcap(1.5)});
   cases.push_back({"softcap, causal", Sketch(130, 130, d).softcap(20).causal()});
   cases.push_back({"softcap, large", Sketch(80, 130, d).softcap(1000).amplitude(4)});
+  cases.push_back({"softcap, large, reached", Sketch(80, 130, d).softcap(300).amplitude(12)});
   cases.push_back({"softcap, as good as none", Sketch(80, 130, d).softcap(1e6)});
   cases.push_back({"softcap, negative scale", Sketch(80, 130, d).softcap(10).scale(-0.3)});
   cases.push_back({"ALiBi by head", Sketch(90, 70, d).alibi(Slopes::heads)});
@@ -153,6 +154,8 @@ inline void add_packed(std::vector<Case>& cases, int64_t d) {
   cases.push_back({"packed, fused", Sketch(130, 130, d).packed(q, q).strides(Strides::fused)});
   cases.push_back({"packed, gaps", Sketch(130, 133, d).packed(q, k).strides(Strides::random)});
   cases.push_back({"packed, sinks", Sketch(130, 133, d).packed(q, k).sinks().causal()});
+  cases.push_back(
+      {"packed, ALiBi", Sketch(130, 133, d).packed(q, k).alibi(Slopes::batch_heads).causal()});
   cases.push_back({"packed, dropout", Sketch(130, 133, d).packed(q, k).dropout(0.3)});
   cases.push_back({"packed, bias", Sketch(130, 133, d).packed(q, k).bias(BiasType::fp16, "b1qk")});
   cases.push_back(

@@ -11,12 +11,12 @@
 namespace anyflash::emulated {
 
 // What the GPU kernels compute with: probabilities enter the second product in the storage type,
-// exponentials are ex2.approx, and so are softcaps, by way of a sigmoid. Rows far from 0 are looked
-// at with a bias alone.
+// exponentials are ex2.approx, and so are softcaps to 256, by way of a sigmoid. Rows far from 0 are
+// looked at with a bias alone.
 inline reference::Arithmetic arithmetic_of(Dtype dtype, const AttentionParams& params) {
   reference::Arithmetic arithmetic{dtype, 1.0 / 2048, 1e-6, 0x1p-25};
   if (dtype == Dtype::bf16) arithmetic = {dtype, 1.0 / 256, 1e-6};
-  arithmetic.cap_error = 0x1p-22;
+  if (params.softcap <= 256) arithmetic.cap_error = 0x1p-22;
   if (!params.bias) arithmetic.far_lse = reference::kInfinity;
   return arithmetic;
 }

@@ -8,7 +8,7 @@ NO_ROWS = "rows that do not exist are not written: time, no result"
 ASKS_IN_VAIN = "asks whether rows exist where they do: time, no result"
 KEEPS_ALL = "a threshold of 0 keeps all"
 ADDS_ZERO = "a bias has an element there, to which zero is added"
-ONLY_SHORTER = "keeps writes in a bias where lengths are above those of the call, as in no case"
+ONLY_SHORTER = "keeps to the bias where lengths are above those of the call, as in no case"
 SUM_IS_ZERO = "adds a sum to which nothing was added: time, no result"
 STAYS_EMPTY = "without it an empty range stays empty as well"
 
@@ -77,6 +77,13 @@ _PIN = "if (i == 0) place.pin();"
 _CHUNK = "const char* chunk = i == 0 ? place.chunk(0) : ptx::opaque(place.chunk(i * kRowStep));"
 _ACROSS = "const int across = smaller(pieces, kThreads);"
 _TURN = "return p.rotary_cos ? Turn<T, kCount>(p, position, column) : Turn<T, kCount>();"
+
+_SERIES = "return fabsf(x) < 0.25f ? series : far;"
+_TIMES = "if (a.factor != 1) map_scores(scores, [&](float x) { return x * a.factor; });"
+_TANH = "if (kAnyCap && a.softcap == Softcap::tanh) {"
+_LOWEST = "if (x < lowest && value > -infinity()) x = lowest;"
+_TERM_ROWS = "const int32_t end_row = smaller(mask.seqlen_q, int32_t(p.seqlen_q));"
+_TERM_KEYS = "const int32_t end_key = smaller(mask.seqlen_k, int32_t(p.seqlen_k));"
 
 #: (file, line before, line after): reason
 EQUIVALENT: dict[tuple[str, str, str], str] = (
@@ -157,6 +164,20 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
                 "parts beyond the last have no weight and are left out",
             ),
             (_PARTS, _PARTS.replace("from < a.splits", "from <= a.splits"), "the same"),
+        )
+    }
+    | {
+        ("scores.cuh", before, after): reason
+        for before, after, reason in (
+            (_SERIES, _SERIES.replace(" < ", " <= "), "both are right at 1/4"),
+            (_TIMES, _TIMES.replace("a.factor != 1", "true"), "times 1: time, no result"),
+            (_TANH, _TANH.replace("kAnyCap", "true"), "such calls take the kernels with all"),
+            (_LOWEST, _LOWEST.replace(" < ", " <= "), "the same number"),
+            ("if (p.alibi_slopes) {", "if (true) {", "a slope of 0 adds nothing"),
+            (_TERM_ROWS, "const int32_t end_row = (int32_t(p.seqlen_q));", NO_ROWS),
+            (_TERM_ROWS, "const int32_t end_row = (mask.seqlen_q);", ONLY_SHORTER),
+            (_TERM_KEYS, "const int32_t end_key = (int32_t(p.seqlen_k));", "hidden afterwards"),
+            (_TERM_KEYS, "const int32_t end_key = (mask.seqlen_k);", ONLY_SHORTER),
         )
     }
     | {

@@ -10,6 +10,8 @@ from graph_cases import CASES, function_of, gradients, make, results
 from support import torch_version
 from torch._dynamo.utils import counters
 
+import anyflash
+
 pytestmark = [
     pytest.mark.providers,
     pytest.mark.skipif(torch_version() < 210, reason="older compilers break graphs elsewhere"),
@@ -55,6 +57,18 @@ def test_one_graph(device, name):
         for seed in range(1, len(SIZES)):
             _compare(name, function, compiled, parameters, device, seed)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+WITHOUT_KERNELS = (
+    *("cross_entropy", "dropout_add_layer_norm", "layer_norm", "rms_norm", "rotary"),
+    *("rotary, offsets", "apply_rotary_emb, packed", "bias_activation", "fused_mlp"),
+)
+
+
+@pytest.mark.parametrize("name", WITHOUT_KERNELS)
+def test_one_graph_of_operations(device, name):
+    with anyflash.backend("math"):
+        test_one_graph(device, name)
 
 
 AS_IT_COMES = ("attention", "attention, packed, no max_seqlen", "attention_kvcache", "MHA")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from .._autograd import (
     first_derivative_only,
     has_readable_values,
     in_plain_eager,
+    is_traced,
 )
 from . import can_check, check, expect, record_of, statistics_dtype
 
@@ -92,11 +93,13 @@ def _out_of_range(labels: Tensor, o: Options) -> Tensor:
 # ---- The operators in PyTorch operations.
 
 
-def _row_chunks(logits: Tensor) -> Iterator[slice]:
-    """All rows, a few at a time where each call runs by itself: their widened copies come and
-    go."""
+def _row_chunks(logits: Tensor) -> Iterable[slice]:
+    """All rows, a few at a time where each call runs by itself: their widened copies come and go.
+    In a graph, which is for any number of rows, all at once."""
+    if not in_plain_eager() or is_traced():
+        return (slice(None),)
     rows, vocab = logits.shape
-    step = max(1, _CHUNK // vocab) if in_plain_eager() else rows
+    step = max(1, _CHUNK // vocab)
     return (slice(begin, begin + step) for begin in range(0, rows, step))
 
 
