@@ -249,7 +249,7 @@ inline void add_few_rows(std::vector<Case>& cases, const HeadDims& d) {
        Sketch(20, 700, d.full).heads(4, 1).packed({20, 1, 0, 9}, {700, 70, 5, 600}).causal()});
   cases.push_back(
       {"few rows, many sequences, packed",
-       Sketch(7, 20, d.full).heads(4, 2).packed(Lengths(37, 7), Lengths(37, 20)).causal()});
+       Sketch(7, 20, d.full).heads(4, 2).packed(Lengths(38, 7), Lengths(38, 20)).causal()});
   cases.push_back(
       {"few rows, pages", Sketch(9, 600, d.full).heads(4, 1).pages(32).used({600, 99})});
   cases.push_back({"few rows, fewer columns", Sketch(9, 700, d.partial).heads(8, 2)});

@@ -72,6 +72,7 @@ _FINITE_MAX = (
     "__device__ __forceinline__ float finite_max(float max) { return max == -infinity() ? 0.0f : "
     "max; }"
 )
+_DIFFERENCE = "return ptx::ex2(kAnySize ? (x - row_max) * scale : x * scale - subtrahend);"
 _EXISTS = "const bool exists = kWhole || row_ + i * kRowStep < num_rows;"
 _PIN = "if (i == 0) place.pin();"
 _CHUNK = "const char* chunk = i == 0 ? place.chunk(0) : ptx::opaque(place.chunk(i * kRowStep));"
@@ -186,6 +187,9 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
         ),
         ("online_softmax.cuh", _FINITE_MAX, _FINITE_MAX.replace("max == -infinity()", "false")): (
             "a row without keys takes nothing of what is computed with it"
+        ),
+        ("online_softmax.cuh", _DIFFERENCE, _DIFFERENCE.replace("kAnySize", "true")): (
+            "one more instruction: time, no result"
         ),
         ("tile_copy.cuh", _EXISTS, _EXISTS.replace("kWhole", "false")): (ASKS_IN_VAIN),
         ("tile_copy.cuh", _PIN, _PIN.replace("i == 0", "true")): (
