@@ -115,6 +115,7 @@ inline void add_features(std::vector<Case>& cases, int64_t d) {
   cases.push_back(
       {"bias, one row", Sketch(1, 300, d).bias(BiasType::bf16, "1h1k").heads(4, 2).batch(2)});
   cases.push_back({"sinks", Sketch(66, 70, d).sinks()});
+  cases.push_back({"sinks, far", Sketch(66, 70, d).sinks(3e4).heads(4, 2).lse_gradient()});
   cases.push_back({"sinks, rows without keys", Sketch(140, 66, d).sinks().causal()});
   cases.push_back({"dropout", Sketch(130, 140, d).dropout(0.17)});
   cases.push_back(
