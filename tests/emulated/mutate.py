@@ -47,16 +47,21 @@ class Probe(NamedTuple):
 
 
 def attention_probe(
-    head_dim: int, *kernels: str, dtype: str = "bf16", sm: int = 80, direction: str = "forward"
+    head_dim: int,
+    *kernels: str,
+    dtype: str = "bf16",
+    sm: int = 80,
+    direction: str = "forward",
+    every: int = 1,
 ) -> Probe:
-    """Kernels of one instance, in the words of their template arguments."""
+    """Kernels of one instance, in the words of their template arguments, on every so many cases."""
     lines = [f"template __global__ void {kernel};" for kernel in kernels]
     text = "\n".join(lines).replace("T_D_D", f"{dtype}, {head_dim}, {head_dim}")
     source = '#include "kernels/sm80/attention_backward.cuh"\n'  # and the forward's
     source += f"namespace anyflash::sm80 {{\n{text}\n}}\n"
     instance = f"{direction}_{dtype}_d{head_dim}_sm{sm}"
-    command = ("emulate_attention", "--instance", instance, "--stop-early")
-    return Probe(source, (*command, "--runs", "1"), f"compute_{sm}")
+    command = ("emulate_attention", "--instance", instance, "--stop-early", "--runs", "1")
+    return Probe(source, (*command, "--every", str(every)), f"compute_{sm}")
 
 
 QUICK = (
@@ -120,6 +125,16 @@ BACKWARD_SM75 = (
         direction="backward",
     ),
 )
+# Values in registers that lay where more than probabilities come to lie.
+BACKWARD_WIDE = (
+    attention_probe(
+        192,
+        "prepare_kernel<T_D_D>(const BackwardArguments)",
+        "keys_kernel<T_D_D, Extras::none, 100>(const BackwardArguments)",
+        direction="backward",
+        every=9,
+    ),
+)
 KVCACHE_APPEND = (
     Probe(
         """#include "kernels/elementwise/kvcache_append.cuh"
@@ -139,7 +154,7 @@ FILES = {
     "kernels/sm80/combine.cuh": ATTENTION,
     "kernels/sm80/block.cuh": ATTENTION + BACKWARD,
     "kernels/sm80/key_tiles.cuh": ATTENTION + SM75,
-    "kernels/sm80/backward_keys.cuh": BACKWARD + BACKWARD_SM75,
+    "kernels/sm80/backward_keys.cuh": BACKWARD + BACKWARD_SM75 + BACKWARD_WIDE,
     "kernels/sm80/backward_queries.cuh": BACKWARD + BACKWARD_SM75,
     "kernels/sm80/backward_rows.cuh": BACKWARD,
     "kernels/sm80/backward_far_rows.cuh": BACKWARD,

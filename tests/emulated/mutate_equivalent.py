@@ -4,6 +4,7 @@ from __future__ import annotations
 
 MORE_TILES = "only adds key tiles in which every key is hidden: time, no result"
 MORE_MASKS = "masks a tile in which no key is hidden: time, no result"
+NO_KEYS = "of keys that do not exist nothing is written: time, no result"
 NO_ROWS = "rows that do not exist are not written: time, no result"
 ASKS_IN_VAIN = "asks whether rows exist where they do: time, no result"
 KEEPS_ALL = "a threshold of 0 keeps all"
@@ -40,6 +41,9 @@ _FINISH_END = "const int32_t end = smaller(block.row_begin + kRowTile, s.seqlen_
 _ADDS_TERMS = "if (p_.alibi_slopes || (kAll && p_.bias)) {"
 _ROWS_OF_TILE = "const int32_t end_row = smaller(b_.row_begin + kShape.rows, s_.seqlen_q);"
 _QUERIES_MASK = "[&] { return mask_; }, tile < whole.begin || tile >= whole.end,"
+_KEYS_MASK = (
+    "scores, c_.head, corner, [&] { return mask(); }, tile < whole_.begin || tile >= whole_.end,"
+)
 _HAS_KEYS = (
     "__device__ __forceinline__ bool has_keys() const { return key_begin < sequence.seqlen_k; }"
 )
@@ -214,6 +218,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = (
                 f"if (b_.key_begin + kKeys >= s_.seqlen_k) {_NO_WHOLE_TILES}",
                 MORE_MASKS,
             ),
+            (_KEYS_MASK, _KEYS_MASK.replace(" < ", " <= "), MORE_MASKS),
+            ("if (!block.has_keys()) return;", "if (false) return;", NO_KEYS),
         )
     }
     | {
