@@ -9,6 +9,7 @@ pytest tests/python/test_norm.py --device standin  # the same on stand_in_device
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 from installations import (  # noqa: F401  (fixtures)
@@ -23,6 +24,9 @@ from installations import (  # noqa: F401  (fixtures)
     user,
     wheel,
 )
+
+# Before torch is there: workers with threads of their own on the same cores wait asleep.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_addoption(parser):
@@ -62,6 +66,16 @@ def pytest_collection_modifyitems(config, items):
     others = [item for item in items if "device" not in item.fixturenames]
     config.hook.pytest_deselected(items=others)
     items[:] = [item for item in items if item not in others]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node, ids):
+    """A test whose name has not got its group from pytest-xdist is handed to any process, and each
+    of them builds the wheels."""
+    if node.config.getoption("dist") == "loadgroup":
+        for name in ids:
+            if not re.search(r"@\w+$", name):
+                raise pytest.UsageError(f"pytest {pytest.__version__} loses the groups: {name}")
 
 
 def pytest_sessionstart(session):
