@@ -1,15 +1,15 @@
 # Every target runs from a bare clone: it makes what it needs. `make help` lists them.
 PYTHON ?= python3
 VENV ?= .venv
-BUILD ?= build/dev
+BUILD ?= build/install
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PATH := $(abspath $(BIN)):$(PATH)
 # Where there is a compiler, everything is built, the kernels of absent GPUs too, and a failing build is an error, a warning as
 # well; without one the install is pure Python.
 MUST_BUILD := $(if $(shell command -v c++ g++ clang++),ANYFLASH_BUILD=1 ANYFLASH_WERROR=1 ANYFLASH_CUDA=$${ANYFLASH_CUDA:-1})
-# The oldest code of each family: the emulator runs PTX, and what ships is looked at in the installed library.
-CPP_BUILD := cmake -G Ninja -DANYFLASH_TORCH=OFF -DANYFLASH_TESTS=ON -DANYFLASH_WERROR=ON -DANYFLASH_CUDA_ARCHS="75;80"
+# The tests of C++ go into the tree where setup.py built the libraries: nothing is compiled twice.
+CPP_TESTS := cmake -S . -B $(BUILD) -DANYFLASH_TESTS=ON
 SOURCES := $(shell find core csrc include kernels cmake tools -type f) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: help setup demo test test-cpp test-python emulate mutate fuzz sanitize build-address build-thread bench bench-peers test-matrix test-consumers wheels docs lint types format clean
@@ -36,24 +36,24 @@ demo: setup     ## sentence embeddings and a small language model through flash_
 
 test: test-cpp test-python   ## all tests
 
-test-cpp: $(VENV)/.packages   ## the tests of the torch-free C++
-	$(CPP_BUILD) -S . -B $(BUILD)
+test-cpp: setup   ## the tests of the torch-free C++
+	$(CPP_TESTS)
 	cmake --build $(BUILD)
 	ctest --test-dir $(BUILD) --output-on-failure -j $$(nproc)
 
-emulate: $(VENV)/.packages   ## every CUDA kernel on the emulator, with random problems beside the listed ones
-	$(CPP_BUILD) -S . -B $(BUILD)
+emulate: setup   ## every CUDA kernel on the emulator, with random problems beside the listed ones
+	$(CPP_TESTS)
 	cmake --build $(BUILD)
 	ctest --test-dir $(BUILD) --output-on-failure -j $$(nproc) -R emulat
 	$(BUILD)/tests/emulated/emulate_attention --case none --random 40 --seed $$(date +%s)
 
-mutate: $(VENV)/.packages   ## breaks the CUDA kernels in every place that keeps order or bounds, and demands that it shows
-	$(CPP_BUILD) -S . -B $(BUILD)
+mutate: setup   ## breaks the CUDA kernels in every place that keeps order or bounds, and demands that it shows
+	$(CPP_TESTS)
 	cmake --build $(BUILD)
 	$(BIN)/python tests/emulated/mutate.py $(BUILD)
 
-fuzz: $(VENV)/.packages build-address   ## 100000 random attention problems on the CPU kernels, 10000 under AddressSanitizer
-	$(CPP_BUILD) -S . -B $(BUILD)
+fuzz: setup build-address   ## 100000 random attention problems on the CPU kernels, 10000 under AddressSanitizer
+	$(CPP_TESTS)
 	cmake --build $(BUILD) --target fuzz_cpu_attention
 	$(BUILD)/$(FUZZ) --perturb --count 2000
 	seq 0 9 | xargs -P $$(nproc) -I {} $(BUILD)/$(FUZZ) --count 10000 --seed {}00001
@@ -69,7 +69,7 @@ FUZZ := tests/cpp/fuzz_cpu_attention
 build-address: FLAGS := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
 build-thread: FLAGS := -O1 -g1 -fsanitize=thread
 build-address build-thread: build-%: $(VENV)/.packages
-	$(CPP_BUILD) -S . -B build/$* -DANYFLASH_CUDA=OFF -DCMAKE_BUILD_TYPE=Sanitizer -DCMAKE_CXX_FLAGS="$(FLAGS)"
+	cmake -G Ninja -S . -B build/$* -DANYFLASH_TESTS=ON -DANYFLASH_WERROR=ON -DANYFLASH_TORCH=OFF -DANYFLASH_CUDA=OFF -DCMAKE_BUILD_TYPE=Sanitizer -DCMAKE_CXX_FLAGS="$(FLAGS)"
 	cmake --build build/$*
 
 test-python: setup   ## the tests of the operators, the drop-in and the packaging

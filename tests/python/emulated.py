@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support import REPOSITORY
 
-LIBRARY = REPOSITORY / "build/dev/tests/emulated/libkernels_on_emulator.so"
+LIBRARY = REPOSITORY / "build/install/tests/emulated/libkernels_on_emulator.so"
 
 
 def run_emulated(program: str, *arguments: object, backend: str = "") -> Any:
