@@ -19,7 +19,8 @@ from elf import exports, needed, newest, output, processor, runpath, undefined
 from installations import LINUX, MACHINE, NO_COMPILER, OTHER_MACHINE, call
 from tree import REPOSITORY, tracked
 
-pytestmark = LINUX
+# `source`: wheels are asked for by name here, and conftest.py looks for who builds them.
+pytestmark = [LINUX, pytest.mark.usefixtures("source")]
 
 KERNELS, OPS = "libanyflash_kernels.so", "libanyflash_ops.so"
 PROCESSORS = {"x86_64": "Advanced Micro Devices X86-64", "aarch64": "AArch64"}
