@@ -223,7 +223,11 @@ def test_a_missing_library(installation):
 
 
 @pytest.mark.skipif(torch_version() < 210, reason="older torch uses the Python operators anyway")
-@pytest.mark.parametrize("content", (b"", b"\x7fELF" + b"\0" * 3000, b"not a library" * 500))
+@pytest.mark.parametrize(
+    "content",
+    (b"", b"\x7fELF" + b"\0" * 3000, b"not a library" * 500),
+    ids=("empty", "header", "text"),
+)
 def test_a_damaged_library(installation, content):
     library = installation / "anyflash/libanyflash_ops.so"
     library.write_bytes(content)
