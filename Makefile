@@ -41,11 +41,12 @@ test-cpp: setup   ## the tests of the torch-free C++
 	cmake --build $(BUILD)
 	ctest --test-dir $(BUILD) --output-on-failure -j $$(nproc)
 
-emulate: setup   ## every CUDA kernel on the emulator, with random problems beside the listed ones
+emulate: setup   ## every CUDA kernel on the emulator, on every case and random problems beside them
 	$(CPP_TESTS)
 	cmake --build $(BUILD)
-	ctest --test-dir $(BUILD) --output-on-failure -j $$(nproc) -R emulat
-	$(BUILD)/tests/emulated/emulate_attention --case none --random 40 --seed $$(date +%s)
+	ctest --test-dir $(BUILD) --output-on-failure -j $$(nproc) -R emulat -E emulate_attention
+	seed=$$(date +%s); printf '%s\n' backward_fp16 backward_bf16 forward_fp16 forward_bf16 | xargs -P $$(nproc) -I {} \
+	  $(BUILD)/tests/emulated/emulate_attention --instance {} --random 40 --seed $$seed
 
 mutate: setup   ## breaks the CUDA kernels in every place that keeps order or bounds, and demands that it shows
 	$(CPP_TESTS)
